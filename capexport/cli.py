@@ -1,0 +1,207 @@
+"""The `capexport` command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from capexport.errors import CapexportError, CheckpointError, MissingExtraError
+
+BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "artifacts" / "default"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit code.
+
+    0: done; 1: some images could not be read; 2: refused, with one line that says why;
+    130: interrupted.
+    """
+    options = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("capexport").setLevel(logging.INFO)
+    return run_command("capexport", lambda: int(options.run(options)))
+
+
+def run_command(name: str, command: Callable[[], int]) -> int:
+    """`command()`, with the errors a user can mend as one line on standard error."""
+    try:
+        return command()
+    except (CapexportError, OSError, ValueError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="capexport", description="Image captioning from training to production."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    lstm = commands.add_parser(
+        "lstm",
+        help="export a CNN-LSTM checkpoint to ONNX",
+        description="Export a CNN-LSTM checkpoint to a folder that `Captioner.load` reads: "
+        "encoder.onnx, decoder_step.onnx, vocabulary.json and manifest.json. The folder appears "
+        "only if the graphs give the same values and captions as PyTorch.",
+        epilog="examples: capexport lstm runs/first --out artifacts/first; "
+        "capexport lstm --out artifacts/demo (the bundled Flickr8k model)",
+    )
+    lstm.add_argument(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        help="checkpoint or run folder of `python -m train` (default: the bundled one)",
+    )
+    lstm.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    lstm.add_argument(
+        "--photos",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="photos to compare captions on, 16 or more (default: seeded colour fields)",
+    )
+    lstm.set_defaults(run=_export_lstm)
+
+    caption = commands.add_parser(
+        "caption",
+        help="caption images",
+        description="Caption images with an exported model. One unreadable image does not stop "
+        "the rest: it is reported, and the exit code is 1.",
+        epilog="examples: capexport caption -m artifacts/first photo.jpg; "
+        "capexport caption -m artifacts/first photos/ --format jsonl --out photos/metadata.jsonl; "
+        "find . -name '*.png' | capexport caption -m artifacts/first - --format txt --resume",
+    )
+    caption.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="files, folders (searched in depth), glob patterns, or - for a list on standard input",
+    )
+    caption.add_argument(
+        "-m", "--model", type=Path, required=True, metavar="DIR", help="exported folder"
+    )
+    caption.add_argument(
+        "--format",
+        choices=("text", "jsonl", "csv", "coco", "txt"),
+        default="text",
+        help="text: name and caption, tab between (default); jsonl: metadata.jsonl of Hugging Face "
+        "datasets; coco: COCO results; txt: a file beside each image, as LoRA trainers read",
+    )
+    caption.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+    caption.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted --out or txt run"
+    )
+    caption.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
+    caption.add_argument("--max-tokens", type=int, metavar="N", help="longest caption, in tokens")
+    caption.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    caption.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    caption.set_defaults(run=_caption)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="check an exported folder and say what it is",
+        description="Check an exported folder against its manifest, and print the manifest.",
+        epilog="example: capexport inspect artifacts/first",
+    )
+    inspect.add_argument("model", type=Path, metavar="DIR", help="exported folder")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def bundled_checkpoint() -> Path:
+    if not BUNDLED_CHECKPOINT.is_dir():
+        raise CheckpointError(
+            "the bundled checkpoint comes with a checkout of the repository, not with the package: "
+            "pass a CHECKPOINT folder"
+        )
+    return BUNDLED_CHECKPOINT
+
+
+def _export_lstm(options: argparse.Namespace) -> int:
+    try:
+        from capexport.export.cnn_lstm import export_cnn_lstm
+        from capexport.models.checkpoint import load_checkpoint
+    except ImportError as error:
+        raise MissingExtraError(
+            f"exporting needs `pip install 'capexport[cpu,export]'` ({error})"
+        ) from error
+    from capexport.bulk import find_images
+
+    checkpoint = load_checkpoint(options.checkpoint or bundled_checkpoint())
+    photos = find_images(options.photos, sys.stdin) if options.photos else []
+    manifest = export_cnn_lstm(checkpoint, options.out, photos)
+    captions = manifest.parity["captions"]
+    difference = max(manifest.parity["max_difference"].values())
+    size = sum(record.bytes for record in manifest.files.values()) / 1e6
+    print(
+        f"{options.out}: {size:.1f} MB; {captions['identical']} of {captions['images']} captions "
+        f"identical to PyTorch's, largest difference of a value {difference:.1g}"
+    )
+    return 0
+
+
+def _caption(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from capexport.artifact import FILE_NAME, sha256_of
+    from capexport.bulk import (
+        FileOutput,
+        Output,
+        SideCars,
+        StreamOutput,
+        caption_files,
+        find_images,
+    )
+    from capexport.captioner import Captioner
+
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+    if options.format == "txt" and options.out:
+        raise ValueError("--format txt writes beside the images: leave out --out")
+    if options.resume and options.format != "txt" and not options.out:
+        raise ValueError("--resume needs --out FILE (or --format txt) to go on with")
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    paths = find_images(options.paths, sys.stdin)
+    captioner = Captioner.load(options.model, device=options.device, threads=options.threads)
+    output: Output
+    if options.format == "txt":
+        output = SideCars(paths, options.resume)
+    elif options.out:
+        key = f"{sha256_of(options.model / FILE_NAME)} max_tokens={options.max_tokens}"
+        output = FileOutput(options.out, options.format, paths, key, options.resume)
+    else:
+        output = StreamOutput(options.format, sys.stdout)
+    todo = [path for path in paths if not output.done(path)]
+    failed = 0
+    with tqdm(total=len(paths), initial=len(paths) - len(todo), unit="image", disable=None) as bar:
+        for count, errors in caption_files(
+            captioner, todo, output, batch_size=options.batch_size, max_tokens=options.max_tokens
+        ):
+            for error in errors:
+                tqdm.write(f"capexport: {error}", file=sys.stderr)
+            failed += len(errors)
+            bar.update(count)
+    if failed:
+        print(f"capexport: {failed} of {len(paths)} images could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from capexport.artifact import Manifest
+
+    print(json.dumps(dataclasses.asdict(Manifest.read(options.model)), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""One call around PyTorch's ONNX exporter, the same for every graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+OPSET = 20
+
+
+def export_graph(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    path: Path,
+) -> None:
+    """Export `module` with axis 0 of every input a free batch size.
+
+    `inputs` are examples with a batch of two or more: the exporter would take a batch of one for
+    a constant (torch.export documentation, "0/1 specialization").
+    """
+    batch = torch.export.Dim("batch")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module.eval(),
+            tuple(inputs),
+            path,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            dynamic_shapes=[{0: batch}] * len(inputs),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )

@@ -1,0 +1,1 @@
+"""The PyTorch models: what is trained, and what every export is held against."""

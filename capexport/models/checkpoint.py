@@ -1,0 +1,119 @@
+"""Checkpoints: a folder with `checkpoint.json` and the safetensors file that it names.
+
+The JSON is written last and replaced in one piece, so a folder holds a whole checkpoint, or the
+whole one before it, at every moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from capexport.artifact import image_spec_from_json, replace_file, sha256_of
+from capexport.errors import CheckpointError
+from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig
+from capexport.preprocessing import ImageSpec
+from capexport.vocabulary import Vocabulary
+
+FILE_NAME = "checkpoint.json"
+SCHEMA = 1
+
+
+@dataclass
+class Checkpoint:
+    """A trained CNN-LSTM with all that a caption needs.
+
+    `training` records how it was made (options, versions), `metrics` what it scored; `sha256` is
+    the hash of the weights file, known after `save_checkpoint` or `load_checkpoint`.
+    """
+
+    model: CnnLstm
+    vocabulary: Vocabulary
+    image: ImageSpec
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write `checkpoint` into `folder`, its weights stored as `dtype`; sets its `sha256`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in checkpoint.model.state_dict().items()
+    }
+    draft = folder / "weights.partial"
+    save_file(state, draft)
+    checkpoint.sha256 = sha256_of(draft)
+    weights = f"weights-{checkpoint.sha256[:12]}.safetensors"
+    draft.replace(folder / weights)
+    document = {
+        "schema": SCHEMA,
+        "family": "cnn-lstm",
+        "weights": {"file": weights, "sha256": checkpoint.sha256},
+        "config": dataclasses.asdict(checkpoint.model.config),
+        "image": dataclasses.asdict(checkpoint.image),
+        "training": checkpoint.training,
+        "metrics": checkpoint.metrics,
+        "vocabulary": checkpoint.vocabulary.words,
+    }
+    replace_file(folder / FILE_NAME, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    for stale in folder.glob("weights-*.safetensors"):
+        if stale.name != weights:
+            stale.unlink()
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint folder, or a run folder of `python -m train`; the model is in eval mode.
+
+    Weights are computed with in float32, whatever they were stored as.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = next(
+        (place / FILE_NAME for place in (folder, folder / "best") if (place / FILE_NAME).exists()),
+        None,
+    )
+    if path is None:
+        raise CheckpointError(
+            f"{folder}: no {FILE_NAME} there; pass a checkpoint or run folder of `python -m train`"
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA or document["family"] != "cnn-lstm":
+            raise CheckpointError(
+                f"{path}: {document['family']} checkpoint of schema {document['schema']}; this "
+                f"capexport reads cnn-lstm of schema {SCHEMA}"
+            )
+        weights = path.parent / Path(document["weights"]["file"]).name
+        checkpoint = Checkpoint(
+            model=CnnLstm(CnnLstmConfig(**document["config"])),
+            vocabulary=Vocabulary(tuple(document["vocabulary"])),
+            image=image_spec_from_json(document["image"]),
+            training=document["training"],
+            metrics=document["metrics"],
+            sha256=document["weights"]["sha256"],
+        )
+        if sha256_of(weights) != checkpoint.sha256:
+            raise CheckpointError(f"{weights}: not the file that {FILE_NAME} was written with")
+        state = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(weights).items()
+        }
+        checkpoint.model.load_state_dict(state)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: damaged checkpoint: {error}") from error
+    checkpoint.model.eval()
+    return checkpoint

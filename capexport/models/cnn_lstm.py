@@ -1,0 +1,121 @@
+"""The CNN-LSTM captioner: MobileNetV2 features, projected, are the first input of an LSTM.
+
+The "Show and Tell" arrangement (Vinyals et al. 2015, section 3.1) on a MobileNetV2 backbone
+(Sandler et al. 2018): the image feature comes before `<SOS>`, which is therefore the first word
+that the network learns to predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torchvision.models import mobilenet_v2
+
+# hidden and cell, float32 (batch, hidden_size) each
+LstmState: TypeAlias = tuple[Tensor, Tensor]
+
+BACKBONE_CHANNELS = 1280
+
+
+@dataclass(frozen=True)
+class CnnLstmConfig:
+    """Sizes of the network: `embed_size` is the width of image feature and word embedding."""
+
+    vocabulary_size: int
+    embed_size: int = 256
+    hidden_size: int = 512
+
+
+class ImageEncoder(nn.Module):
+    """MobileNetV2 and average pooling, then linear and batch norm to the image feature."""
+
+    def __init__(self, config: CnnLstmConfig) -> None:
+        super().__init__()
+        self.backbone = mobilenet_v2(weights=None).features
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(BACKBONE_CHANNELS, config.embed_size)
+        self.norm = nn.BatchNorm1d(config.embed_size)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """float32 (batch, 3, height, width) to (batch, 1280)."""
+        return self.pool(self.backbone(images)).flatten(1)
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """(batch, 1280) to the image feature, (batch, embed_size)."""
+        return self.norm(self.linear(pooled))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.project(self.pooled(images))
+
+
+class CaptionDecoder(nn.Module):
+    """Word embedding, one LSTM layer, and the projection to the vocabulary."""
+
+    def __init__(self, config: CnnLstmConfig) -> None:
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.embedding = nn.Embedding(config.vocabulary_size, config.embed_size, padding_idx=0)
+        self.lstm = nn.LSTM(config.embed_size, config.hidden_size, batch_first=True)
+        self.output = nn.Linear(config.hidden_size, config.vocabulary_size)
+
+    def start(self, feature: Tensor) -> LstmState:
+        """The state after the image feature, (batch, embed_size)."""
+        zeros = feature.new_zeros(feature.shape[0], self.hidden_size)
+        return self._advance(feature, (zeros, zeros))
+
+    def step(self, tokens: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
+        """One word: int64 (batch,) to logits (batch, vocabulary) and the next state."""
+        hidden, cell = self._advance(self.embedding(tokens), state)
+        return self.output(hidden), (hidden, cell)
+
+    def _advance(self, inputs: Tensor, state: LstmState) -> LstmState:
+        # One step of self.lstm: the call behind nn.LSTMCell. It exports as plain Gemm nodes.
+        hidden, cell = torch.lstm_cell(inputs, state, *self.lstm.all_weights[0])
+        return hidden, cell
+
+    def forward(self, feature: Tensor, captions: Tensor, lengths: Tensor) -> PackedSequence:
+        """All steps at once, for training.
+
+        Args:
+            feature: image feature, (batch, embed_size).
+            captions: int64 (batch, time), `<SOS> ... <EOS>`, padded to the longest.
+            lengths: int64 (batch,) on the CPU, the ids of each caption that are not padding.
+        Returns:
+            Logits that predict `captions`, packed: what the image feature predicts, then what
+            each word but the last does.
+        """
+        inputs = torch.cat([feature[:, None], self.embedding(captions[:, :-1])], dim=1)
+        packed = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
+        outputs, _ = self.lstm(packed)
+        return outputs._replace(data=self.output(outputs.data))
+
+
+class CnnLstm(nn.Module):
+    """Encoder and decoder. The backbone stays frozen, batch-norm statistics too, unless
+    `train_backbone` is set."""
+
+    def __init__(self, config: CnnLstmConfig, train_backbone: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.train_backbone = train_backbone
+        self.encoder = ImageEncoder(config)
+        self.decoder = CaptionDecoder(config)
+        self.encoder.backbone.requires_grad_(train_backbone)
+
+    def train(self, mode: bool = True) -> CnnLstm:
+        super().train(mode)
+        if not self.train_backbone:
+            self.encoder.backbone.eval()
+        return self
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def start(self, images: Tensor) -> LstmState:
+        """float32 (batch, 3, height, width) to the decoder's state before `<SOS>`."""
+        return self.decoder.start(self.encoder(images))

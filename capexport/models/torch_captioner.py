@@ -1,0 +1,93 @@
+"""The PyTorch captioner: the same `Captioner` over torch modules, the yardstick of every export.
+
+Written as one would to run PyTorch fast: inference mode, weights and images in channels-last
+order where that is faster, `nn.LSTM` (one fused call, where `nn.LSTMCell` makes several), and no
+copy to the host but the logits that choosing the next token needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from capexport.captioner import Captioner
+from capexport.decoding import DecodingOptions, TokenArray
+from capexport.errors import DeviceError
+from capexport.models.checkpoint import Checkpoint
+from capexport.models.cnn_lstm import CnnLstm, LstmState
+from capexport.preprocessing import FloatArray
+from capexport.vocabulary import Vocabulary
+
+MAX_TOKENS = 30  # Flickr8k's longest captions but for one in a thousand
+
+
+class TorchEncoder:
+    """Images to the decoder's state after the image."""
+
+    def __init__(self, model: CnnLstm, device: str, channels_last: bool) -> None:
+        self._model = model
+        self._device = device
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        model.encoder.to(memory_format=self._format)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def __call__(self, images: FloatArray) -> LstmState:
+        return self._model.start(
+            torch.from_numpy(images).to(self._device, memory_format=self._format)
+        )
+
+
+class TorchDecoder:
+    """One step of the LSTM at a time."""
+
+    def __init__(self, model: CnnLstm, device: str) -> None:
+        self._model = model
+        self._device = device
+
+    def start(self, features: LstmState) -> tuple[FloatArray, LstmState]:
+        batch = len(features[0])
+        return self.step(np.full(batch, Vocabulary.START, np.int64), features)
+
+    @torch.inference_mode()
+    def step(self, tokens: TokenArray, state: LstmState) -> tuple[FloatArray, LstmState]:
+        logits, state = self._model.decoder.step(torch.from_numpy(tokens).to(self._device), state)
+        return logits.cpu().numpy(), state
+
+    @torch.inference_mode()
+    def select(self, state: LstmState, rows: NDArray[np.intp]) -> LstmState:
+        index = torch.from_numpy(rows).to(self._device)
+        hidden, cell = state
+        return hidden[index], cell[index]
+
+
+def torch_captioner(
+    checkpoint: Checkpoint, device: str = "cpu", channels_last: bool = True
+) -> Captioner:
+    """A captioner that runs the checkpoint's own modules.
+
+    Raises:
+        DeviceError: PyTorch has no such device.
+    """
+    try:
+        model = checkpoint.model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f"PyTorch cannot use {device}: {error}") from error
+    return Captioner(
+        TorchEncoder(model, device, channels_last),
+        TorchDecoder(model, device),
+        checkpoint.vocabulary,
+        checkpoint.image,
+        DecodingOptions(**decoding_defaults()),
+    )
+
+
+def decoding_defaults() -> dict[str, Any]:
+    """The `DecodingOptions` of a CNN-LSTM, as its manifest will hold them."""
+    return {
+        "end_token": Vocabulary.END,
+        "max_tokens": MAX_TOKENS,
+        "suppress_tokens": (Vocabulary.PAD, Vocabulary.START, Vocabulary.UNKNOWN),
+    }

@@ -1,0 +1,1 @@
+"""Training and scoring of the CNN-LSTM captioner: `python -m train`."""

@@ -1,0 +1,190 @@
+"""Backbone weights, and the image features that a frozen backbone makes only once."""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.error
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchvision.models import MobileNet_V2_Weights
+from tqdm import tqdm
+
+from capexport.errors import CheckpointError, DownloadError, ImageError
+from capexport.models.cnn_lstm import ImageEncoder
+from capexport.preprocessing import ImageSpec, load_image, preprocess
+
+_ENCODE_BATCH = 32
+_SAVE_EVERY = 64  # batches: what an interrupted first epoch loses at the most
+
+T = TypeVar("T")
+
+
+def load_backbone(encoder: ImageEncoder, weights: Path | None) -> None:
+    """Fill the backbone from a safetensors file, or with torchvision's ImageNet weights.
+
+    The default is `IMAGENET1K_V1`: it was trained with the resize 256, crop 224 that the recipe
+    keeps (V2 uses 232).
+
+    Raises:
+        CheckpointError: the file is no MobileNetV2.
+        DownloadError: torchvision's server cannot be reached.
+    """
+    if weights is None:
+        try:
+            state = MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+        except (urllib.error.URLError, OSError) as error:
+            raise DownloadError(
+                f"cannot download torchvision's MobileNetV2 weights ({error}): connect to the "
+                "network once, or pass --backbone-weights FILE (safetensors, `features.*`)"
+            ) from error
+    else:
+        try:
+            state = load_file(weights)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{weights}: not a safetensors file: {error}") from error
+    prefix = "features."
+    state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    try:
+        # Some files leave out the batch-norm step counters, which a frozen backbone never reads.
+        missing, unexpected = encoder.backbone.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{weights}: not a MobileNetV2 of torchvision: {error}") from error
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{weights}: not a MobileNetV2 of torchvision: {len(missing)} tensors missing, "
+            f"{len(unexpected)} unknown"
+        )
+
+
+def readable(
+    paths: Sequence[Path], read: Callable[[Path], T]
+) -> Generator[tuple[Path, T | None], None, None]:
+    """`read` each image in threads, in order; None where it raised `ImageError`."""
+
+    def attempt(path: Path) -> tuple[Path, T | None]:
+        try:
+            return path, read(path)
+        except ImageError:
+            return path, None
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), 4 * _ENCODE_BATCH):
+            yield from pool.map(attempt, paths[start : start + 4 * _ENCODE_BATCH])
+
+
+def cached_features(
+    encoder: ImageEncoder, paths: Sequence[Path], spec: ImageSpec, cache: Path, device: str
+) -> dict[Path, np.ndarray]:
+    """Pooled backbone features of each readable image, float32 (1280,).
+
+    They are kept in one safetensors file for each pair of backbone weights and preprocessing,
+    and found again by a hash of the image file's bytes. A damaged cache file is made anew.
+    """
+    file = cache.expanduser() / f"mobilenet_v2-{_cache_key(encoder, spec)}.safetensors"
+    known = _read_cache(file)
+    digests = {path: digest for path, digest in readable(paths, _digest) if digest is not None}
+    todo = [path for path, digest in digests.items() if digest not in known]
+    batch: list[tuple[bytes, np.ndarray]] = []
+    batches = 0
+
+    def encode() -> None:
+        images = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(device)
+        pooled = encoder.pooled(images.contiguous(memory_format=torch.channels_last))
+        known.update(zip((digest for digest, _ in batch), pooled.cpu().numpy(), strict=True))
+        batch.clear()
+
+    encoder.eval()
+    pixels_of = readable(todo, lambda path: preprocess(path, spec))
+    with torch.inference_mode(), closing(pixels_of):
+        for path, pixels in tqdm(pixels_of, "image features", len(todo), disable=not todo):
+            if pixels is not None:
+                batch.append((digests[path], pixels))
+            if len(batch) == _ENCODE_BATCH:
+                encode()
+                batches += 1
+                if batches % _SAVE_EVERY == 0:
+                    _write_cache(file, known)
+        if batch:
+            encode()
+            _write_cache(file, known)
+    return {path: known[digest] for path, digest in digests.items() if digest in known}
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError as error:
+        raise ImageError(f"{path}: {error}") from error
+
+
+def _cache_key(encoder: ImageEncoder, spec: ImageSpec) -> str:
+    digest = hashlib.sha256(repr(spec).encode())
+    for name, tensor in sorted(encoder.backbone.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_cache(file: Path) -> dict[bytes, np.ndarray]:
+    try:
+        tensors = load_file(file)
+        features, digests = tensors["features"].numpy(), tensors["digests"].numpy()
+    except (OSError, SafetensorError, KeyError):
+        return {}
+    return {digest.tobytes(): row for digest, row in zip(digests, features, strict=True)}
+
+
+def _write_cache(file: Path, known: dict[bytes, np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    digests = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32).copy()
+    draft = file.with_suffix(".partial")
+    save_file(
+        {
+            "features": torch.from_numpy(np.stack(list(known.values()))),
+            "digests": torch.from_numpy(digests),
+        },
+        draft,
+    )
+    draft.replace(file)
+
+
+def live_features(
+    encoder: ImageEncoder, spec: ImageSpec, augment: bool, device: str
+) -> Callable[[Sequence[Path], np.random.Generator], Tensor]:
+    """A function that computes a batch's features from its image files, (batch, 1280)."""
+    pool = ThreadPoolExecutor()
+
+    def features(paths: Sequence[Path], rng: np.random.Generator) -> Tensor:
+        seeds = rng.integers(2**63, size=len(paths))
+
+        def pixels(path: Path, seed: int) -> np.ndarray:
+            image = load_image(path)
+            return preprocess(_augmented(image, seed) if augment else image, spec)
+
+        images = torch.from_numpy(np.stack(list(pool.map(pixels, paths, seeds)))).to(device)
+        frozen = not any(p.requires_grad for p in encoder.backbone.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return encoder.pooled(images.contiguous(memory_format=torch.channels_last))
+
+    return features
+
+
+def _augmented(image: Image.Image, seed: int) -> Image.Image:
+    """A crop of 80 to 100% of each edge, mirrored half of the time."""
+    rng = np.random.default_rng(seed)
+    width, height = (max(1, round(edge * rng.uniform(0.8, 1))) for edge in image.size)
+    left = int(rng.integers(image.width - width + 1))
+    top = int(rng.integers(image.height - height + 1))
+    image = image.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image

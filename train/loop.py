@@ -1,0 +1,290 @@
+"""The training loop: epochs, early stopping, and a run folder that survives being killed.
+
+config.json        the options of the run
+skipped.json       photos that were left out, by reason
+history.csv/.json  losses and seconds of each epoch
+curves.png         the losses, drawn
+best/              the checkpoint with the lowest validation loss
+last.safetensors   weights, optimiser and history after the last epoch, for --resume
+test.json          scores on the test split
+samples.png        photos of the test split with references and captions
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+from tqdm import tqdm
+
+import capexport
+from capexport.artifact import replace_file
+from capexport.errors import CheckpointError, MissingExtraError, OutputExistsError
+from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
+from capexport.models.torch_captioner import torch_captioner
+from capexport.preprocessing import ImageSpec, load_image
+from capexport.vocabulary import Vocabulary
+from train import figures
+from train.config import TrainConfig
+from train.data import Flickr8k, Photo, build_vocabulary, clean, read_flickr8k
+from train.features import cached_features, live_features, load_backbone, readable
+from train.score import caption_photos, format_scores, score
+
+_SAMPLES = 12  # photos on the sheet
+
+# Pooled backbone features of some photos, (batch, 1280); the generator draws augmentations.
+Features: TypeAlias = Callable[[Sequence[Path], np.random.Generator], Tensor]
+# A photo, and one of its captions as ids.
+Example: TypeAlias = tuple[Path, list[int]]
+History: TypeAlias = list[dict[str, float]]
+
+
+def train(config: TrainConfig, resume: bool = False) -> tuple[Checkpoint, Flickr8k]:
+    """Train, or go on with the run in `config.out`; returns the best checkpoint and the data.
+
+    Raises:
+        OutputExistsError: a new run would overwrite an old one.
+        DatasetError, CheckpointError, DownloadError: data or weights cannot be used.
+    """
+    if not resume and config.out.exists() and any(config.out.iterdir()):
+        raise OutputExistsError(
+            f"{config.out}: already there; go on with --resume {config.out}, or pick another --out"
+        )
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    spec = ImageSpec(config.resize, config.crop)
+    dataset = read_flickr8k(config.data, config.validation, config.test, config.seed)
+    backbone = ImageEncoder(CnnLstmConfig(1)).to(config.device)
+    load_backbone(backbone, config.backbone_weights)
+    features = _features_of_readable(dataset, backbone, spec, config)
+
+    vocabulary = build_vocabulary(
+        (words for words, _ in _cleaned(dataset.splits["train"], config)), config.min_count
+    )
+    model = CnnLstm(
+        CnnLstmConfig(len(vocabulary), config.embed_size, config.hidden_size),
+        config.train_backbone,
+    )
+    model.encoder.backbone.load_state_dict(backbone.backbone.state_dict())
+    model.to(config.device)
+    if not config.caches_features:
+        features = live_features(model.encoder, spec, config.augment, config.device)
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    _write_json(config.out / "config.json", config.to_json())
+    _write_json(config.out / "skipped.json", dataset.skipped)
+    training = {
+        "command": "python -m train" + config.to_flags(),
+        "photos": {split: len(photos) for split, photos in dataset.splits.items()},
+        "versions": {
+            "capexport": capexport.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+    }
+    best = Checkpoint(model, vocabulary, spec, training)
+    _run_epochs(best, dataset, features, config)
+    return load_checkpoint(config.out), dataset
+
+
+def finish(checkpoint: Checkpoint, dataset: Flickr8k, config: TrainConfig) -> None:
+    """Caption the test split with the best checkpoint, score it, and draw a sheet of samples."""
+    photos = dataset.splits["test"]
+    captions = caption_photos(torch_captioner(checkpoint, config.device), photos)
+    shown = photos[:_SAMPLES]
+    figures.draw_samples(
+        shown, [captions[photo.name] for photo in shown], config.out / "samples.png"
+    )
+    try:
+        scores = score(captions, {photo.name: photo.captions for photo in photos})
+    except MissingExtraError as error:
+        print(f"not scored: {error}")
+        return
+    checkpoint.metrics["test"] = {"photos": len(photos), **scores}
+    _write_json(config.out / "test.json", {**checkpoint.metrics, "captions": captions})
+    save_checkpoint(checkpoint, config.out / "best", getattr(torch, config.weights_dtype))
+    print(f"test split, {len(photos)} photos: {format_scores(scores)}")
+
+
+def _features_of_readable(
+    dataset: Flickr8k, backbone: ImageEncoder, spec: ImageSpec, config: TrainConfig
+) -> Features:
+    """Drop photos that can't be decoded; the cached features of the others."""
+    paths = [photo.path for photo in dataset.photos()]
+    if config.caches_features:
+        cached = cached_features(backbone, paths, spec, config.cache, config.device)
+        usable = set(cached)
+    else:
+        checked = tqdm(readable(paths, load_image), "checking photos", len(paths))
+        usable = {path for path, image in checked if image is not None}
+    dataset.skip("unreadable images", (path.name for path in paths if path not in usable))
+
+    def features(batch: Sequence[Path], rng: np.random.Generator) -> Tensor:
+        return torch.from_numpy(np.stack([cached[path] for path in batch])).to(config.device)
+
+    return features
+
+
+def _cleaned(photos: Sequence[Photo], config: TrainConfig) -> Iterator[tuple[list[str], Path]]:
+    for photo in photos:
+        for caption in photo.captions:
+            if words := clean(caption, config.keep_articles):
+                yield words, photo.path
+
+
+def _run_epochs(
+    best: Checkpoint, dataset: Flickr8k, features: Features, config: TrainConfig
+) -> None:
+    model, vocabulary = best.model, best.vocabulary
+    examples = {
+        split: [
+            (path, vocabulary.encode(words))
+            for words, path in _cleaned(dataset.splits[split], config)
+        ]
+        for split in ("train", "validation")
+    }
+    examples["validation"].sort(key=lambda example: len(example[1]))
+    optimiser = torch.optim.Adam(model.trainable_parameters(), config.learning_rate, fused=True)
+    state_file = config.out / "last.safetensors"
+    history: History = _load_state(state_file, model, optimiser) if state_file.exists() else []
+
+    while len(history) < config.epochs:
+        losses = [epoch["validation_loss"] for epoch in history]
+        if losses and len(losses) - 1 - int(np.argmin(losses)) >= config.patience:
+            break
+        number = len(history) + 1
+        rng = np.random.default_rng((config.seed, number))
+        torch.manual_seed(config.seed + number)
+        started = time.perf_counter()
+        order = rng.permutation(len(examples["train"]))
+        shuffled = [examples["train"][index] for index in order]
+        title = f"epoch {number}/{config.epochs}"
+        model.train()
+        train_loss = _pass(model, shuffled, features, config, rng, title, optimiser)
+        model.eval()
+        with torch.no_grad():
+            loss = _pass(model, examples["validation"], features, config, rng, "validation")
+        seconds = round(time.perf_counter() - started, 2)
+        history.append(
+            {"epoch": number, "train_loss": train_loss, "validation_loss": loss, "seconds": seconds}
+        )
+        improved = not losses or loss < min(losses)
+        if improved:
+            best.metrics = {"epoch": number, "validation_loss": loss}
+            save_checkpoint(best, config.out / "best", getattr(torch, config.weights_dtype))
+        _save_state(state_file, model, optimiser, history)
+        _write_history(config.out, history)
+        print(
+            f"epoch {number}: train loss {train_loss:.3f}, validation loss {loss:.3f}, "
+            f"{seconds:.0f} s{' (best so far)' if improved else ''}"
+        )
+
+
+def _pass(
+    model: CnnLstm,
+    examples: Sequence[Example],
+    features: Features,
+    config: TrainConfig,
+    rng: np.random.Generator,
+    title: str,
+    optimiser: torch.optim.Optimizer | None = None,
+) -> float:
+    """Go through `examples` once, training where there is an optimiser: mean loss a token."""
+    total, count = 0.0, 0
+    bar = tqdm(range(0, len(examples), config.batch_size), title, leave=False)
+    for start in bar:
+        batch = examples[start : start + config.batch_size]
+        if optimiser and len(batch) == 1:
+            continue  # batch norm needs two rows to have a variance
+        loss, tokens = batch_loss(model, batch, features([path for path, _ in batch], rng))
+        if optimiser:
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        total += loss.item() * tokens
+        count += tokens
+        bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)
+    return total / count
+
+
+def batch_loss(model: CnnLstm, batch: Sequence[Example], pooled: Tensor) -> tuple[Tensor, int]:
+    """Mean cross-entropy over the batch's tokens, and how many those are.
+
+    The batch is padded to its own longest caption, and packed, so padding costs nothing.
+    """
+    lengths = torch.tensor([len(tokens) for _, tokens in batch])
+    captions = torch.full((len(batch), int(lengths.max())), Vocabulary.PAD)
+    for row, (_, tokens) in zip(captions, batch, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    captions = captions.to(pooled.device)
+    logits = model.decoder(model.encoder.project(pooled), captions, lengths)
+    targets = pack_padded_sequence(captions, lengths, batch_first=True, enforce_sorted=False)
+    loss = F.cross_entropy(logits.data, targets.data, ignore_index=Vocabulary.PAD)
+    return loss, int(lengths.sum())
+
+
+def _save_state(
+    file: Path, model: CnnLstm, optimiser: torch.optim.Optimizer, history: History
+) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors.update({f"optimiser.{index}.{name}": value for name, value in state.items()})
+    draft = file.with_suffix(".partial")
+    save_file(tensors, draft, {"history": json.dumps(history)})
+    draft.replace(file)
+
+
+def _load_state(file: Path, model: CnnLstm, optimiser: torch.optim.Optimizer) -> History:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            history: History = json.loads(stored.metadata()["history"])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        weights: dict[str, Tensor] = {}
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            owner, name = key.split(".", 1)
+            if owner == "model":
+                weights[name] = value
+            else:
+                index, name = name.split(".", 1)
+                states.setdefault(int(index), {})[name] = value
+        model.load_state_dict(weights)
+        groups = optimiser.state_dict()["param_groups"]
+        optimiser.load_state_dict({"state": states, "param_groups": groups})
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file}: cannot resume from it ({error}); were data or options changed? "
+            "The best checkpoint is still usable"
+        ) from error
+    return history
+
+
+def _write_history(folder: Path, history: History) -> None:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, history[0])
+    writer.writeheader()
+    writer.writerows(history)
+    replace_file(folder / "history.csv", table.getvalue())
+    _write_json(folder / "history.json", history)
+    figures.draw_curves(history, folder / "curves.png")
+
+
+def _write_json(path: Path, document: Any) -> None:
+    replace_file(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
