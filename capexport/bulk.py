@@ -148,7 +148,7 @@ class SideCars:
 
 
 class FileOutput:
-    """One file, written when all is done; until then its rows live in `<out>.partial`.
+    """One file, written when all is done; until then its rows live in `<out>.journal`.
 
     File names are relative to the file's folder for images below it, as `metadata.jsonl` wants.
     """
@@ -158,7 +158,7 @@ class FileOutput:
     ) -> None:
         self._out, self._style = out, style
         self._folder = os.path.abspath(out.parent)
-        self._journal = out.with_name(out.name + ".partial")
+        self._journal = out.with_name(out.name + ".journal")
         if style == "coco":
             _refuse_clashes(paths, lambda path: str(coco_image_id(path.name)), "COCO image id")
         if out.exists():

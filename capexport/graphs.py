@@ -22,12 +22,11 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LstmState: TypeAlias = dict[str, FloatArray]
 
 
-def open_session(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:
-    """Open a graph on `device`, and make sure that it really runs there.
+def require_provider(device: str) -> str:
+    """The execution provider of `device`.
 
     Raises:
-        MissingExtraError, DeviceError: no onnxruntime, or none with the device's provider.
-        ArtifactError: onnxruntime cannot load the graph.
+        MissingExtraError, DeviceError: no onnxruntime, or none with this provider.
     """
     try:
         import onnxruntime
@@ -38,12 +37,24 @@ def open_session(path: Path, device: str, threads: int | None) -> onnxruntime.In
         ) from error
     if device not in PROVIDERS:
         raise DeviceError(f"unknown device {device!r}: choose cpu or cuda")
-    provider = PROVIDERS[device]
-    if provider not in onnxruntime.get_available_providers():
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
         raise DeviceError(
-            f"this onnxruntime has no {provider}: install `capexport[gpu]` in place of "
+            f"this onnxruntime has no {PROVIDERS[device]}: install `capexport[gpu]` in place of "
             "`capexport[cpu]`"
         )
+    return PROVIDERS[device]
+
+
+def open_session(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:
+    """Open a graph on `device`, and make sure that it really runs there.
+
+    Raises:
+        MissingExtraError, DeviceError: as `require_provider`, or the provider does not start.
+        ArtifactError: onnxruntime cannot load the graph.
+    """
+    provider = require_provider(device)
+    import onnxruntime
+
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     options = onnxruntime.SessionOptions()

@@ -13,9 +13,9 @@ from capexport.captioner import Captioner
 from capexport.errors import ParityError
 from capexport.preprocessing import FloatArray, ImageSource, image_name
 
-# Largest difference of a value in float32. The graphs agree to about 1e-5; a wrong weight, gate
+# Largest difference of a value in float32. Trained graphs agree to 1e-5 or so; a wrong weight, gate
 # or padding is off by 1e-2 and more.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 IMAGES = 16
 
 

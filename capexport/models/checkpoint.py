@@ -48,7 +48,7 @@ def save_checkpoint(
     """Write `checkpoint` into `folder`, its weights stored as `dtype`; sets its `sha256`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in checkpoint.model.state_dict().items()
     }
     draft = folder / "weights.partial"
@@ -72,6 +72,20 @@ def save_checkpoint(
             stale.unlink()
 
 
+def find_checkpoint(folder: Path) -> Path:
+    """The `checkpoint.json` of a checkpoint folder or of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for place in (folder, folder / "best"):
+        if (place / FILE_NAME).exists():
+            return place / FILE_NAME
+    raise CheckpointError(
+        f"{folder}: no {FILE_NAME} there; pass a checkpoint or run folder of `python -m train`"
+    )
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder, or a run folder of `python -m train`; the model is in eval mode.
 
@@ -80,14 +94,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = next(
-        (place / FILE_NAME for place in (folder, folder / "best") if (place / FILE_NAME).exists()),
-        None,
-    )
-    if path is None:
-        raise CheckpointError(
-            f"{folder}: no {FILE_NAME} there; pass a checkpoint or run folder of `python -m train`"
-        )
+    path = find_checkpoint(folder)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA or document["family"] != "cnn-lstm":

@@ -1,0 +1,1 @@
+"""`capbench`: PyTorch and ONNX side by side, on the same photos in the same process."""

@@ -1,0 +1,149 @@
+"""Timing captioners in turn, so that both meet the same moments of a busy machine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from capexport.captioner import Caption, Captioner
+
+WARM_UP = 3
+# Both runtimes' worker threads keep spinning for a moment after a call; the pause lets them sleep,
+# so that neither is timed against the other's.
+_PAUSE = 0.03
+
+STAGES = ("total", "preprocess", "encode", "decode")
+
+
+def alternate(
+    captioners: Mapping[str, Captioner],
+    photos: Sequence[bytes],
+    batch_size: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Caption the same batches of encoded photos with each captioner in turn.
+
+    Args:
+        photos: the files' contents, so that no disk is timed; they are cycled through.
+        repeats: batches to time, after `WARM_UP` untimed ones.
+    Returns:
+        By captioner: milliseconds a batch for each stage (mean, p50, p90, p99), captions and
+        tokens a second at the median; and the share of captions that are identical.
+    """
+    stream = itertools.cycle(photos)
+    times: dict[str, dict[str, list[float]]] = {
+        name: {stage: [] for stage in STAGES} for name in captioners
+    }
+    tokens = dict.fromkeys(captioners, 0)
+    identical = compared = 0
+    names = list(captioners)
+    for repeat in tqdm(range(-WARM_UP, repeats), f"batch {batch_size}", leave=False, disable=None):
+        batch = list(itertools.islice(stream, batch_size))
+        outcome: dict[str, list[Caption]] = {}
+        for name in names:
+            time.sleep(_PAUSE)
+            began = time.perf_counter()
+            outcome[name] = captioners[name].caption(batch, batch_size=batch_size)
+            total = time.perf_counter() - began
+            if repeat >= 0:
+                timing = outcome[name][0].timing
+                for stage in STAGES:
+                    spent = total if stage == "total" else getattr(timing, stage)
+                    times[name][stage].append(1e3 * spent)
+                # The end token is decoded too.
+                tokens[name] += sum(len(caption.tokens) + 1 for caption in outcome[name])
+        names.reverse()
+        if repeat >= 0:
+            for captions in zip(*outcome.values(), strict=True):
+                compared += 1
+                identical += len({caption.tokens for caption in captions}) == 1
+    paths = {}
+    for name, stages in times.items():
+        statistics = {stage: _statistics(values) for stage, values in stages.items()}
+        paths[name] = {
+            "milliseconds": statistics,
+            "captions_per_second": 1e3 * batch_size / statistics["total"]["p50"],
+            "tokens_per_second": 1e3 * tokens[name] / repeats / statistics["decode"]["p50"],
+        }
+    return {"batch_size": batch_size, "identical_captions": identical / compared, "paths": paths}
+
+
+def _statistics(values: Sequence[float]) -> dict[str, float]:
+    p50, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()
+    return {"mean": float(np.mean(values)), "p50": p50, "p90": p90, "p99": p99}
+
+
+def fastest(
+    candidates: Mapping[str, Captioner], photos: Sequence[bytes], batch_size: int, stage: str
+) -> str:
+    """Which candidate is quickest in one stage, by the median of a few batches."""
+    paths = alternate(candidates, photos, batch_size, repeats=7)["paths"]
+    return min(candidates, key=lambda name: float(paths[name]["milliseconds"][stage]["p50"]))
+
+
+def footprint(
+    kind: str, model: Path, photos: Sequence[Path], batch_size: int, device: str, threads: int
+) -> dict[str, float]:
+    """Load a captioner in a process of its own and caption one batch there.
+
+    Returns:
+        `load_seconds` (imports included) and `peak_memory_mb` (resident set).
+    Raises:
+        RuntimeError: that process failed.
+    """
+    arguments = [kind, str(model), str(batch_size), device, str(threads), *map(str, photos)]
+    outcome = subprocess.run(
+        [sys.executable, "-m", __spec__.name, *arguments], capture_output=True, text=True
+    )
+    if outcome.returncode:
+        raise RuntimeError(f"measuring {kind} failed: {outcome.stderr.strip()[-500:]}")
+    result: dict[str, float] = json.loads(outcome.stdout.splitlines()[-1])
+    return result
+
+
+def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
+    import resource
+
+    kind, model, batch_size, device, threads, *photos = arguments
+    began = time.perf_counter()
+    if kind == "onnx":
+        captioner = Captioner.load(model, device=device, threads=int(threads))
+    else:
+        import torch
+
+        from capexport.models.checkpoint import load_checkpoint
+        from capexport.models.torch_captioner import torch_captioner
+
+        torch.set_num_threads(int(threads))
+        captioner = torch_captioner(load_checkpoint(Path(model)), device)
+    loaded = time.perf_counter() - began
+    captioner.caption(list(itertools.islice(itertools.cycle(photos), int(batch_size))))
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # ru_maxrss: bytes there, kilobytes elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"load_seconds": loaded, "peak_memory_mb": peak}
+
+
+def folder_size(folder: Path) -> float:
+    """Megabytes of the files in `folder`."""
+    return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+
+
+def available_threads() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    print(json.dumps(_footprint_of_this_process(sys.argv[1:])))

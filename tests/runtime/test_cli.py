@@ -1,0 +1,181 @@
+"""`capexport caption` and `capexport inspect`, called in-process but for what a kill needs."""
+
+import csv
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import draw_photo
+
+from capexport.bulk import coco_image_id
+from capexport.captioner import Captioner
+from capexport.cli import main
+
+
+@pytest.fixture
+def wanted(captioner: Captioner, photos: list[Path]) -> list[str]:
+    return [caption.text for caption in captioner.caption(photos)]
+
+
+def test_text_on_the_terminal(artifact, photos, wanted, capsys):
+    assert main(["caption", "-m", str(artifact), *map(str, photos)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{path}\t{text}" for path, text in zip(photos, wanted, strict=True)]
+
+
+def test_jsonl_is_metadata_of_its_folder(artifact, photos, wanted):
+    out = photos[0].parent / "metadata.jsonl"
+    folder = str(photos[0].parent)
+    assert (
+        main(["caption", "-m", str(artifact), folder, "--format", "jsonl", "--out", str(out)]) == 0
+    )
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert rows == [
+        {"file_name": path.name, "text": text} for path, text in zip(photos, wanted, strict=True)
+    ]
+
+
+def test_csv_and_coco(artifact, photos, wanted, tmp_path, capsys):
+    common = ["caption", "-m", str(artifact), *map(str, photos), "--batch-size", "5", "--format"]
+    assert main([*common, "csv"]) == 0
+    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert header == ["file_name", "text"]
+    assert rows == [[str(path), text] for path, text in zip(photos, wanted, strict=True)]
+    for out in ([], ["--out", str(tmp_path / "coco.json")]):
+        assert main([*common, "coco", *out]) == 0
+        text = Path(out[1]).read_text() if out else capsys.readouterr().out
+        assert json.loads(text) == [
+            {"image_id": path.stem, "caption": caption}
+            for path, caption in zip(photos, wanted, strict=True)
+        ]
+
+
+def test_coco_image_ids():
+    assert coco_image_id("COCO_val2014_000000000042.jpg") == 42
+    assert coco_image_id("a/000000397133.jpg") == 397133
+    assert coco_image_id("1000268201_693b08cb0e.jpg") == "1000268201_693b08cb0e"
+
+
+def test_side_cars(artifact, photos, wanted, capsys):
+    command = ["caption", "-m", str(artifact), str(photos[0].parent), "--format", "txt"]
+    photos[0].with_suffix(".txt").write_text("written by hand")
+    assert main(command) == 2
+    assert "photo_00.txt: already there, as are 1 of 12" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    texts = [path.with_suffix(".txt").read_text("utf-8") for path in photos]
+    assert texts == ["written by hand", *(f"{text}\n" for text in wanted[1:])]
+
+
+def test_side_cars_that_would_collide(artifact, photos, capsys):
+    draw_photo(0).save(photos[0].with_suffix(".png"))
+    command = ["caption", "-m", str(artifact), str(photos[0].parent), "--format", "txt"]
+    assert main(command) == 2
+    assert "would share the side-car file" in capsys.readouterr().err
+
+
+def test_globs_lists_and_repeated_names(artifact, photos, wanted, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{photos[3]}\n\n{photos[0]}\n"))
+    pattern = str(photos[0].parent / "photo_0[01].jpg")
+    assert main(["caption", "-m", str(artifact), pattern, "-", str(photos[1])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{photos[index]}\t{wanted[index]}" for index in (0, 1, 3)]
+
+
+def test_one_unreadable_image_does_not_stop_the_rest(artifact, photos, wanted, tmp_path, capsys):
+    photos[4].write_bytes(b"")
+    out = tmp_path / "captions.csv"
+    arguments = [*map(str, photos), str(tmp_path / "absent.jpg"), "--format", "csv"]
+    assert main(["caption", "-m", str(artifact), *arguments, "--out", str(out)]) == 1
+    rows = list(csv.reader(out.open(encoding="utf-8")))[1:]
+    assert [text for _, text in rows] == wanted[:4] + wanted[5:]
+    errors = capsys.readouterr().err
+    assert "photo_04.jpg: cannot read the image" in errors
+    assert "absent.jpg: no such image file" in errors
+    assert "2 of 13 images could not be read" in errors
+
+
+def test_unicode_names(artifact, tmp_path, capsys):
+    path = tmp_path / "été 犬.jpg"
+    draw_photo(1).save(path)
+    assert main(["caption", "-m", str(artifact), str(path), "--format", "jsonl"]) == 0
+    assert "été 犬.jpg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "txt", "--out", "x"], "leave out --out"),
+        (["--resume"], "--resume needs --out"),
+        (["--batch-size", "0"], "--batch-size must be"),
+        (["--device", "cuda"], "capexport[gpu]"),
+    ],
+)
+def test_refusals(artifact, photos, arguments, message, capsys):
+    assert main(["caption", "-m", str(artifact), str(photos[0]), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_empty_folders_and_existing_outputs(artifact, photos, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["caption", "-m", str(artifact), str(tmp_path / "empty")]) == 2
+    assert "empty: no image files there" in capsys.readouterr().err
+    out = tmp_path / "out.csv"
+    out.write_text("precious")
+    assert main(["caption", "-m", str(artifact), str(photos[0]), "--out", str(out)]) == 2
+    assert "already there" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    assert main(["caption", "-m", str(tmp_path), str(photos[0])]) == 2
+    assert "no manifest.json" in capsys.readouterr().err
+
+
+def test_kill_and_resume(artifact, photos, wanted, tmp_path, capsys):
+    out = tmp_path / "captions.jsonl"
+    arguments = ["-m", str(artifact), *map(str, photos), "--format", "jsonl", "--out", str(out)]
+    command = [sys.executable, "-m", "capexport.cli", "caption", *arguments, "--batch-size", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "captions.jsonl.journal"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    with journal.open("a") as file:
+        file.write('["torn')  # what a full disk or a power cut leaves
+    before = journal.read_text().splitlines()[1:-1]
+
+    assert main(["caption", *arguments]) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert main(["caption", *arguments, "--max-tokens", "3", "--resume"]) == 2
+    assert "another model or other options" in capsys.readouterr().err
+    photos[-1].rename(photos[-1].with_suffix(".bak"))
+    assert main(["caption", *arguments, "--resume"]) == 1
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["text"] for row in rows] == wanted[:-1]
+    assert len({row["file_name"] for row in rows}) == len(photos) - 1
+    assert not journal.exists()
+    assert [json.loads(line)[1] for line in before] == wanted[: len(before)]
+
+
+def test_inspect(artifact, capsys):
+    assert main(["inspect", str(artifact)]) == 0
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest["family"] == "cnn-lstm"
+    assert set(manifest["files"]) == {"encoder.onnx", "decoder_step.onnx", "vocabulary.json"}
+
+
+@pytest.mark.parametrize("command", [[], ["lstm"], ["caption"], ["inspect"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    if command:
+        assert "example" in capsys.readouterr().out
