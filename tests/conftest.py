@@ -7,7 +7,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-WORDS = ["a", "the", "dog", "cat", "man", "woman", "red", "blue", "runs", "jumps", "sits", "on", "in", "grass", "snow", "water", "with", "ball"]
+WORDS = [
+    "a",
+    "the",
+    "dog",
+    "cat",
+    "man",
+    "woman",
+    "red",
+    "blue",
+    "runs",
+    "jumps",
+    "sits",
+    "on",
+    "in",
+    "grass",
+    "snow",
+    "water",
+    "with",
+    "ball",
+]
 
 
 def draw_photo(seed: int, size: tuple[int, int] = (120, 90)) -> Image.Image:

@@ -37,18 +37,16 @@ def draw_samples(photos: Sequence[Photo], captions: Sequence[str], path: Path) -
     """A sheet of photos: the model's caption in bold, two of the references below it."""
     rows = -(-len(photos) // _COLUMNS)
     figure = Figure(figsize=(3.6 * _COLUMNS, 4.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    grid = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for axes in grid:
-        axes.axis("off")
+        axes.set(xticks=[], yticks=[], frame_on=False)
     for axes, photo, caption in zip(grid, photos, captions, strict=False):
         image = load_image(photo.path)
         image.thumbnail((360, 360))
         axes.imshow(image)
         axes.set_title(textwrap.fill(caption, 36), fontsize=11, fontweight="bold")
-        references = "\n".join(textwrap.fill(f"- {text}", 46) for text in photo.captions[:2])
-        axes.text(
-            0.5, -0.03, references, fontsize=8, va="top", ha="center", transform=axes.transAxes
-        )
+        references = (textwrap.fill(text, 50) for text in photo.captions[:2])
+        axes.set_xlabel("\n".join(references), fontsize=8)
     _save(figure, path)
 
 

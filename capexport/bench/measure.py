@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -112,8 +113,6 @@ def footprint(
 
 
 def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
-    import resource
-
     kind, model, batch_size, device, threads, *photos = arguments
     began = time.perf_counter()
     if kind == "onnx":
@@ -128,9 +127,19 @@ def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
         captioner = torch_captioner(load_checkpoint(Path(model)), device)
     loaded = time.perf_counter() - began
     captioner.caption(list(itertools.islice(itertools.cycle(photos), int(batch_size))))
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # ru_maxrss: bytes there, kilobytes elsewhere
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return {"load_seconds": loaded, "peak_memory_mb": peak}
+    return {"load_seconds": loaded, "peak_memory_mb": _peak_memory()}
+
+
+def _peak_memory() -> float:
+    """Megabytes of this process's largest resident set."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss would start from the parent process's
+        [peak] = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(peak) / 1e3
+    import resource
+
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def folder_size(folder: Path) -> float:

@@ -53,6 +53,7 @@ def save_checkpoint(
     }
     draft = folder / "weights.partial"
     save_file(state, draft)
+    draft.chmod(0o644)  # safetensors makes files that only their owner can read
     checkpoint.sha256 = sha256_of(draft)
     weights = f"weights-{checkpoint.sha256[:12]}.safetensors"
     draft.replace(folder / weights)

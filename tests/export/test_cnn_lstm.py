@@ -1,0 +1,245 @@
+"""`capexport lstm`: the graphs, their parity with PyTorch, and what stays behind on failure."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import draw_photo
+
+from capexport import Captioner, CheckpointError, OutputExistsError, ParityError
+from capexport.cli import main
+from capexport.export import parity
+from capexport.export.cnn_lstm import export_cnn_lstm
+from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from capexport.models.torch_captioner import torch_captioner
+
+
+def shapes(values) -> dict[str, list[int | str]]:
+    return {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in values
+    }
+
+
+def test_graphs_have_the_documented_inputs_and_outputs(artifact: Path, checkpoint: Checkpoint):
+    hidden = ["batch", checkpoint.model.config.hidden_size]
+    encoder = onnx.load(artifact / "encoder.onnx")
+    onnx.checker.check_model(encoder, full_check=True)
+    assert shapes(encoder.graph.input) == {"images": ["batch", 3, 224, 224]}
+    assert shapes(encoder.graph.output) == {"hidden": hidden, "cell": hidden}
+    step = onnx.load(artifact / "decoder_step.onnx")
+    onnx.checker.check_model(step, full_check=True)
+    assert shapes(step.graph.input) == {"tokens": ["batch"], "hidden": hidden, "cell": hidden}
+    assert shapes(step.graph.output) == {
+        "logits": ["batch", len(checkpoint.vocabulary)],
+        "next_hidden": hidden,
+        "next_cell": hidden,
+    }
+
+
+def test_captions_equal_pytorch_on_images_the_export_did_not_see(
+    artifact: Path, checkpoint: Checkpoint
+):
+    images = [draw_photo(seed) for seed in range(100, 140)]
+    exported = Captioner.load(artifact)
+    for variant in ({}, {"channels_last": False}, {"step_by_module": True}):
+        wanted = torch_captioner(copy.deepcopy(checkpoint), **variant).caption(images)
+        assert len({caption.tokens for caption in wanted}) > 10
+        for batch_size in (1, 7):
+            captions = exported.caption(images, batch_size=batch_size)
+            assert [c.tokens for c in captions] == [c.tokens for c in wanted]
+            np.testing.assert_allclose(
+                [c.log_probability for c in captions],
+                [c.log_probability for c in wanted],
+                rtol=1e-3,
+                atol=1e-3,
+            )
+
+
+def test_training_takes_the_same_steps(checkpoint: Checkpoint):
+    """`forward` (packed, for training) against `start` and `step`, logits by logits."""
+    model = checkpoint.model
+    captions = torch.tensor([[1, 5, 6, 7, 2], [1, 9, 2, 0, 0], [1, 4, 8, 2, 0]])
+    lengths = torch.tensor([5, 3, 4])
+    with torch.no_grad():
+        feature = torch.randn(3, model.config.embed_size)
+        packed = model.decoder(feature, captions, lengths)
+        logits, _ = torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+        for by_module in (False, True):
+            model.decoder.step_by_module = by_module
+            state = model.decoder.start(feature)
+            torch.testing.assert_close(model.decoder.output(state[0]), logits[:, 0])
+            for position in range(4):
+                stepped, state = model.decoder.step(captions[:, position], state)
+                alive = lengths > position + 1
+                torch.testing.assert_close(stepped[alive], logits[alive, position + 1])
+        model.decoder.step_by_module = False
+
+
+def test_the_manifest_reports_parity_and_provenance(artifact: Path, checkpoint: Checkpoint):
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert manifest["parity"]["captions"]["images"] == 16
+    assert manifest["parity"]["captions"]["identical"] == 16
+    assert manifest["parity"]["captions"]["distinct"] > 5
+    assert set(manifest["parity"]["max_difference"]) == {"encoder.onnx", "decoder_step.onnx"}
+    assert manifest["provenance"]["checkpoint_sha256"] == checkpoint.sha256
+    assert (
+        manifest["provenance"]["opset"]
+        == onnx.load(artifact / "encoder.onnx").opset_import[0].version
+    )
+    assert torch.__version__.startswith(manifest["provenance"]["versions"]["torch"])
+
+
+@pytest.mark.parametrize("broken", ["encoder", "decoder", "preprocessing"])
+def test_a_broken_export_leaves_nothing(
+    broken: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The graph of a slightly different model, or other pixels, must be found out."""
+    from capexport.export import cnn_lstm
+
+    wrong = copy.deepcopy(checkpoint.model)
+    if broken == "encoder":
+        wrong.encoder.backbone[3].conv[0][0].weight.data *= 1.05
+    else:
+        wrong.decoder.lstm.bias_hh_l0.data[5] += 0.05
+    real = cnn_lstm.export_graph
+
+    def export_wrong_graph(module, inputs, input_names, output_names, path):
+        if broken == "encoder" and path.name == "encoder.onnx":
+            module = cnn_lstm._EncoderGraph(wrong)
+        if broken == "decoder" and path.name == "decoder_step.onnx":
+            module = cnn_lstm._StepGraph(wrong)
+        if broken == "preprocessing" and path.name == "encoder.onnx":
+            module = torch.nn.Sequential(torch.nn.Upsample(scale_factor=1), module)
+            module[0].forward = lambda images: images.flip(1)
+        real(module, inputs, input_names, output_names, path)
+
+    monkeypatch.setattr(cnn_lstm, "export_graph", export_wrong_graph)
+    with pytest.raises(ParityError, match=r"\.onnx: .* differs from PyTorch by"):
+        export_cnn_lstm(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_captions_are_compared_too(artifact: Path, checkpoint: Checkpoint):
+    exported = Captioner.load(artifact)
+    reference = torch_captioner(checkpoint)
+    images = parity.seeded_images()
+    report = parity.compare_captions(reference, exported, images)
+    assert report["identical"] == 16
+    limit = reference.caption(images[0]).tokens
+    exported.options = type(exported.options)(
+        **{**vars(exported.options), "max_tokens": len(limit) - 1}
+    )
+    with pytest.raises(ParityError, match="by PyTorch"):
+        parity.compare_captions(reference, exported, images)
+
+
+def test_command_line(checkpoint: Checkpoint, photos: list[Path], tmp_path: Path, capsys):
+    folder = checkpoint.training["folder"]
+    out = tmp_path / "out"
+    more = [tmp_path / f"more_{seed}.png" for seed in range(4)]
+    for seed, path in enumerate(more):
+        draw_photo(50 + seed).save(path)
+    paths = [str(path) for path in (*photos, *more)]
+    assert main(["lstm", folder, "--out", str(out), "--photos", *paths]) == 0
+    assert "16 of 16 captions identical" in capsys.readouterr().out
+    assert json.loads((out / "manifest.json").read_text())["parity"]["inputs"] == "photos"
+    before = sorted(path.stat().st_mtime_ns for path in out.iterdir())
+    assert main(["lstm", folder, "--out", str(out)]) == 2
+    assert "already there" in capsys.readouterr().err
+    assert sorted(path.stat().st_mtime_ns for path in out.iterdir()) == before
+    assert main(["lstm", folder, "--out", str(tmp_path / "x"), "--photos", *paths[:3]]) == 2
+    assert "at least 16 photos" in capsys.readouterr().err
+    assert main(["lstm", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert "no checkpoint.json" in capsys.readouterr().err
+
+
+def test_kill_in_mid_export(checkpoint: Checkpoint, tmp_path: Path):
+    out = tmp_path / "out"
+    folder = checkpoint.training["folder"]
+    command = [sys.executable, "-m", "capexport.cli", "lstm", folder, "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    draft = tmp_path / ".out.partial" / "encoder.onnx"
+    while not draft.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    export_cnn_lstm(checkpoint, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(OutputExistsError):
+        export_cnn_lstm(checkpoint, out)
+
+
+@pytest.fixture
+def saved(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    save_checkpoint(copy.copy(checkpoint), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_checkpoints_round_trip_and_are_replaced_whole(saved: Path, checkpoint: Checkpoint):
+    again = load_checkpoint(saved)
+    assert again.vocabulary == checkpoint.vocabulary
+    assert again.image == checkpoint.image
+    for name, value in checkpoint.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], value, rtol=0, atol=0)
+    save_checkpoint(again, saved, torch.float16)
+    assert len(list(saved.iterdir())) == 2
+    halved = load_checkpoint(saved)
+    weight = halved.model.decoder.output.weight
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight, again.model.decoder.output.weight.half().float())
+
+
+def test_damaged_checkpoints_are_refused(saved: Path):
+    [weights] = saved.glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-100])
+    with pytest.raises(CheckpointError, match="not the file"):
+        load_checkpoint(saved)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="damaged checkpoint"):
+        load_checkpoint(saved)
+    path = saved / "checkpoint.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "schema": 7}))
+    with pytest.raises(CheckpointError, match="schema 7"):
+        load_checkpoint(saved)
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match="damaged checkpoint"):
+        load_checkpoint(saved)
+
+
+def test_the_runtime_passes_its_tests_where_torch_cannot_be_imported(artifact: Path):
+    blocked = [
+        "torch",
+        "torchvision",
+        "transformers",
+        "optimum",
+        "onnx",
+        "onnxscript",
+        "safetensors",
+    ]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked})); import pytest; "
+        "sys.exit(pytest.main(['tests/runtime', '-p', 'no:cacheprovider']))"
+    )
+    outcome = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "CAPEXPORT_TEST_ARTIFACT": str(artifact)},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome.returncode == 0, outcome.stdout
+    assert " passed" in outcome.stdout
