@@ -1,5 +1,6 @@
 """Models and photos that the tests build themselves; nothing is downloaded."""
 
+import csv
 import os
 from pathlib import Path
 
@@ -33,6 +34,20 @@ def draw_photo(seed: int, size: tuple[int, int] = (120, 90)) -> Image.Image:
     """A soft colour field, another one for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+CAPTIONS = ["A dog runs .", 'Two dogs , "playing" in snow']
+
+
+def kaggle(folder: Path, count: int = 20) -> Path:
+    (folder / "Images").mkdir(parents=True)
+    with (folder / "captions.txt").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for index in range(count):
+            draw_photo(index, (60, 50)).save(folder / "Images" / f"{index:03}.jpg")
+            writer.writerows([f"{index:03}.jpg", caption] for caption in CAPTIONS)
+    return folder
 
 
 @pytest.fixture

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from capexport.errors import CapexportError
+from capexport.cli import run_command
 from train.config import parse
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_command("train", lambda: _train(argv))
+
+
+def _train(argv: list[str] | None) -> int:
     config, resume = parse(argv)
     try:
         # Importing torch takes long; --help and usage errors need not wait for it.
@@ -16,17 +20,13 @@ def main(argv: list[str] | None = None) -> int:
 
         checkpoint, dataset = train(config, resume)
         finish(checkpoint, dataset, config)
-    except CapexportError as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        if (config.out / "last.safetensors").exists():
-            print(
-                f"\ntrain: stopped; {config.out}/best is usable, --resume {config.out} goes on",
-                file=sys.stderr,
-            )
-        else:
-            print("\ntrain: stopped before the first epoch ended", file=sys.stderr)
+        if not (config.out / "last.safetensors").exists():
+            raise
+        print(
+            f"\ntrain: stopped; {config.out}/best is usable, --resume {config.out} goes on",
+            file=sys.stderr,
+        )
         return 130
     print(f"done: {config.out}; export it with: capexport lstm {config.out} --out DIR")
     return 0

@@ -66,6 +66,15 @@ class TrainConfig:
     device: str = option("torch device, such as cpu or cuda", default="cpu")
     threads: int | None = option("CPU threads; all cores by default", default=None)
 
+    def __post_init__(self) -> None:
+        for name in ("min_count", "embed_size", "hidden_size", "batch_size", "epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if not self.learning_rate > 0:
+            raise ValueError("--learning-rate must be above 0")
+        if self.batch_size < 2:
+            raise ValueError("--batch-size must be at least 2: batch norm needs a variance")
+
     @property
     def caches_features(self) -> bool:
         return not (self.augment or self.train_backbone or self.no_feature_cache)

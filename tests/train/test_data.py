@@ -1,0 +1,106 @@
+"""Both layouts of Flickr8k, the split, cleaning, vocabulary, and what is left out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import CAPTIONS, draw_photo, kaggle
+
+from capexport.vocabulary import Vocabulary
+from train.data import DatasetError, Flickr8k, build_vocabulary, clean, read_flickr8k
+
+
+def original(folder: Path, count: int = 20) -> Path:
+    kaggle(folder, count)
+    (folder / "captions.txt").unlink()
+    (folder / "Images").rename(folder / "Flicker8k_Dataset")
+    (folder / "Flickr8k_text").mkdir()
+    lines = [
+        f"{index:03}.jpg#{number}\t{caption}"
+        for index in range(count)
+        for number, caption in enumerate(CAPTIONS)
+    ]
+    # A line like this one is in the real file.
+    lines.append("2258277193_586949ec62.jpg.1#0\tpeople waiting")
+    (folder / "Flickr8k_text" / "Flickr8k.token.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def names(dataset: Flickr8k) -> dict[str, list[str]]:
+    return {split: [photo.name for photo in photos] for split, photos in dataset.splits.items()}
+
+
+@pytest.mark.parametrize("layout", [kaggle, original])
+def test_layouts(layout: Callable[[Path], Path], tmp_path: Path):
+    dataset = read_flickr8k(layout(tmp_path), 0.1, 0.1, seed=0)
+    assert len(dataset.photos()) == 20
+    for photo in dataset.photos():
+        assert photo.captions == tuple(CAPTIONS)
+        assert photo.path.is_file()
+
+
+def test_the_split_is_80_10_10_by_photo_and_the_same_everywhere(tmp_path: Path):
+    folder = kaggle(tmp_path / "a")
+    first = names(read_flickr8k(folder, 0.1, 0.1, seed=0))
+    assert [len(photos) for photos in first.values()] == [16, 2, 2]
+    assert len({name for photos in first.values() for name in photos}) == 20
+    # Written down once: a split that moved would make every published score incomparable.
+    assert first["validation"] == ["015.jpg", "008.jpg"]
+    assert names(read_flickr8k(folder, 0.1, 0.1, seed=1)) != first
+    # A missing photo moves no other one to another split.
+    (folder / "Images" / first["train"][3]).unlink()
+    first["train"].pop(3)
+    assert names(read_flickr8k(folder, 0.1, 0.1, seed=0)) == first
+
+
+def test_the_official_split_counts_where_it_is(tmp_path: Path):
+    folder = original(tmp_path)
+    wanted = {"train": range(12), "validation": range(12, 15), "test": range(15, 20)}
+    for split, official in (("train", "train"), ("validation", "dev"), ("test", "test")):
+        text = "".join(f"{index:03}.jpg\n" for index in wanted[split])
+        (folder / "Flickr8k_text" / f"Flickr_8k.{official}Images.txt").write_text(text)
+    assert names(read_flickr8k(folder, 0.1, 0.1, seed=0)) == {
+        split: [f"{index:03}.jpg" for index in indices] for split, indices in wanted.items()
+    }
+
+
+def test_what_does_not_fit_is_counted_and_skipped(tmp_path: Path):
+    folder = kaggle(tmp_path)
+    (folder / "Images" / "003.jpg").unlink()
+    draw_photo(1).save(folder / "Images" / "uncaptioned.jpg")
+    dataset = read_flickr8k(folder, 0.1, 0.1, seed=0)
+    assert dataset.skipped == {
+        "captioned photos without an image file": ["003.jpg"],
+        "photos without captions": ["uncaptioned.jpg"],
+    }
+    assert len(dataset.photos()) == 19
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "captions.txt").unlink(), "neither captions.txt nor"),
+        (lambda folder: (folder / "captions.txt").write_text("image,caption\n"), "no captions"),
+        (lambda folder: (folder / "captions.txt").write_bytes(b"\xff\xfe\x00"), "not a caption"),
+        (lambda folder: (folder / "Images").rename(folder / "pictures"), "no image folder"),
+        (lambda folder: [p.unlink() for p in (folder / "Images").iterdir()], "no usable photo"),
+    ],
+)
+def test_nothing_usable_is_an_error(damage, message: str, tmp_path: Path):
+    folder = kaggle(tmp_path)
+    damage(folder)
+    with pytest.raises(DatasetError, match=message):
+        read_flickr8k(folder, 0.1, 0.1, seed=0)
+
+
+def test_cleaning():
+    caption = "A man's 2 dogs , and a tri-colored   cat run -- fast !"
+    assert clean(caption, keep_articles=False) == [
+        "mans", "dogs", "and", "tricolored", "cat", "run", "fast"
+    ]  # fmt: skip
+    assert clean("A dog .", keep_articles=True) == ["a", "dog"]
+
+
+def test_vocabulary_keeps_frequent_words_in_a_fixed_order():
+    captions = [["dog", "runs"], ["dog", "cat"], ["cat", "dog", "sits"]]
+    assert build_vocabulary(captions, 2).words == (*Vocabulary.SPECIALS, "dog", "cat")
