@@ -1,0 +1,60 @@
+"""The wheel alone, in an environment without torch, transformers, optimum and onnx."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: object, **options) -> str:
+    outcome = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, **options
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT)
+    [path] = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_capexport_alone(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names} == {
+        "capexport",
+        f"capexport-{wheel.name.split('-')[1]}.dist-info",
+    }
+    assert wheel.stat().st_size < 200_000
+
+
+def test_it_captions_in_a_small_environment_of_its_own(
+    wheel: Path, artifact: Path, photos: list[Path], captioner, tmp_path: Path
+):
+    venv = tmp_path / "venv"
+    run(sys.executable, "-m", "venv", venv)
+    python = venv / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", f"{wheel}[cpu]")
+    installed = json.loads(run(python, "-m", "pip", "list", "--format", "json"))
+    names = {package["name"].lower() for package in installed}
+    assert not names & {"torch", "torchvision", "transformers", "optimum", "onnx", "safetensors"}
+    size = sum(file.lstat().st_size for file in venv.rglob("*") if file.is_file())
+    assert size < 200e6, f"{size / 1e6:.0f} MB"
+    command = [venv / "bin" / "capexport", "caption", "-m", artifact, *photos]
+    wanted = [f"{p}\t{c.text}" for p, c in zip(photos, captioner.caption(photos), strict=True)]
+    assert run(*command, cwd=tmp_path).splitlines() == wanted
+    # Exporting from here must say what to install.
+    lstm = [venv / "bin" / "capexport", "lstm", "--out", tmp_path / "out"]
+    outcome = subprocess.run([str(part) for part in lstm], capture_output=True, text=True)
+    assert outcome.returncode == 2
+    assert "capexport[cpu,export]" in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
