@@ -10,6 +10,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
+from capexport.artifact import FILE_NAME, Manifest, sha256_of
+from capexport.bulk import (
+    FORMATS,
+    FileOutput,
+    Output,
+    SideCars,
+    StreamOutput,
+    caption_files,
+    find_images,
+)
+from capexport.captioner import Captioner
 from capexport.errors import CapexportError, CheckpointError, MissingExtraError
 
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "artifacts" / "default"
@@ -90,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     caption.add_argument(
         "--format",
-        choices=("text", "jsonl", "csv", "coco", "txt"),
+        choices=FORMATS,
         default="text",
         help="text: name and caption, tab between (default); jsonl: metadata.jsonl of Hugging Face "
         "datasets; coco: COCO results; txt: a file beside each image, as LoRA trainers read",
@@ -133,8 +146,6 @@ def _export_lstm(options: argparse.Namespace) -> int:
         raise MissingExtraError(
             f"exporting needs `pip install 'capexport[cpu,export]'` ({error})"
         ) from error
-    from capexport.bulk import find_images
-
     checkpoint = load_checkpoint(options.checkpoint or bundled_checkpoint())
     photos = find_images(options.photos, sys.stdin) if options.photos else []
     manifest = export_cnn_lstm(checkpoint, options.out, photos)
@@ -149,19 +160,6 @@ def _export_lstm(options: argparse.Namespace) -> int:
 
 
 def _caption(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from capexport.artifact import FILE_NAME, sha256_of
-    from capexport.bulk import (
-        FileOutput,
-        Output,
-        SideCars,
-        StreamOutput,
-        caption_files,
-        find_images,
-    )
-    from capexport.captioner import Captioner
-
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     if options.format == "txt" and options.out:
@@ -197,8 +195,6 @@ def _caption(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from capexport.artifact import Manifest
-
     print(json.dumps(dataclasses.asdict(Manifest.read(options.model)), indent=1))
     return 0
 

@@ -89,6 +89,8 @@ def train(config: TrainConfig, resume: bool = False) -> tuple[Checkpoint, Flickr
     config.out.mkdir(parents=True, exist_ok=True)
     _write_json(config.out / "config.json", config.to_json())
     _write_json(config.out / "skipped.json", dataset.skipped)
+    for reason, names in dataset.skipped.items():
+        print(f"left out: {len(names)} {reason} (listed in {config.out / 'skipped.json'})")
     training = {
         "command": "python -m train" + config.to_flags(),
         "photos": {split: len(photos) for split, photos in dataset.splits.items()},
