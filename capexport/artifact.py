@@ -77,6 +77,12 @@ class Manifest:
         manifest.check_files(folder)
         return manifest
 
+    def file(self, folder: Path, name: str) -> Path:
+        """The path of a file that the manifest vouches for."""
+        if name not in self.files:
+            raise ArtifactError(f"{folder / FILE_NAME}: lists no {name}; export again")
+        return folder / name
+
     def check_files(self, folder: Path) -> None:
         for name, record in self.files.items():
             file = folder / name
@@ -97,6 +103,7 @@ def new_artifact(out: Path) -> Iterator[Path]:
     Raises:
         OutputExistsError: `out` is there already.
     """
+    out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(f"{out}: already there; remove it, or pick another --out")
     draft = out.with_name(f".{out.name}.partial")
@@ -105,6 +112,8 @@ def new_artifact(out: Path) -> Iterator[Path]:
     try:
         yield draft
         draft.replace(out)
+    except OSError as error:
+        raise _with_name(error, out) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -135,8 +144,17 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
 def replace_file(path: Path, text: str) -> None:
     """Write UTF-8 text so that `path` holds the old or the new content, never part of it."""
     draft = path.with_name(path.name + ".partial")
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise _with_name(error, path) from error
+
+
+def _with_name(error: OSError, path: Path) -> OSError:
+    """A full disk is reported without the file that met it."""
+    return error if error.filename else OSError(error.errno, error.strerror, str(path))

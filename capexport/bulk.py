@@ -102,7 +102,9 @@ class Output(Protocol):
 class StreamOutput:
     """Rows to standard output, as they come; a COCO list at the end."""
 
-    def __init__(self, style: str, stream: TextIO) -> None:
+    def __init__(self, style: str, stream: TextIO, paths: Sequence[Path]) -> None:
+        if style == "coco":
+            _refuse_clashing_ids(paths)
         self._style, self._stream = style, stream
         self._rows: list[Row] = []
         if style == "csv":
@@ -147,10 +149,15 @@ class SideCars:
         pass
 
 
+def journal_of(out: Path) -> Path:
+    return out.with_name(out.name + ".journal")
+
+
 class FileOutput:
     """One file, written when all is done; until then its rows live in `<out>.journal`.
 
-    File names are relative to the file's folder for images below it, as `metadata.jsonl` wants.
+    Images below the file's folder are named relative to it, as `metadata.jsonl` wants, others by
+    their absolute path.
     """
 
     def __init__(
@@ -158,10 +165,10 @@ class FileOutput:
     ) -> None:
         self._out, self._style = out, style
         self._folder = os.path.abspath(out.parent)
-        self._journal = out.with_name(out.name + ".journal")
+        self._journal = journal_of(out)
         if style == "coco":
-            _refuse_clashes(paths, lambda path: str(coco_image_id(path.name)), "COCO image id")
-        if out.exists():
+            _refuse_clashing_ids(paths)
+        if out.exists() and not (resume and self._journal.exists()):
             raise OutputExistsError(f"{out}: already there and complete; remove it or pick another")
         if self._journal.exists() and not resume:
             raise OutputExistsError(
@@ -185,7 +192,7 @@ class FileOutput:
     def _name(self, path: Path) -> str:
         absolute = os.path.abspath(path)
         below = absolute.startswith(os.path.join(self._folder, ""))
-        return _readable_name(os.path.relpath(absolute, self._folder) if below else path)
+        return _readable_name(os.path.relpath(absolute, self._folder) if below else absolute)
 
     def done(self, path: Path) -> bool:
         return self._name(path) in self._rows
@@ -219,7 +226,13 @@ def _refuse_clashes(paths: Sequence[Path], key: Callable[[Path], str], what: str
     for path in paths:
         other = seen.setdefault(key(path), path)
         if other is not path:
-            raise OutputExistsError(f"{other} and {path} would share the {what} {key(path)}")
+            raise OutputExistsError(
+                f"{other} and {path} would share the {what} {key(path)}: rename one"
+            )
+
+
+def _refuse_clashing_ids(paths: Sequence[Path]) -> None:
+    _refuse_clashes(paths, lambda path: str(coco_image_id(path.name)), "COCO image id")
 
 
 def caption_files(

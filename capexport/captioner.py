@@ -89,20 +89,26 @@ class Captioner:
         manifest = Manifest.read(path)
         if manifest.family != "cnn-lstm":
             raise ArtifactError(f"{path}: unknown model family {manifest.family!r}")
+        words = manifest.file(path, "vocabulary.json")
         try:
-            vocabulary = Vocabulary(
-                tuple(json.loads((path / "vocabulary.json").read_text("utf-8")))
-            )
+            vocabulary = Vocabulary(tuple(json.loads(words.read_text("utf-8"))))
+            state = dict(manifest.state)
             decoding = dict(manifest.decoding)
             start_token = int(decoding.pop("start_token"))
             decoding["suppress_tokens"] = tuple(decoding["suppress_tokens"])
             options = DecodingOptions(**decoding)
+            if not 0 <= max(start_token, *options.suppress_tokens) < len(vocabulary):
+                raise ValueError("tokens outside the vocabulary")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: incomplete artifact: {error!r}; export again") from error
-        encoder = OnnxEncoder(path / "encoder.onnx", manifest.state, device, threads)
-        decoder = OnnxLstmDecoder(
-            path / "decoder_step.onnx", manifest.state, start_token, device, threads
-        )
+        encoder = OnnxEncoder(manifest.file(path, "encoder.onnx"), state, device, threads)
+        step = manifest.file(path, "decoder_step.onnx")
+        decoder = OnnxLstmDecoder(step, state, start_token, device, threads)
+        if decoder.vocabulary_size != len(vocabulary):
+            raise ArtifactError(
+                f"{path}: {len(vocabulary)} words, but logits for {decoder.vocabulary_size}; "
+                "export again"
+            )
         return cls(encoder, decoder, vocabulary, manifest.image, options)
 
     @overload  # a str is a Sequence too, but counts as one path

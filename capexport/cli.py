@@ -6,10 +6,14 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from capexport.artifact import FILE_NAME, Manifest, sha256_of
@@ -21,6 +25,7 @@ from capexport.bulk import (
     StreamOutput,
     caption_files,
     find_images,
+    journal_of,
 )
 from capexport.captioner import Captioner
 from capexport.errors import CapexportError, CheckpointError, MissingExtraError
@@ -32,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code.
 
     0: done; 1: some images could not be read; 2: refused, with one line that says why;
-    130: interrupted.
+    130: interrupted; 141: nobody reads standard output any more.
     """
     options = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s")
@@ -44,6 +49,9 @@ def run_command(name: str, command: Callable[[], int]) -> int:
     """`command()`, with the errors a user can mend as one line on standard error."""
     try:
         return command()
+    except BrokenPipeError:  # as when `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (CapexportError, OSError, ValueError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -55,6 +63,9 @@ def run_command(name: str, command: Callable[[], int]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="capexport", description="Image captioning from training to production."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"capexport {metadata.version('capexport')}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -166,9 +177,15 @@ def _caption(options: argparse.Namespace) -> int:
         raise ValueError("--format txt writes beside the images: leave out --out")
     if options.resume and options.format != "txt" and not options.out:
         raise ValueError("--resume needs --out FILE (or --format txt) to go on with")
+    out = options.out
+    if options.resume and out and out.exists() and not journal_of(out).exists():
+        print(f"capexport: {out} is complete", file=sys.stderr)
+        return 0
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    # Pillow still refuses real decompression bombs; its warning names no file.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     paths = find_images(options.paths, sys.stdin)
     captioner = Captioner.load(options.model, device=options.device, threads=options.threads)
     output: Output
@@ -178,17 +195,26 @@ def _caption(options: argparse.Namespace) -> int:
         key = f"{sha256_of(options.model / FILE_NAME)} max_tokens={options.max_tokens}"
         output = FileOutput(options.out, options.format, paths, key, options.resume)
     else:
-        output = StreamOutput(options.format, sys.stdout)
+        output = StreamOutput(options.format, sys.stdout, paths)
     todo = [path for path in paths if not output.done(path)]
     failed = 0
     with tqdm(total=len(paths), initial=len(paths) - len(todo), unit="image", disable=None) as bar:
-        for count, errors in caption_files(
-            captioner, todo, output, batch_size=options.batch_size, max_tokens=options.max_tokens
-        ):
-            for error in errors:
-                tqdm.write(f"capexport: {error}", file=sys.stderr)
-            failed += len(errors)
-            bar.update(count)
+        try:
+            for count, errors in caption_files(
+                captioner,
+                todo,
+                output,
+                batch_size=options.batch_size,
+                max_tokens=options.max_tokens,
+            ):
+                for error in errors:
+                    tqdm.write(f"capexport: {error}", file=sys.stderr)
+                failed += len(errors)
+                bar.update(count)
+        except KeyboardInterrupt:
+            if options.out or options.format == "txt":
+                tqdm.write("capexport: captions so far are kept; go on with --resume", sys.stderr)
+            raise
     if failed:
         print(f"capexport: {failed} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if failed else 0

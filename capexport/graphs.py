@@ -107,6 +107,8 @@ class OnnxLstmDecoder:
         self._outputs = ["logits", *state.values()]
         self._start_token = start_token
         _expect_names(path, self._session, {"tokens", *state}, set(self._outputs))
+        shapes = {node.name: node.shape for node in self._session.get_outputs()}
+        self.vocabulary_size = shapes["logits"][-1]
 
     def start(self, features: LstmState) -> tuple[FloatArray, LstmState]:
         batch = len(features[self._state[0]])

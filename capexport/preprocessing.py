@@ -53,6 +53,8 @@ class ImageSpec:
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.resize:
             raise ValueError(f"crop must lie in 1..resize, got {self.crop} of {self.resize}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError("mean and std take three numbers each, std above 0")
 
 
 def image_name(source: ImageSource) -> str:
@@ -86,6 +88,8 @@ def load_image(source: ImageSource) -> Image.Image:
             return _upright_rgb(_from_array(source))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _upright_rgb(image)
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageNotFoundError(f"{image_name(source)}: no such image file") from error
     except Image.DecompressionBombError as error:
@@ -114,12 +118,12 @@ def _from_array(array: NDArray[np.uint8]) -> Image.Image:
         raise ImageError(
             f"{image_name(array)}: expected (height, width) or (height, width, 1, 3 or 4)"
         )
-    if array.size == 0:
-        raise ImageError(f"{image_name(array)}: the image has no pixels")
     return Image.fromarray(array)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(f"{image_name(image)}: the image has no pixels")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64) >> 8

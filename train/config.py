@@ -70,6 +70,10 @@ class TrainConfig:
         for name in ("min_count", "embed_size", "hidden_size", "batch_size", "epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.seed < 0:
+            raise ValueError("--seed must be at least 0")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError("--threads must be at least 1")
         if not self.learning_rate > 0:
             raise ValueError("--learning-rate must be above 0")
         if self.batch_size < 2:

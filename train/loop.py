@@ -36,12 +36,12 @@ from capexport.artifact import replace_file
 from capexport.errors import CheckpointError, MissingExtraError, OutputExistsError
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
-from capexport.models.torch_captioner import torch_captioner
+from capexport.models.torch_captioner import require_torch_device, torch_captioner
 from capexport.preprocessing import ImageSpec, load_image
 from capexport.vocabulary import Vocabulary
 from train import figures
 from train.config import TrainConfig
-from train.data import Flickr8k, Photo, build_vocabulary, clean, read_flickr8k
+from train.data import DatasetError, Flickr8k, Photo, build_vocabulary, clean, read_flickr8k
 from train.features import cached_features, live_features, load_backbone, readable
 from train.score import caption_photos, format_scores, score
 
@@ -65,6 +65,7 @@ def train(config: TrainConfig, resume: bool = False) -> tuple[Checkpoint, Flickr
         raise OutputExistsError(
             f"{config.out}: already there; go on with --resume {config.out}, or pick another --out"
         )
+    require_torch_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -162,6 +163,9 @@ def _run_epochs(
         ]
         for split in ("train", "validation")
     }
+    for split, found in examples.items():
+        if not found:
+            raise DatasetError(f"no caption for {split} has a word left after the cleaning")
     examples["validation"].sort(key=lambda example: len(example[1]))
     optimiser = torch.optim.Adam(model.trainable_parameters(), config.learning_rate, fused=True)
     state_file = config.out / "last.safetensors"

@@ -78,10 +78,8 @@ def torch_captioner(
     Raises:
         DeviceError: PyTorch has no such device.
     """
-    try:
-        model = checkpoint.model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise DeviceError(f"PyTorch cannot use {device}: {error}") from error
+    require_torch_device(device)
+    model = checkpoint.model.to(device).eval()
     model.decoder.step_by_module = step_by_module
     return Captioner(
         TorchEncoder(model, device, channels_last),
@@ -90,6 +88,15 @@ def torch_captioner(
         checkpoint.image,
         DecodingOptions(**decoding_defaults()),
     )
+
+
+def require_torch_device(device: str) -> None:
+    """Raise `DeviceError` where PyTorch cannot compute on `device`."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceError(f"PyTorch cannot use the device {device!r}: {reason}") from error
 
 
 def decoding_defaults() -> dict[str, Any]:

@@ -118,6 +118,8 @@ def test_a_graph_that_onnxruntime_cannot_read(copied: Path):
         ({"image": {"resize": 3}}, "damaged manifest"),
         ({"decoding": {}}, "incomplete artifact"),
         ({"files": {"../encoder.onnx": {"bytes": 1, "sha256": ""}}}, "not a plain file name"),
+        ({"files": {}}, r"lists no vocabulary\.json"),
+        ({"state": None}, "incomplete artifact"),
         ({"unknown_field": 1}, "damaged manifest"),
     ],
 )

@@ -113,8 +113,13 @@ def test_a_missing_file_and_a_folder(tmp_path: Path):
     ids=["float", "two channels", "no pixels", "one axis"],
 )
 def test_arrays_that_are_no_images(array: np.ndarray):
-    with pytest.raises(ImageError, match="array of shape"):
+    with pytest.raises(ImageError, match=r"array of shape|no pixels"):
         load_image(array)
+
+
+def test_an_image_without_pixels():
+    with pytest.raises(ImageError, match="no pixels"):
+        load_image(Image.new("RGB", (0, 5)))
 
 
 def test_an_object_that_is_no_image():

@@ -252,6 +252,16 @@ def test_usage_errors(capsys, options, tmp_path):
         assert caught.value.code == 2
     assert main(["--resume", str(tmp_path)]) == 2
     assert "no run to resume" in capsys.readouterr().err
+    for wrong, message in (
+        (["--threads", "0"], "--threads"),
+        (["--batch-size", "1"], "--batch-size"),
+        (["--learning-rate", "-1"], "--learning-rate"),
+        (["--device", "tpu"], "cannot use the device 'tpu'"),
+    ):
+        assert main([*options, *wrong, "--out", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--keep-articles" in capsys.readouterr().out
