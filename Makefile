@@ -35,7 +35,7 @@ lint: $(VENV)/ready
 	$(BIN)/lint-imports
 
 bench: $(VENV)/ready
-	$(BIN)/capbench --json benchmarks/results.json --markdown benchmarks/results.md
+	$(BIN)/capbench --threads 2 --json benchmarks/results.json --markdown benchmarks/results.md
 	$(BIN)/python -m pytest benchmarks
 
 clean:

@@ -23,7 +23,7 @@ from PIL import Image
 from capexport.artifact import replace_file
 from capexport.captioner import Captioner
 from capexport.errors import ImageError, ImageNotFoundError, OutputExistsError
-from capexport.preprocessing import FloatArray, preprocess
+from capexport.preprocessing import FloatArray
 
 FORMATS = ("text", "jsonl", "csv", "coco", "txt")
 _CSV_HEADER = "file_name,text\n"
@@ -251,11 +251,11 @@ def caption_files(
 
     def read(path: Path) -> FloatArray | ImageError:
         try:
-            return preprocess(path, captioner.image)
+            return captioner.preprocess(path)
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(captioner.threads) as pool:
         batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
         following = [pool.submit(read, path) for path in batches[0]] if batches else []
         for index, batch in enumerate(batches):

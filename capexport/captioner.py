@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -47,6 +48,13 @@ class Caption:
     timing: Timing
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Captioner:
     """An encoder, a decoder, a vocabulary, and the image preprocessing they were trained with.
 
@@ -61,7 +69,9 @@ class Captioner:
         vocabulary: Vocabulary,
         image: ImageSpec,
         options: DecodingOptions,
+        threads: int | None = None,
     ) -> None:
+        self.threads = threads or available_cores()
         self.encoder = encoder
         self.decoder = decoder
         self.vocabulary = vocabulary
@@ -77,7 +87,8 @@ class Captioner:
         Args:
             folder: what `capexport lstm --out` wrote.
             device: "cpu" or "cuda".
-            threads: CPU threads for each graph; onnxruntime's choice (all cores) by default.
+            threads: CPU threads for preprocessing and the encoder; all cores by default.
+                Decoding takes one.
         Raises:
             ArtifactNotFoundError, ArtifactError: the folder is incomplete or altered.
             DeviceError: the device, or its execution provider, is not available.
@@ -103,13 +114,13 @@ class Captioner:
             raise ArtifactError(f"{path}: incomplete artifact: {error!r}; export again") from error
         encoder = OnnxEncoder(manifest.file(path, "encoder.onnx"), state, device, threads)
         step = manifest.file(path, "decoder_step.onnx")
-        decoder = OnnxLstmDecoder(step, state, start_token, device, threads)
+        decoder = OnnxLstmDecoder(step, state, start_token, device)
         if decoder.vocabulary_size != len(vocabulary):
             raise ArtifactError(
                 f"{path}: {len(vocabulary)} words, but logits for {decoder.vocabulary_size}; "
                 "export again"
             )
-        return cls(encoder, decoder, vocabulary, manifest.image, options)
+        return cls(encoder, decoder, vocabulary, manifest.image, options, threads)
 
     @overload  # a str is a Sequence too, but counts as one path
     def caption(  # type: ignore[overload-overlap]
@@ -145,23 +156,31 @@ class Captioner:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         captions: list[Caption] = []
-        for start in range(0, len(images), batch_size):
-            began = time.perf_counter()
-            batch = images[start : start + batch_size]
-            pixels = np.stack([preprocess(image, self.image) for image in batch])
-            seconds = time.perf_counter() - began
-            captions += self.caption_pixels(pixels, max_tokens=max_tokens, preprocess=seconds)
+        with ThreadPoolExecutor(self.threads) as pool:
+            for start in range(0, len(images), batch_size):
+                began = time.perf_counter()
+                batch = images[start : start + batch_size]
+                over = pool.map if len(batch) > 1 else map  # a thread's start costs more than one
+                pixels = np.stack(list(over(self.preprocess, batch)))
+                seconds = time.perf_counter() - began
+                captions += self.caption_pixels(
+                    pixels, max_tokens=max_tokens, preprocess_seconds=seconds
+                )
         return captions
 
+    def preprocess(self, image: ImageSource) -> FloatArray:
+        """One image, made ready for `caption_pixels`: float32 (3, height, width)."""
+        return preprocess(image, self.image)
+
     def caption_pixels(
-        self, pixels: FloatArray, *, max_tokens: int | None = None, preprocess: float = 0.0
+        self, pixels: FloatArray, *, max_tokens: int | None = None, preprocess_seconds: float = 0.0
     ) -> list[Caption]:
-        """Caption images that `preprocessing.preprocess` has made ready, as one batch.
+        """Caption images that `preprocess` has made ready, as one batch.
 
         Args:
             pixels: float32 (batch, 3, height, width).
             max_tokens: as for `caption`.
-            preprocess: the seconds that preprocessing took, for `Timing`.
+            preprocess_seconds: what preprocessing took, for `Timing`.
         """
         options = self.options
         if max_tokens is not None:
@@ -171,7 +190,7 @@ class Captioner:
         encoded = time.perf_counter()
         hypotheses = greedy(self.decoder, features, options)
         decoded = time.perf_counter()
-        timing = Timing(len(pixels), preprocess, encoded - began, decoded - encoded)
+        timing = Timing(len(pixels), preprocess_seconds, encoded - began, decoded - encoded)
         return [
             Caption(
                 self.vocabulary.decode(hypothesis.tokens),

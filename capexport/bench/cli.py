@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from capexport.artifact import Manifest, replace_file
 from capexport.bench import measure, report
 from capexport.bulk import find_images
-from capexport.captioner import Captioner
+from capexport.captioner import Captioner, available_cores
 from capexport.cli import bundled_checkpoint, run_command
 from capexport.errors import ArtifactError, ImageNotFoundError, MissingExtraError
 from capexport.graphs import require_provider
@@ -89,7 +89,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     source = options.checkpoint or bundled_checkpoint()
     paths = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
     photos = [path.read_bytes() for path in paths]
-    threads = options.threads or measure.available_threads()
+    threads = options.threads or available_cores()
     try:
         import torch
 
@@ -120,7 +120,7 @@ def _benchmark(options: argparse.Namespace) -> int:
             "footprint": {},
         }
         for size in options.batch_sizes:
-            variant, reference = _fastest_torch(checkpoint, options.device, photos, size)
+            variant, reference = _fastest_torch(checkpoint, options.device, threads, photos, size)
             run = measure.alternate(
                 {"torch": reference, "onnx": exported}, photos, size, options.repeats
             )
@@ -144,7 +144,7 @@ def _benchmark(options: argparse.Namespace) -> int:
 
 
 def _fastest_torch(
-    checkpoint: Checkpoint, device: str, photos: list[bytes], batch_size: int
+    checkpoint: Checkpoint, device: str, threads: int, photos: list[bytes], batch_size: int
 ) -> tuple[str, Captioner]:
     """PyTorch at its best for this batch size: memory format and LSTM call are tried out."""
     from capexport.models.torch_captioner import torch_captioner
@@ -159,6 +159,7 @@ def _fastest_torch(
             device,
             channels_last=encoder == "channels_last",
             step_by_module=decoder == "nn.LSTM",
+            threads=threads,
         )
     encoder = measure.fastest({k: variants[k] for k in encoders}, photos, batch_size, "encode")
     decoder = measure.fastest({k: variants[k] for k in decoders}, photos, batch_size, "decode")

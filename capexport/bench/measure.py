@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from tqdm import tqdm
 
 from capexport.captioner import Caption, Captioner
 
-WARM_UP = 3
+# Each turn begins with an untimed batch: caches and threads are the other captioner's until then.
+_TURN = 5
 # Both runtimes' worker threads keep spinning for a moment after a call; the pause lets them sleep,
 # so that neither is timed against the other's.
 _PAUSE = 0.03
@@ -32,51 +32,48 @@ def alternate(
     batch_size: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """Caption the same batches of encoded photos with each captioner in turn.
+    """Caption the same batches of encoded photos with each captioner, in turns of a few batches.
 
     Args:
         photos: the files' contents, so that no disk is timed; they are cycled through.
-        repeats: batches to time, after `WARM_UP` untimed ones.
+        repeats: batches to time, after a whole untimed turn of each captioner.
     Returns:
         By captioner: milliseconds a batch for each stage (mean, p50, p90, p99), captions and
         tokens a second at the median; and the share of captions that are identical.
     """
     stream = itertools.cycle(photos)
+    batches = [list(itertools.islice(stream, batch_size)) for _ in range(repeats)]
+    turns = [batches[:_TURN], *(batches[i : i + _TURN] for i in range(0, repeats, _TURN))]
     times: dict[str, dict[str, list[float]]] = {
         name: {stage: [] for stage in STAGES} for name in captioners
     }
-    tokens = dict.fromkeys(captioners, 0)
-    identical = compared = 0
+    captions: dict[str, list[Caption]] = {name: [] for name in captioners}
     names = list(captioners)
-    for repeat in tqdm(range(-WARM_UP, repeats), f"batch {batch_size}", leave=False, disable=None):
-        batch = list(itertools.islice(stream, batch_size))
-        outcome: dict[str, list[Caption]] = {}
+    title = f"batch {batch_size}"
+    for number, turn in enumerate(tqdm(turns, title, leave=False, disable=None)):
         for name in names:
             time.sleep(_PAUSE)
-            began = time.perf_counter()
-            outcome[name] = captioners[name].caption(batch, batch_size=batch_size)
-            total = time.perf_counter() - began
-            if repeat >= 0:
-                timing = outcome[name][0].timing
+            captioners[name].caption(turn[0], batch_size=batch_size)
+            for batch in turn if number else ():
+                began = time.perf_counter()
+                outcome = captioners[name].caption(batch, batch_size=batch_size)
+                total = time.perf_counter() - began
+                captions[name] += outcome
                 for stage in STAGES:
-                    spent = total if stage == "total" else getattr(timing, stage)
+                    spent = total if stage == "total" else getattr(outcome[0].timing, stage)
                     times[name][stage].append(1e3 * spent)
-                # The end token is decoded too.
-                tokens[name] += sum(len(caption.tokens) + 1 for caption in outcome[name])
         names.reverse()
-        if repeat >= 0:
-            for captions in zip(*outcome.values(), strict=True):
-                compared += 1
-                identical += len({caption.tokens for caption in captions}) == 1
     paths = {}
     for name, stages in times.items():
         statistics = {stage: _statistics(values) for stage, values in stages.items()}
+        tokens = sum(len(caption.tokens) + 1 for caption in captions[name])  # + 1: the end token
         paths[name] = {
             "milliseconds": statistics,
             "captions_per_second": 1e3 * batch_size / statistics["total"]["p50"],
-            "tokens_per_second": 1e3 * tokens[name] / repeats / statistics["decode"]["p50"],
+            "tokens_per_second": 1e3 * tokens / repeats / statistics["decode"]["p50"],
         }
-    return {"batch_size": batch_size, "identical_captions": identical / compared, "paths": paths}
+    same = [len({c.tokens for c in row}) == 1 for row in zip(*captions.values(), strict=True)]
+    return {"batch_size": batch_size, "identical_captions": sum(same) / len(same), "paths": paths}
 
 
 def _statistics(values: Sequence[float]) -> dict[str, float]:
@@ -124,7 +121,7 @@ def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
         from capexport.models.torch_captioner import torch_captioner
 
         torch.set_num_threads(int(threads))
-        captioner = torch_captioner(load_checkpoint(Path(model)), device)
+        captioner = torch_captioner(load_checkpoint(Path(model)), device, threads=int(threads))
     loaded = time.perf_counter() - began
     captioner.caption(list(itertools.islice(itertools.cycle(photos), int(batch_size))))
     return {"load_seconds": loaded, "peak_memory_mb": _peak_memory()}
@@ -145,13 +142,6 @@ def _peak_memory() -> float:
 def folder_size(folder: Path) -> float:
     """Megabytes of the files in `folder`."""
     return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-
-
-def available_threads() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -69,11 +69,13 @@ def torch_captioner(
     *,
     channels_last: bool = True,
     step_by_module: bool = False,
+    threads: int | None = None,
 ) -> Captioner:
     """A captioner that runs the checkpoint's own modules.
 
-    `channels_last` is the encoder's memory format, `step_by_module` as in `CaptionDecoder`: both
-    change the speed alone.
+    `channels_last` is the encoder's memory format, `step_by_module` as in `CaptionDecoder`, and
+    `threads` are those of preprocessing (`torch.set_num_threads` sets PyTorch's own); they change
+    the speed alone.
 
     Raises:
         DeviceError: PyTorch has no such device.
@@ -87,6 +89,7 @@ def torch_captioner(
         checkpoint.vocabulary,
         checkpoint.image,
         DecodingOptions(**decoding_defaults()),
+        threads,
     )
 
 
