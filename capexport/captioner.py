@@ -108,7 +108,8 @@ class Captioner:
             start_token = int(decoding.pop("start_token"))
             decoding["suppress_tokens"] = tuple(decoding["suppress_tokens"])
             options = DecodingOptions(**decoding)
-            if not 0 <= max(start_token, *options.suppress_tokens) < len(vocabulary):
+            tokens = (start_token, *options.suppress_tokens)
+            if not all(0 <= token < len(vocabulary) for token in tokens):
                 raise ValueError("tokens outside the vocabulary")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: incomplete artifact: {error!r}; export again") from error
@@ -160,8 +161,8 @@ class Captioner:
             for start in range(0, len(images), batch_size):
                 began = time.perf_counter()
                 batch = images[start : start + batch_size]
-                over = pool.map if len(batch) > 1 else map  # a thread's start costs more than one
-                pixels = np.stack(list(over(self.preprocess, batch)))
+                apply = pool.map if len(batch) > 1 else map  # one image is not worth a thread
+                pixels = np.stack(list(apply(self.preprocess, batch)))
                 seconds = time.perf_counter() - began
                 captions += self.caption_pixels(
                     pixels, max_tokens=max_tokens, preprocess_seconds=seconds

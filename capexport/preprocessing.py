@@ -105,7 +105,7 @@ def load_image(source: ImageSource) -> Image.Image:
     except AttributeError as error:
         raise ImageError(
             f"cannot read an image from {type(source).__name__}: pass a path, bytes, a binary "
-            "file, a PIL image or a uint8 array"
+            "file, a PIL image or a uint8 array; several as a list"
         ) from error
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -166,6 +167,10 @@ def _run_epochs(
     for split, found in examples.items():
         if not found:
             raise DatasetError(f"no caption for {split} has a word left after the cleaning")
+    print(
+        f"{len(dataset.splits['train'])} photos and {len(examples['train'])} captions to train on, "
+        f"a vocabulary of {len(vocabulary)}"
+    )
     examples["validation"].sort(key=lambda example: len(example[1]))
     optimiser = torch.optim.Adam(model.trainable_parameters(), config.learning_rate, fused=True)
     state_file = config.out / "last.safetensors"
@@ -224,6 +229,8 @@ def _pass(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss of {title} is {loss.item()}: lower --learning-rate")
         total += loss.item() * tokens
         count += tokens
         bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)

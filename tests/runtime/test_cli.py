@@ -162,6 +162,8 @@ def test_kill_and_resume(artifact, photos, wanted, tmp_path, capsys):
     assert [row["text"] for row in rows] == wanted[:-1]
     assert len({row["file_name"] for row in rows}) == len(photos) - 1
     assert not journal.exists()
+    assert main(["caption", *arguments, "--resume"]) == 0
+    assert "captions.jsonl is complete" in capsys.readouterr().err
     assert [json.loads(line)[1] for line in before] == wanted[: len(before)]
 
 

@@ -245,6 +245,12 @@ def test_backbone_weights_that_cannot_be_used(tmp_path, monkeypatch, options, ca
     assert not (tmp_path / "run").exists()
 
 
+def test_a_loss_that_explodes_is_reported(options, tmp_path, capsys):
+    options += ["--out", str(tmp_path / "run"), "--learning-rate", "1e30"]
+    assert main(options) == 2
+    assert "lower --learning-rate" in capsys.readouterr().err
+
+
 def test_usage_errors(capsys, options, tmp_path):
     for arguments in ([], ["--resume", str(tmp_path), "--epochs", "3"]):
         with pytest.raises(SystemExit) as caught:
