@@ -45,6 +45,13 @@ def require_provider(device: str) -> str:
     return PROVIDERS[device]
 
 
+def runtime_version() -> str:
+    """onnxruntime's version, whichever of its packages is installed."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
 def open_session(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:
     """Open a graph on `device`, and make sure that it really runs there.
 

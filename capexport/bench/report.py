@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from capexport.graphs import runtime_version
+
 Row = tuple[str, ...]
 
 
@@ -78,10 +80,8 @@ def environment(threads: int) -> dict[str, Any]:
         "threads": threads,
         "versions": {
             "Python": platform.python_version(),
-            **{
-                name: metadata.version(name)
-                for name in ("capexport", "torch", "onnxruntime", "numpy", "pillow")
-            },
+            **{name: metadata.version(name) for name in ("capexport", "torch", "numpy", "pillow")},
+            "onnxruntime": runtime_version(),
         },
     }
 

@@ -24,6 +24,7 @@ from capexport.export.parity import (
     compare_outputs,
     seeded_images,
 )
+from capexport.graphs import runtime_version
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.torch_captioner import decoding_defaults, torch_captioner
@@ -108,8 +109,11 @@ def export_cnn_lstm(
                 "opset": OPSET,
                 "exporter": "torch.onnx.export(dynamo=True)",
                 "versions": {
-                    name: importlib.metadata.version(name)
-                    for name in ("capexport", "torch", "onnxscript", "onnx", "onnxruntime")
+                    **{
+                        name: importlib.metadata.version(name)
+                        for name in ("capexport", "torch", "onnxscript", "onnx")
+                    },
+                    "onnxruntime": runtime_version(),
                 },
             },
             parity={},

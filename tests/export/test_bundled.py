@@ -1,0 +1,59 @@
+"""The bundled checkpoint: small, documented, and exported exactly."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from capexport import Captioner
+from capexport.bench.cli import sample_photos
+from capexport.cli import bundled_checkpoint, main
+from capexport.models.checkpoint import load_checkpoint
+from capexport.models.torch_captioner import torch_captioner
+from capexport.vocabulary import Vocabulary
+
+
+def test_it_fits_the_repository_and_its_description():
+    folder = bundled_checkpoint()
+    assert max(file.stat().st_size for file in folder.iterdir()) < 20e6
+    checkpoint = load_checkpoint(folder)
+    readme = (folder.parent / "README.md").read_text(encoding="utf-8")
+    assert checkpoint.training["command"] in readme
+    assert f"{len(checkpoint.vocabulary):,} words" in readme
+    for name, value in checkpoint.metrics["test"].items():
+        if isinstance(value, float):
+            assert f"{name} {value:.1f}" in readme
+
+
+def test_it_exports_and_captions_photos_as_pytorch_does(tmp_path: Path, capsys):
+    photos = sorted(sample_photos()[0].parent.glob("*.[jp][pn]g"))
+    assert len(photos) > 16
+    out = tmp_path / "bundled"
+    assert main(["lstm", "--out", str(out), "--photos", *map(str, photos)]) == 0
+    assert f"{len(photos)} of {len(photos)} captions identical" in capsys.readouterr().out
+    parity = json.loads((out / "manifest.json").read_text())["parity"]
+    assert parity["captions"]["distinct"] > len(photos) / 2
+    assert max(parity["max_difference"].values()) < 1e-4
+    exported = Captioner.load(out)
+    reference = torch_captioner(load_checkpoint(bundled_checkpoint()))
+    for photo in sample_photos():
+        caption = exported.caption(photo)
+        assert caption.tokens == reference.caption(photo).tokens
+        assert 3 < len(caption.tokens) < 30
+        assert min(caption.tokens) >= len(Vocabulary.SPECIALS)
+        assert caption.text.split()[0] in {"a", "an", "the", "two", "three", "several", "people"}
+
+
+def test_where_there_is_none_the_error_says_so(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr("capexport.cli.BUNDLED_CHECKPOINT", tmp_path / "absent")
+    assert main(["lstm", "--out", str(tmp_path / "out")]) == 2
+    assert "pass a CHECKPOINT folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["capexport", "capbench"])
+def test_console_scripts_are_installed(name: str):
+    from importlib.metadata import entry_points
+
+    [script] = entry_points(group="console_scripts", name=name)
+    assert callable(script.load())
