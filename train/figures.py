@@ -36,7 +36,7 @@ def draw_curves(history: Sequence[dict[str, float]], path: Path) -> None:
 def draw_samples(photos: Sequence[Photo], captions: Sequence[str], path: Path) -> None:
     """A sheet of photos: the model's caption in bold, two of the references below it."""
     rows = -(-len(photos) // _COLUMNS)
-    figure = Figure(figsize=(3.6 * _COLUMNS, 4.4 * rows), layout="constrained")
+    figure = Figure(figsize=(3.6 * _COLUMNS, 5.2 * rows), layout="constrained")
     grid = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for axes in grid:
         axes.set(xticks=[], yticks=[], frame_on=False)
@@ -45,7 +45,7 @@ def draw_samples(photos: Sequence[Photo], captions: Sequence[str], path: Path) -
         image.thumbnail((360, 360))
         axes.imshow(image)
         axes.set_title(textwrap.fill(caption, 36), fontsize=11, fontweight="bold")
-        references = (textwrap.fill(text, 50) for text in photo.captions[:2])
+        references = (textwrap.fill(textwrap.shorten(text, 90), 50) for text in photo.captions[:2])
         axes.set_xlabel("\n".join(references), fontsize=8)
     _save(figure, path)
 

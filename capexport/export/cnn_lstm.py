@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -120,7 +121,8 @@ def export_cnn_lstm(
         )
         manifest.write(draft)
         log.info("checking parity with PyTorch")
-        manifest.parity.update(_check_parity(checkpoint, Captioner.load(draft), photos))
+        report = _check_parity(checkpoint, Captioner.load(draft), photos)
+        manifest = dataclasses.replace(manifest, parity=report)
         manifest.write(draft)
     return manifest
 
