@@ -8,10 +8,12 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -60,6 +62,15 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         return 130
 
 
+def teaching(description: str, *examples: str) -> dict[str, Any]:
+    """Arguments for an `ArgumentParser` whose help ends in examples, a line each."""
+    return {
+        "description": textwrap.fill(description, 79),
+        "epilog": "\n  ".join(["examples:", *examples]),
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="capexport", description="Image captioning from training to production."
@@ -72,11 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     lstm = commands.add_parser(
         "lstm",
         help="export a CNN-LSTM checkpoint to ONNX",
-        description="Export a CNN-LSTM checkpoint to a folder that `Captioner.load` reads: "
-        "encoder.onnx, decoder_step.onnx, vocabulary.json and manifest.json. The folder appears "
-        "only if the graphs give the same values and captions as PyTorch.",
-        epilog="examples: capexport lstm runs/first --out artifacts/first; "
-        "capexport lstm --out artifacts/demo (the bundled Flickr8k model)",
+        **teaching(
+            "Export a CNN-LSTM checkpoint to a folder that `Captioner.load` reads: encoder.onnx, "
+            "decoder_step.onnx, vocabulary.json and manifest.json. The folder appears only if the "
+            "graphs give the same values and captions as PyTorch.",
+            "capexport lstm --out artifacts/demo              # the bundled Flickr8k model",
+            "capexport lstm runs/first --out artifacts/first --photos photos/",
+        ),
     )
     lstm.add_argument(
         "checkpoint",
@@ -97,11 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     caption = commands.add_parser(
         "caption",
         help="caption images",
-        description="Caption images with an exported model. One unreadable image does not stop "
-        "the rest: it is reported, and the exit code is 1.",
-        epilog="examples: capexport caption -m artifacts/first photo.jpg; "
-        "capexport caption -m artifacts/first photos/ --format jsonl --out photos/metadata.jsonl; "
-        "find . -name '*.png' | capexport caption -m artifacts/first - --format txt --resume",
+        **teaching(
+            "Caption images with an exported model. One unreadable image does not stop the rest: "
+            "it is reported, and the exit code is 1.",
+            "capexport caption -m artifacts/first photo.jpg",
+            "capexport caption -m artifacts/first photos/ --format jsonl --out metadata.jsonl",
+            "find . -name '*.png' | capexport caption -m artifacts/first - --format txt",
+        ),
     )
     caption.add_argument(
         "paths",
@@ -132,8 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="check an exported folder and say what it is",
-        description="Check an exported folder against its manifest, and print the manifest.",
-        epilog="example: capexport inspect artifacts/first",
+        **teaching(
+            "Check an exported folder against its manifest, and print the manifest.",
+            "capexport inspect artifacts/first",
+        ),
     )
     inspect.add_argument("model", type=Path, metavar="DIR", help="exported folder")
     inspect.set_defaults(run=_inspect)

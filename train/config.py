@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from capexport.cli import teaching
 from capexport.errors import CheckpointError
 
 
@@ -106,11 +107,13 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
     """The run's options, and whether it goes on with an earlier one."""
     parser = argparse.ArgumentParser(
         prog="python -m train",
-        description="Train the CNN-LSTM captioner (frozen MobileNetV2, LSTM) on Flickr8k. The "
-        "defaults are the published recipe.",
-        epilog="example: python -m train --data flickr8k --out runs/first --keep-articles; "
-        "then: capexport lstm runs/first --out artifacts/first",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        **teaching(
+            "Train the CNN-LSTM captioner (frozen MobileNetV2, LSTM) on Flickr8k. The defaults "
+            "are the published recipe.",
+            "python -m train --data flickr8k --out runs/first --keep-articles",
+            "python -m train --resume runs/first",
+            "capexport lstm runs/first --out artifacts/first   # then, to use the result",
+        ),
     )
     parser.add_argument(
         "--resume",
@@ -123,7 +126,7 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
     for item in dataclasses.fields(TrainConfig):
         flag = "--" + item.name.replace("_", "-")
         settings: dict[str, Any] = {"help": item.metadata["help"], "default": argparse.SUPPRESS}
-        if item.default is not dataclasses.MISSING and item.default not in (None, False):
+        if not any(item.default is none for none in (dataclasses.MISSING, None, False)):
             settings["help"] += f" (default: {item.default})"
         if item.type == "bool":
             settings["action"] = "store_true"

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from capexport import Captioner
 from capexport.artifact import FILE_NAME
+from capexport.cli import teaching
 from capexport.errors import CapexportError, MissingExtraError
 from train.data import SPLITS, Photo, read_flickr8k
 
@@ -104,9 +105,12 @@ def format_scores(scores: Mapping[str, float | str]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.score",
-        description="Score a captioner on a split of Flickr8k: BLEU, ROUGE-L, CIDEr-D, and METEOR "
-        "where Java is installed.",
-        epilog="example: python -m train.score artifacts/first --data flickr8k",
+        **teaching(
+            "Score a captioner on a split of Flickr8k: BLEU, ROUGE-L, CIDEr-D, and METEOR where "
+            "Java is installed.",
+            "python -m train.score artifacts/first --data flickr8k   # ONNX",
+            "python -m train.score runs/first --data flickr8k        # PyTorch",
+        ),
     )
     parser.add_argument(
         "captioner", type=Path, help="exported folder (ONNX), or checkpoint or run folder (PyTorch)"

@@ -17,7 +17,7 @@ from capexport.artifact import Manifest, replace_file
 from capexport.bench import measure, report
 from capexport.bulk import find_images
 from capexport.captioner import Captioner, available_cores
-from capexport.cli import bundled_checkpoint, run_command
+from capexport.cli import bundled_checkpoint, run_command, teaching
 from capexport.errors import ArtifactError, ImageNotFoundError, MissingExtraError
 from capexport.graphs import require_provider
 
@@ -41,10 +41,12 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="capbench",
-        description="Measure a captioner's PyTorch and ONNX paths against each other: in turn, in "
-        "one process, on the same photos. The last line of standard output is JSON.",
-        epilog="examples: capbench --device cpu; "
-        "capbench runs/first --artifact artifacts/first --photos photos/ --markdown table.md",
+        **teaching(
+            "Measure a captioner's PyTorch and ONNX paths against each other: in turn, in one "
+            "process, on the same photos. The last line of standard output is JSON.",
+            "capbench --device cpu                            # the bundled Flickr8k model",
+            "capbench runs/first --artifact artifacts/first --photos photos/ --markdown table.md",
+        ),
     )
     parser.add_argument(
         "checkpoint", nargs="?", type=Path, help="checkpoint or run folder (default: bundled)"
