@@ -22,12 +22,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LstmState: TypeAlias = dict[str, FloatArray]
 
 
-def require_provider(device: str) -> str:
-    """The execution provider of `device`.
-
-    Raises:
-        MissingExtraError, DeviceError: no onnxruntime, or none with this provider.
-    """
+def _import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -35,6 +30,21 @@ def require_provider(device: str) -> str:
             "onnxruntime is not installed: `pip install 'capexport[cpu]'`, or "
             "`pip install 'capexport[gpu]'` for CUDA (never both)"
         ) from error
+    return onnxruntime
+
+
+def runtime_version() -> str:
+    """onnxruntime's version, whichever of its packages is installed."""
+    return str(_import_onnxruntime().__version__)
+
+
+def require_provider(device: str) -> str:
+    """The execution provider of `device`.
+
+    Raises:
+        MissingExtraError, DeviceError: no onnxruntime, or none with this provider.
+    """
+    onnxruntime = _import_onnxruntime()
     if device not in PROVIDERS:
         raise DeviceError(f"unknown device {device!r}: choose cpu or cuda")
     if PROVIDERS[device] not in onnxruntime.get_available_providers():
@@ -45,13 +55,6 @@ def require_provider(device: str) -> str:
     return PROVIDERS[device]
 
 
-def runtime_version() -> str:
-    """onnxruntime's version, whichever of its packages is installed."""
-    import onnxruntime
-
-    return str(onnxruntime.__version__)
-
-
 def open_session(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:
     """Open a graph on `device`, and make sure that it really runs there.
 
@@ -60,8 +63,7 @@ def open_session(path: Path, device: str, threads: int | None) -> onnxruntime.In
         ArtifactError: onnxruntime cannot load the graph.
     """
     provider = require_provider(device)
-    import onnxruntime
-
+    onnxruntime = _import_onnxruntime()
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     options = onnxruntime.SessionOptions()

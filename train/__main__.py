@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from capexport.cli import run_command
+from capexport.errors import MissingExtraError
 from train.config import parse
 
 
@@ -17,7 +18,9 @@ def _train(argv: list[str] | None) -> int:
     try:
         # Importing torch takes long; --help and usage errors need not wait for it.
         from train.loop import finish, train
-
+    except ImportError as error:
+        raise MissingExtraError(f"training needs `pip install -e '.[train]'` ({error})") from error
+    try:
         checkpoint, dataset = train(config, resume)
         finish(checkpoint, dataset, config)
     except KeyboardInterrupt:

@@ -19,9 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 from capexport import Captioner
-from capexport.artifact import FILE_NAME
-from capexport.cli import teaching
-from capexport.errors import CapexportError, MissingExtraError
+from capexport.artifact import FILE_NAME, replace_file
+from capexport.cli import run_command, teaching
+from capexport.errors import MissingExtraError
 from train.data import SPLITS, Photo, read_flickr8k
 
 
@@ -123,22 +123,26 @@ def main(argv: list[str] | None = None) -> int:
         "--captions", type=Path, help="also write {file name: caption} to this JSON"
     )
     options = parser.parse_args(argv)
-    try:
-        if (options.captioner / FILE_NAME).exists():
-            captioner = Captioner.load(options.captioner)
-        else:
+    return run_command("train.score", lambda: _score(options))
+
+
+def _score(options: argparse.Namespace) -> int:
+    if (options.captioner / FILE_NAME).exists():
+        captioner = Captioner.load(options.captioner)
+    else:
+        try:
             from capexport.models.checkpoint import load_checkpoint
             from capexport.models.torch_captioner import torch_captioner
-
-            captioner = torch_captioner(load_checkpoint(options.captioner))
-        photos = read_flickr8k(options.data, 0.1, 0.1, options.seed).splits[options.split]
-        captions = caption_photos(captioner, photos, options.batch_size)
-        scores = score(captions, {photo.name: photo.captions for photo in photos})
-    except CapexportError as error:
-        print(f"train.score: {error}", file=sys.stderr)
-        return 2
+        except ImportError as error:
+            raise MissingExtraError(
+                f"a PyTorch captioner needs `pip install -e '.[train]'` ({error})"
+            ) from error
+        captioner = torch_captioner(load_checkpoint(options.captioner))
+    photos = read_flickr8k(options.data, 0.1, 0.1, options.seed).splits[options.split]
+    captions = caption_photos(captioner, photos, options.batch_size)
+    scores = score(captions, {photo.name: photo.captions for photo in photos})
     if options.captions:
-        options.captions.write_text(json.dumps(captions, indent=1), encoding="utf-8")
+        replace_file(options.captions, json.dumps(captions, indent=1) + "\n")
     print(f"{len(photos)} photos: {format_scores(scores)}")
     print(json.dumps(scores))
     return 0

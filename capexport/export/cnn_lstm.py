@@ -25,7 +25,7 @@ from capexport.export.parity import (
     compare_outputs,
     seeded_images,
 )
-from capexport.graphs import runtime_version
+from capexport.graphs import require_provider, runtime_version
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.torch_captioner import decoding_defaults, torch_captioner
@@ -76,6 +76,7 @@ def export_cnn_lstm(
     """
     if photos and len(photos) < IMAGES:
         raise ParityError(f"parity takes at least {IMAGES} photos, got {len(photos)}")
+    require_provider("cpu")  # parity needs it, at the very end
     model = checkpoint.model.cpu().eval()
     with new_artifact(out) as draft, torch.no_grad():
         log.info("exporting encoder.onnx")

@@ -163,6 +163,13 @@ def test_command_line(checkpoint: Checkpoint, photos: list[Path], tmp_path: Path
     assert "no checkpoint.json" in capsys.readouterr().err
 
 
+def test_without_onnxruntime_nothing_is_begun(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["lstm", checkpoint.training["folder"], "--out", str(tmp_path / "out")]) == 2
+    assert "capexport[cpu]" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_kill_in_mid_export(checkpoint: Checkpoint, tmp_path: Path):
     out = tmp_path / "out"
     folder = checkpoint.training["folder"]

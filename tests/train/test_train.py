@@ -268,6 +268,8 @@ def test_usage_errors(capsys, options, tmp_path):
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) == 1
+    assert score_module.main([str(tmp_path), "--data", str(tmp_path)]) == 2
+    assert "no checkpoint.json" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--keep-articles" in capsys.readouterr().out
