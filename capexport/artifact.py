@@ -18,6 +18,7 @@ from capexport.preprocessing import ImageSpec
 
 FILE_NAME = "manifest.json"
 SCHEMA = 1
+_ALWAYS_HASHED = 256 * 10**6  # bytes: what takes about a second
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,18 @@ class Manifest:
     files: dict[str, FileRecord]
     provenance: dict[str, Any]
     parity: dict[str, Any]
+    prompt: dict[str, Any] | None = None
     schema: int = SCHEMA
 
     def write(self, folder: Path) -> None:
         replace_file(folder / FILE_NAME, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path, *, thorough: bool = False) -> Manifest:
         """Read the manifest and check each file's presence, size and hash.
+
+        Files of more than 256 MB are not hashed unless `thorough`: that would read gigabytes of
+        weights, which are otherwise mapped and read when they are used.
 
         Raises:
             ArtifactNotFoundError: no manifest, or a file is missing.
@@ -56,7 +61,7 @@ class Manifest:
         path = folder / FILE_NAME
         if not path.is_file():
             raise ArtifactNotFoundError(
-                f"{folder}: no {FILE_NAME} there; pass the folder that `capexport lstm --out` wrote"
+                f"{folder}: no {FILE_NAME} there; pass the folder that a capexport export wrote"
             )
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +79,7 @@ class Manifest:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(f"{path}: damaged manifest: {error!r}; export again") from error
-        manifest.check_files(folder)
+        manifest.check_files(folder, thorough)
         return manifest
 
     def file(self, folder: Path, name: str) -> Path:
@@ -83,14 +88,15 @@ class Manifest:
             raise ArtifactError(f"{folder / FILE_NAME}: lists no {name}; export again")
         return folder / name
 
-    def check_files(self, folder: Path) -> None:
+    def check_files(self, folder: Path, thorough: bool) -> None:
         for name, record in self.files.items():
             file = folder / name
             if Path(name).name != name:
                 raise ArtifactError(f"{folder / FILE_NAME}: {name!r} is not a plain file name")
             if not file.is_file():
                 raise ArtifactNotFoundError(f"{file}: missing; export or copy the folder again")
-            if file.stat().st_size != record.bytes or sha256_of(file) != record.sha256:
+            hashed = thorough or record.bytes <= _ALWAYS_HASHED
+            if file.stat().st_size != record.bytes or (hashed and sha256_of(file) != record.sha256):
                 raise ArtifactError(
                     f"{file}: altered or damaged since the export; export or copy it again"
                 )

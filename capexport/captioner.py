@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import overload
 import numpy as np
 
 from capexport.artifact import Manifest
-from capexport.decoding import Decoder, DecodingOptions, Encoder, greedy
-from capexport.errors import ArtifactError
+from capexport.decoding import Decoder, DecodingOptions, Encoder, Prompts, greedy
+from capexport.errors import ArtifactError, ArtifactNotFoundError, DownloadError
 from capexport.preprocessing import FloatArray, ImageSource, ImageSpec, preprocess
-from capexport.vocabulary import Vocabulary
+from capexport.vocabulary import PromptSpec, PromptTokenizer, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Captioner:
         self,
         encoder: Encoder,
         decoder: Decoder,
-        vocabulary: Vocabulary,
+        vocabulary: Vocabulary | PromptTokenizer,
         image: ImageSpec,
         options: DecodingOptions,
         threads: int | None = None,
@@ -85,59 +86,61 @@ class Captioner:
         """Load an exported folder.
 
         Args:
-            folder: what `capexport lstm --out` wrote.
+            folder: what `capexport lstm --out` or `capexport blip2 --out` wrote, or the Hugging
+                Face id (`owner/name`) of such a folder.
             device: "cpu" or "cuda".
-            threads: CPU threads for preprocessing and the encoder; all cores by default.
-                Decoding takes one.
+            threads: CPU threads for preprocessing and the graphs; all cores by default. A
+                CNN-LSTM decodes on one.
         Raises:
             ArtifactNotFoundError, ArtifactError: the folder is incomplete or altered.
             DeviceError: the device, or its execution provider, is not available.
-            MissingExtraError: onnxruntime is not installed.
+            MissingExtraError: onnxruntime, or what BLIP-2 needs, is not installed.
+            DownloadError: a Hugging Face id cannot be downloaded.
         """
-        from capexport.graphs import OnnxEncoder, OnnxLstmDecoder
-
-        path = Path(folder)
+        path = _local_folder(folder)
         manifest = Manifest.read(path)
-        if manifest.family != "cnn-lstm":
+        families = {"cnn-lstm": _load_cnn_lstm, "blip2": _load_blip2}
+        if manifest.family not in families:
             raise ArtifactError(f"{path}: unknown model family {manifest.family!r}")
-        words = manifest.file(path, "vocabulary.json")
         try:
-            vocabulary = Vocabulary(tuple(json.loads(words.read_text("utf-8"))))
-            state = dict(manifest.state)
-            decoding = dict(manifest.decoding)
-            start_token = int(decoding.pop("start_token"))
-            decoding["suppress_tokens"] = tuple(decoding["suppress_tokens"])
-            options = DecodingOptions(**decoding)
-            tokens = (start_token, *options.suppress_tokens)
-            if not all(0 <= token < len(vocabulary) for token in tokens):
-                raise ValueError("tokens outside the vocabulary")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return families[manifest.family](path, manifest, device, threads)
+        except (ArtifactError, FileNotFoundError):
+            raise
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ArtifactError(f"{path}: incomplete artifact: {error!r}; export again") from error
-        encoder = OnnxEncoder(manifest.file(path, "encoder.onnx"), state, device, threads)
-        step = manifest.file(path, "decoder_step.onnx")
-        decoder = OnnxLstmDecoder(step, state, start_token, device)
-        if decoder.vocabulary_size != len(vocabulary):
-            raise ArtifactError(
-                f"{path}: {len(vocabulary)} words, but logits for {decoder.vocabulary_size}; "
-                "export again"
-            )
-        return cls(encoder, decoder, vocabulary, manifest.image, options, threads)
 
     @overload  # a str is a Sequence too, but counts as one path
     def caption(  # type: ignore[overload-overlap]
-        self, images: ImageSource, *, max_tokens: int | None = None, batch_size: int = 32
+        self,
+        images: ImageSource,
+        *,
+        prompt: str | None = None,
+        max_tokens: int | None = None,
+        min_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+        batch_size: int = 32,
     ) -> Caption: ...
 
     @overload
     def caption(
-        self, images: Sequence[ImageSource], *, max_tokens: int | None = None, batch_size: int = 32
+        self,
+        images: Sequence[ImageSource],
+        *,
+        prompt: str | Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        min_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+        batch_size: int = 32,
     ) -> list[Caption]: ...
 
     def caption(
         self,
         images: ImageSource | Sequence[ImageSource],
         *,
+        prompt: str | Sequence[str] | None = None,
         max_tokens: int | None = None,
+        min_tokens: int | None = None,
+        repetition_penalty: float | None = None,
         batch_size: int = 32,
     ) -> Caption | list[Caption]:
         """Caption one image, or a list or tuple of them.
@@ -145,27 +148,52 @@ class Captioner:
         Args:
             images: paths, encoded bytes, binary files, PIL images, or uint8 arrays of shape
                 (height, width[, 1, 3 or 4]).
+            prompt: what the caption goes on from, such as "Question: how many cats are there?
+                Answer:": one for all images, or a list with one for each. BLIP-2 alone takes any.
             max_tokens: longest caption, in tokens; the artifact's own bound by default.
+            min_tokens, repetition_penalty: as in `DecodingOptions`.
             batch_size: how many images of a list go through the graphs together.
         Returns:
             One `Caption`, or as many as images, in their order.
         Raises:
             ImageNotFoundError, ImageError: an image cannot be read.
+            ValueError: an argument is out of range, or doesn't suit the model.
         """
+        changes = {
+            "max_tokens": max_tokens,
+            "min_tokens": min_tokens,
+            "repetition_penalty": repetition_penalty,
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
         if not isinstance(images, list | tuple):
-            return self.caption([images], max_tokens=max_tokens)[0]  # type: ignore[list-item]
+            return self._caption([images], prompt, changes, 1)[0]  # type: ignore[list-item]
+        return self._caption(images, prompt, changes, batch_size)
+
+    def _caption(
+        self,
+        images: Sequence[ImageSource],
+        prompt: str | Sequence[str] | None,
+        changes: dict[str, float],
+        batch_size: int,
+    ) -> list[Caption]:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
+        if prompts is not None and len(prompts) != len(images):
+            raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
         captions: list[Caption] = []
         with ThreadPoolExecutor(self.threads) as pool:
             for start in range(0, len(images), batch_size):
                 began = time.perf_counter()
-                batch = images[start : start + batch_size]
-                apply = pool.map if len(batch) > 1 else map  # one image is not worth a thread
-                pixels = np.stack(list(apply(self.preprocess, batch)))
+                part = slice(start, start + batch_size)
+                apply = pool.map if len(images[part]) > 1 else map  # one is not worth a thread
+                pixels = np.stack(list(apply(self.preprocess, images[part])))
                 seconds = time.perf_counter() - began
                 captions += self.caption_pixels(
-                    pixels, max_tokens=max_tokens, preprocess_seconds=seconds
+                    pixels,
+                    prompts=prompts and prompts[part],
+                    changes=changes,
+                    preprocess_seconds=seconds,
                 )
         return captions
 
@@ -174,22 +202,26 @@ class Captioner:
         return preprocess(image, self.image)
 
     def caption_pixels(
-        self, pixels: FloatArray, *, max_tokens: int | None = None, preprocess_seconds: float = 0.0
+        self,
+        pixels: FloatArray,
+        *,
+        prompts: Sequence[str] | None = None,
+        changes: Mapping[str, float] | None = None,
+        preprocess_seconds: float = 0.0,
     ) -> list[Caption]:
         """Caption images that `preprocess` has made ready, as one batch.
 
         Args:
             pixels: float32 (batch, 3, height, width).
-            max_tokens: as for `caption`.
+            prompts: one for each image.
+            changes: fields of `DecodingOptions` that differ from the artifact's own.
             preprocess_seconds: what preprocessing took, for `Timing`.
         """
-        options = self.options
-        if max_tokens is not None:
-            options = dataclasses.replace(options, max_tokens=max_tokens)
+        framed, options = self._frame(prompts, len(pixels), changes or {})
         began = time.perf_counter()
         features = self.encoder(pixels)
         encoded = time.perf_counter()
-        hypotheses = greedy(self.decoder, features, options)
+        hypotheses = greedy(self.decoder, features, options, framed)
         decoded = time.perf_counter()
         timing = Timing(len(pixels), preprocess_seconds, encoded - began, decoded - encoded)
         return [
@@ -201,3 +233,109 @@ class Captioner:
             )
             for hypothesis in hypotheses
         ]
+
+    def _frame(
+        self, prompts: Sequence[str] | None, batch: int, changes: Mapping[str, float]
+    ) -> tuple[Prompts | None, DecodingOptions]:
+        """The prompts as ids, and the options of this call, held to the room behind them."""
+        options = dataclasses.replace(self.options, **changes)  # type: ignore[arg-type]
+        if isinstance(self.vocabulary, Vocabulary):
+            if prompts is not None:
+                raise ValueError("a CNN-LSTM takes no prompt")
+            return None, options
+        framed = self.vocabulary.prompts(prompts, batch)
+        limit = self.vocabulary.spec.max_positions
+        if limit is not None:
+            # The last token is never fed, so it needs no position.
+            room = limit + 1 - framed.tokens.shape[1]
+            if room < max(1, changes.get("max_tokens", 1), options.min_tokens):
+                raise ValueError(
+                    f"a prompt of {framed.tokens.shape[1]} tokens, the image's included, leaves "
+                    f"room for {max(room, 0)} of the model's {limit}: shorten it, or max_tokens"
+                )
+            options = dataclasses.replace(options, max_tokens=min(options.max_tokens, room))
+        return framed, options
+
+
+def _local_folder(folder: str | os.PathLike[str]) -> Path:
+    """`folder`, or the local copy of what it names on the Hugging Face hub."""
+    path = Path(folder)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(folder)):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ArtifactNotFoundError(
+            f"{folder}: no such folder; if it is a Hugging Face id, first "
+            "`pip install 'capexport[tokenizers]'`"
+        ) from error
+    try:
+        return Path(snapshot_download(os.fspath(folder)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DownloadError(
+            f"{folder}: no such folder, nor one that can be downloaded from the Hugging Face hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _load_cnn_lstm(path: Path, manifest: Manifest, device: str, threads: int | None) -> Captioner:
+    from capexport.graphs import OnnxEncoder, OnnxLstmDecoder
+
+    words = json.loads(manifest.file(path, "vocabulary.json").read_text("utf-8"))
+    vocabulary = Vocabulary(tuple(words))
+    state = dict(manifest.state)
+    start_token = int(manifest.decoding["start_token"])
+    options = _decoding_options(path, manifest, len(vocabulary), [start_token])
+    encoder = OnnxEncoder(manifest.file(path, "encoder.onnx"), state, device, threads)
+    step = manifest.file(path, "decoder_step.onnx")
+    decoder = OnnxLstmDecoder(step, state, start_token, device)
+    if decoder.vocabulary_size != len(vocabulary):
+        raise ArtifactError(
+            f"{path}: {len(vocabulary)} words, but logits for {decoder.vocabulary_size}; "
+            "export again"
+        )
+    return Captioner(encoder, decoder, vocabulary, manifest.image, options, threads)
+
+
+def _load_blip2(path: Path, manifest: Manifest, device: str, threads: int | None) -> Captioner:
+    from capexport.graphs import OnnxCacheDecoder, OnnxImageEncoder
+
+    spec = PromptSpec(**(manifest.prompt or {}))
+    tokenizer = PromptTokenizer(manifest.file(path, "tokenizer.json"), spec)
+    graphs = ["embed_tokens.onnx", "decoder_model_merged.onnx"]
+    if spec.start_token is not None:
+        graphs.append("encoder_model.onnx")
+    # Quantised products are fast only in the layout that onnxruntime packs them into.
+    mapped = manifest.precision in ("fp32", "fp16")
+    decoder = OnnxCacheDecoder(
+        {name: manifest.file(path, name) for name in graphs},
+        manifest.state,
+        spec.image_token,
+        spec.start_token,
+        device,
+        threads,
+        mapped=mapped,
+    )
+    size = decoder.vocabulary_size
+    options = _decoding_options(path, manifest, size, [spec.image_token, spec.bos_token])
+    if len(tokenizer) > size:
+        raise ArtifactError(
+            f"{path}: a tokenizer of {len(tokenizer)} tokens, but logits for {size}; export again"
+        )
+    vision = manifest.file(path, "vision_encoder.onnx")
+    encoder = OnnxImageEncoder(vision, device, threads, mapped=mapped)
+    return Captioner(encoder, decoder, tokenizer, manifest.image, options, threads)
+
+
+def _decoding_options(
+    path: Path, manifest: Manifest, vocabulary_size: int, tokens: Sequence[int]
+) -> DecodingOptions:
+    fields = {item.name for item in dataclasses.fields(DecodingOptions)}
+    given = {name: value for name, value in manifest.decoding.items() if name in fields}
+    for name in ("end_tokens", "suppress_tokens"):
+        given[name] = tuple(given[name])
+    options = DecodingOptions(**given)
+    if not all(0 <= t < vocabulary_size for t in (*tokens, *options.suppress_tokens)):
+        raise ArtifactError(f"{path}: tokens outside the vocabulary; export again")
+    return options

@@ -29,10 +29,25 @@ class Encoder(Protocol):
         """Take float32 (batch, 3, height, width); return all that the decoder needs to start."""
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What the captions of a batch go on from, as token ids.
+
+    Attributes:
+        tokens: int64 (batch, length), with a place for each of the image's features.
+        mask: int64 (batch, length), 0 for padding.
+        context: int64 (batch, n), the ids that the repetition penalty counts as said already.
+    """
+
+    tokens: TokenArray
+    mask: TokenArray
+    context: TokenArray
+
+
 class Decoder(Protocol):
     """Runs once for every token."""
 
-    def start(self, features: Features) -> tuple[FloatArray, State]:
+    def start(self, features: Features, prompts: Prompts | None) -> tuple[FloatArray, State]:
         """Logits of the first word, float32 (batch, vocabulary), and the state behind them.
 
         The logits are the caller's to overwrite.
@@ -49,17 +64,28 @@ class Decoder(Protocol):
 class DecodingOptions:
     """How captions are decoded; the artifact's manifest holds the defaults.
 
-    `max_tokens` bounds a caption, the end token not counted; `suppress_tokens` are never chosen
-    (padding, start and unknown words: nothing that a reader should see).
+    The numbers mean what they mean in Transformers' `generate()`. `max_tokens` (there
+    `max_new_tokens`) bounds a caption, the end token not counted; before `min_tokens` no end token
+    is chosen; `repetition_penalty` above 1 makes words less likely that were said before (Keskar et
+    al. 2019, section 4.1). `suppress_tokens` are never chosen (padding, start and unknown words:
+    nothing that a reader should see).
     """
 
-    end_token: int
+    end_tokens: tuple[int, ...]
     max_tokens: int = 30
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
     suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"min_tokens must lie in 0..max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
 
 @dataclass
@@ -71,34 +97,55 @@ class Hypothesis:
     log_probability: float = 0.0
 
 
-def greedy(decoder: Decoder, features: Features, options: DecodingOptions) -> list[Hypothesis]:
+def greedy(
+    decoder: Decoder,
+    features: Features,
+    options: DecodingOptions,
+    prompts: Prompts | None = None,
+) -> list[Hypothesis]:
     """Take the likeliest token at every step; rows that have ended leave the batch."""
-    logits, state = decoder.start(features)
+    logits, state = decoder.start(features, prompts)
     hypotheses = [Hypothesis([]) for _ in range(len(logits))]
+    said = prompts.context if prompts else np.zeros((len(logits), 0), np.int64)
     running: Sequence[Hypothesis] = hypotheses
-    while True:
-        tokens, log_probabilities = _likeliest(logits, options.suppress_tokens)
-        for hypothesis, token, log_probability in zip(
-            running, tokens.tolist(), log_probabilities.tolist(), strict=True
+    for length in range(1, options.max_tokens + 1):  # every running row has the same length
+        _adjust(logits, said, options, length)
+        tokens, log_probabilities = _likeliest(logits)
+        ended = np.isin(tokens, options.end_tokens)
+        for hypothesis, token, log_probability, end in zip(
+            running, tokens.tolist(), log_probabilities.tolist(), ended.tolist(), strict=True
         ):
             hypothesis.log_probability += log_probability
-            if token != options.end_token:
+            if not end:
                 hypothesis.tokens.append(token)
-        rows = np.flatnonzero(tokens != options.end_token)
-        # Every running row has the same length, so they meet the bound together.
-        if len(rows) == 0 or len(running[int(rows[0])].tokens) == options.max_tokens:
-            return hypotheses
+        rows = np.flatnonzero(~ended)
+        if len(rows) == 0 or length == options.max_tokens:
+            break
         if len(rows) < len(running):
             state = decoder.select(state, rows)
-            tokens = tokens[rows]
+            tokens, said = tokens[rows], said[rows]
             running = [running[row] for row in rows.tolist()]
+        said = np.concatenate([said, tokens[:, None]], axis=1)
         logits, state = decoder.step(tokens, state)
+    return hypotheses
 
 
-def _likeliest(logits: FloatArray, suppressed: Sequence[int]) -> tuple[TokenArray, FloatArray]:
-    """The best token of each row, the first of equals, and its log-probability."""
+def _adjust(logits: FloatArray, said: TokenArray, options: DecodingOptions, length: int) -> None:
+    """Change the logits of a caption's token number `length` as the options say."""
+    if options.repetition_penalty != 1:
+        scores = np.take_along_axis(logits, said, 1)
+        penalty = np.float32(options.repetition_penalty)
+        penalised = np.where(scores < 0, scores * penalty, scores / penalty)
+        np.put_along_axis(logits, said, penalised, 1)
+    suppressed = options.suppress_tokens
+    if length <= options.min_tokens:
+        suppressed += options.end_tokens
     if suppressed:
-        logits[:, list(suppressed)] = -np.inf
+        logits[:, suppressed] = -np.inf
+
+
+def _likeliest(logits: FloatArray) -> tuple[TokenArray, FloatArray]:
+    """The best token of each row, the first of equals, and its log-probability."""
     tokens: TokenArray = logits.argmax(axis=1)
     best = logits[np.arange(len(logits)), tokens]
     log_sum = np.log(np.exp(logits - best[:, None]).sum(axis=1))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capexport.decoding import TokenArray
+from capexport.decoding import Prompts, TokenArray
 from capexport.errors import ArtifactError, DeviceError, MissingExtraError
 from capexport.preprocessing import FloatArray
 
@@ -55,8 +56,13 @@ def require_provider(device: str) -> str:
     return PROVIDERS[device]
 
 
-def open_session(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:
+def open_session(
+    path: Path, device: str, threads: int | None, *, mapped: bool = False
+) -> onnxruntime.InferenceSession:
     """Open a graph on `device`, and make sure that it really runs there.
+
+    `mapped` leaves a CPU graph's external weights where they are mapped, instead of repacking them
+    into memory of this process: twice the weights are not to be had everywhere.
 
     Raises:
         MissingExtraError, DeviceError: as `require_provider`, or the provider does not start.
@@ -69,6 +75,8 @@ def open_session(path: Path, device: str, threads: int | None) -> onnxruntime.In
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
+    if mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         session = onnxruntime.InferenceSession(path, options, [provider])
     except Exception as error:  # onnxruntime's own exceptions share no narrower base
@@ -120,7 +128,7 @@ class OnnxLstmDecoder:
         shapes = {node.name: node.shape for node in self._session.get_outputs()}
         self.vocabulary_size = shapes["logits"][-1]
 
-    def start(self, features: LstmState) -> tuple[FloatArray, LstmState]:
+    def start(self, features: LstmState, prompts: None = None) -> tuple[FloatArray, LstmState]:
         batch = len(features[self._state[0]])
         return self.step(np.full(batch, self._start_token, np.int64), features)
 
@@ -131,6 +139,136 @@ class OnnxLstmDecoder:
 
     def select(self, state: LstmState, rows: NDArray[np.intp]) -> LstmState:
         return {name: values[rows] for name, values in state.items()}
+
+
+class OnnxImageEncoder:
+    """BLIP-2's `vision_encoder.onnx`: images to features, (batch, query tokens, width)."""
+
+    def __init__(self, path: Path, device: str, threads: int | None, *, mapped: bool) -> None:
+        self._session = open_session(path, device, threads, mapped=mapped)
+        _expect_names(path, self._session, {"pixel_values"}, {"image_features"})
+
+    def __call__(self, images: FloatArray) -> NDArray[Any]:
+        features: NDArray[Any] = self._session.run(None, {"pixel_values": images})[0]
+        return features
+
+
+@dataclass
+class CacheState:
+    """Keys and values by input name, kept on the device, and the mask of what they stand for."""
+
+    cache: dict[str, onnxruntime.OrtValue]
+    mask: TokenArray
+
+
+class OnnxCacheDecoder:
+    """BLIP-2's language model: `embed_tokens.onnx` and `decoder_model_merged.onnx`, with
+    `encoder_model.onnx` in front where it is an encoder-decoder.
+
+    `cache` maps each key and value input of the decoder to the output that holds its next value;
+    the encoder's outputs stay as they are from step to step.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        cache: Mapping[str, str],
+        image_token: int,
+        start_token: int | None,
+        device: str,
+        threads: int | None,
+        *,
+        mapped: bool,
+    ) -> None:
+        self._embed = open_session(files["embed_tokens.onnx"], device, 1, mapped=mapped)
+        _expect_names(
+            files["embed_tokens.onnx"], self._embed, {"input_ids"}, {"inputs_embeds"}
+        )
+        step = files["decoder_model_merged.onnx"]
+        self._step = open_session(step, device, threads, mapped=mapped)
+        produced = {node.name for node in self._step.get_outputs()} - {"logits"}
+        self._moving = {past: present for past, present in cache.items() if present in produced}
+        self._fixed = {past: present for past, present in cache.items() if present not in produced}
+        self._encoder = None
+        self._mask_input = "attention_mask"
+        if self._fixed:
+            path = files["encoder_model.onnx"]
+            self._encoder = open_session(path, device, threads, mapped=mapped)
+            self._mask_input = "encoder_attention_mask"
+            inputs = {"inputs_embeds", "attention_mask"}
+            _expect_names(path, self._encoder, inputs, set(self._fixed.values()))
+        inputs = {"inputs_embeds", self._mask_input, *cache}
+        _expect_names(step, self._step, inputs, {"logits", *self._moving.values()})
+        self._inputs = {node.name: node for node in self._step.get_inputs()}
+        self.vocabulary_size = self._step.get_outputs()[0].shape[-1]
+        self._image_token = image_token
+        self._start_token = start_token
+        self._device = device
+
+    def start(
+        self, features: NDArray[Any], prompts: Prompts | None
+    ) -> tuple[FloatArray, CacheState]:
+        assert prompts is not None
+        embeddings = self._embed_tokens(prompts.tokens)
+        embeddings[prompts.tokens == self._image_token] = features.reshape(-1, features.shape[-1])
+        state = CacheState({}, prompts.mask)
+        batch = len(prompts.tokens)
+        if self._encoder is not None:
+            inputs = {"inputs_embeds": embeddings, "attention_mask": prompts.mask}
+            outputs = self._run(self._encoder, inputs, {}, self._fixed.values())
+            state.cache = dict(zip(self._fixed, outputs, strict=True))
+            embeddings = self._embed_tokens(np.full((batch, 1), self._start_token, np.int64))
+        for name in self._moving:
+            _, heads, _, width = self._inputs[name].shape
+            kind = np.float16 if self._inputs[name].type == "tensor(float16)" else np.float32
+            state.cache[name] = self._on_device(np.empty((batch, heads, 0, width), kind))
+        return self._advance(embeddings, state)
+
+    def step(self, tokens: TokenArray, state: CacheState) -> tuple[FloatArray, CacheState]:
+        mask = state.mask
+        if self._encoder is None:
+            mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], axis=1)
+        return self._advance(self._embed_tokens(tokens[:, None]), CacheState(state.cache, mask))
+
+    def select(self, state: CacheState, rows: NDArray[np.intp]) -> CacheState:
+        # Through the host, but only when a caption ends: steps leave the cache where it is.
+        cache = {
+            name: self._on_device(value.numpy()[rows]) for name, value in state.cache.items()
+        }
+        return CacheState(cache, state.mask[rows])
+
+    def _embed_tokens(self, tokens: TokenArray) -> NDArray[Any]:
+        embeddings: NDArray[Any] = self._embed.run(None, {"input_ids": tokens})[0]
+        return embeddings
+
+    def _advance(
+        self, embeddings: NDArray[Any], state: CacheState
+    ) -> tuple[FloatArray, CacheState]:
+        inputs = {"inputs_embeds": embeddings, self._mask_input: state.mask}
+        outputs = self._run(self._step, inputs, state.cache, ["logits", *self._moving.values()])
+        moved = dict(zip(self._moving, outputs[1:], strict=True))
+        return outputs[0].numpy(), CacheState({**state.cache, **moved}, state.mask)
+
+    def _run(
+        self,
+        session: onnxruntime.InferenceSession,
+        arrays: Mapping[str, NDArray[Any]],
+        values: Mapping[str, onnxruntime.OrtValue],
+        outputs: Iterable[str],
+    ) -> list[onnxruntime.OrtValue]:
+        binding = session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, "cpu" if name == "logits" else self._device)
+        session.run_with_iobinding(binding)
+        results: list[onnxruntime.OrtValue] = binding.get_outputs()
+        return results
+
+    def _on_device(self, array: NDArray[Any]) -> onnxruntime.OrtValue:
+        return _import_onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device)
 
 
 def _expect_names(

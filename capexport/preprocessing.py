@@ -42,11 +42,14 @@ class ImageSpec:
     """What `preprocess` does; the defaults are torchvision's ImageNet recipe.
 
     `resize` is the length of the shorter edge and `crop` the side of the central square, both in
-    pixels; `mean` and `std` normalise each RGB channel of an image scaled to 0..1.
+    pixels; where `keep_aspect` is off, both edges become `resize` long. `resample` is "bilinear" or
+    "bicubic". `mean` and `std` normalise each RGB channel of an image scaled to 0..1.
     """
 
     resize: int = 256
     crop: int = 224
+    keep_aspect: bool = True
+    resample: str = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -55,6 +58,8 @@ class ImageSpec:
             raise ValueError(f"crop must lie in 1..resize, got {self.crop} of {self.resize}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError("mean and std take three numbers each, std above 0")
+        if self.resample not in ("bilinear", "bicubic"):
+            raise ValueError(f"resample must be bilinear or bicubic, got {self.resample!r}")
 
 
 def image_name(source: ImageSource) -> str:
@@ -134,8 +139,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 def preprocess(source: ImageSource, spec: ImageSpec) -> FloatArray:
     """Load an image, resize the shorter edge, crop the centre, scale to 0..1 and normalise.
 
-    From the loaded image on, equal to torchvision's `Resize` (bilinear, on the PIL image),
-    `CenterCrop`, `ToTensor` and `Normalize` in that order.
+    From the loaded image on, equal to torchvision's `Resize` (on the PIL image), `CenterCrop`,
+    `ToTensor` and `Normalize` in that order, and to Transformers' `BlipImageProcessor` where the
+    aspect ratio is not kept.
 
     Returns:
         float32 (3, spec.crop, spec.crop), channels in RGB order.
@@ -149,11 +155,13 @@ def preprocess(source: ImageSource, spec: ImageSpec) -> FloatArray:
             f"{image_name(source)}: {width}x{height} is too elongated; crop it to an aspect ratio "
             f"of {_MAX_ASPECT_RATIO} or less"
         )
-    if width <= height:
+    if not spec.keep_aspect:
+        size = (spec.resize, spec.resize)
+    elif width <= height:
         size = (spec.resize, int(spec.resize * height / width))
     else:
         size = (int(spec.resize * width / height), spec.resize)
-    image = image.resize(size, Image.Resampling.BILINEAR)
+    image = image.resize(size, Image.Resampling[spec.resample.upper()])
     left, top = (round((edge - spec.crop) / 2) for edge in size)
     pixels = np.asarray(image.crop((left, top, left + spec.crop, top + spec.crop)))
     output: FloatArray = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from capexport.artifact import Manifest, new_artifact, record_files
 from capexport.captioner import Captioner
 from capexport.errors import ParityError
-from capexport.export.graph import OPSET, export_graph
+from capexport.export.graph import OPSET, export_graph, versions
 from capexport.export.parity import (
     IMAGES,
     TOLERANCE,
@@ -25,7 +24,7 @@ from capexport.export.parity import (
     compare_outputs,
     seeded_images,
 )
-from capexport.graphs import require_provider, runtime_version
+from capexport.graphs import require_provider
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.torch_captioner import decoding_defaults, torch_captioner
@@ -110,13 +109,7 @@ def export_cnn_lstm(
                 "metrics": checkpoint.metrics,
                 "opset": OPSET,
                 "exporter": "torch.onnx.export(dynamo=True)",
-                "versions": {
-                    **{
-                        name: importlib.metadata.version(name)
-                        for name in ("capexport", "torch", "onnxscript", "onnx")
-                    },
-                    "onnxruntime": runtime_version(),
-                },
+                "versions": versions(),
             },
             parity={},
         )

@@ -5,12 +5,28 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
+import onnx
 import torch
 from torch import Tensor, nn
 
+from capexport.graphs import runtime_version
+
 OPSET = 20
+
+
+def versions(*more: str) -> dict[str, str]:
+    """What an artifact's provenance says of the packages that made it."""
+    names = ("capexport", "torch", "onnxscript", "onnx", *more)
+    return {**{name: metadata.version(name) for name in names}, "onnxruntime": runtime_version()}
+
+
+def strip_traces(model: onnx.ModelProto) -> None:
+    """Remove the exporter's stack traces: they name files of this machine, and triple the size."""
+    for item in (model.graph, *model.graph.node, *model.graph.value_info):
+        del item.metadata_props[:]
 
 
 def export_graph(

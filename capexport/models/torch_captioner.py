@@ -47,7 +47,7 @@ class TorchDecoder:
         self._model = model
         self._device = device
 
-    def start(self, features: LstmState) -> tuple[FloatArray, LstmState]:
+    def start(self, features: LstmState, prompts: None = None) -> tuple[FloatArray, LstmState]:
         batch = len(features[0])
         return self.step(np.full(batch, Vocabulary.START, np.int64), features)
 
@@ -105,7 +105,7 @@ def require_torch_device(device: str) -> None:
 def decoding_defaults() -> dict[str, Any]:
     """The `DecodingOptions` of a CNN-LSTM, as its manifest will hold them."""
     return {
-        "end_token": Vocabulary.END,
+        "end_tokens": (Vocabulary.END,),
         "max_tokens": MAX_TOKENS,
         "suppress_tokens": (Vocabulary.PAD, Vocabulary.START, Vocabulary.UNKNOWN),
     }
