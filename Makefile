@@ -15,7 +15,7 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	@echo "installing PyTorch and the rest; the first time takes some minutes"
-	$(BIN)/python -m pip install -q -e '.[cpu,export,train,eval,dev]'
+	$(BIN)/python -m pip install -q -e '.[cpu,tokenizers,export,blip2,train,eval,dev]'
 	touch $@
 
 demo: $(VENV)/ready

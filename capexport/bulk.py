@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TextIO, TypeAlias
@@ -241,9 +241,12 @@ def caption_files(
     output: Output,
     *,
     batch_size: int,
-    max_tokens: int | None = None,
+    prompt: str | None = None,
+    changes: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[int, list[ImageError]]]:
     """Caption `paths` into `output`, the next batch being read while one goes through the graphs.
+
+    `prompt` and `changes` are as for `Captioner`.
 
     Yields:
         After each batch, how many files it took, and the errors of those that cannot be read.
@@ -270,7 +273,8 @@ def caption_files(
             ]
             if readable:
                 pixels = np.stack([image for _, image in readable])
-                captions = captioner.caption_pixels(pixels, max_tokens=max_tokens)
+                prompts = None if prompt is None else [prompt] * len(readable)
+                captions = captioner.caption_pixels(pixels, prompts=prompts, changes=changes)
                 output.write(
                     [(path, c.text) for (path, _), c in zip(readable, captions, strict=True)]
                 )

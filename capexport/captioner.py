@@ -97,7 +97,7 @@ class Captioner:
             MissingExtraError: onnxruntime, or what BLIP-2 needs, is not installed.
             DownloadError: a Hugging Face id cannot be downloaded.
         """
-        path = _local_folder(folder)
+        path = local_folder(folder)
         manifest = Manifest.read(path)
         families = {"cnn-lstm": _load_cnn_lstm, "blip2": _load_blip2}
         if manifest.family not in families:
@@ -159,12 +159,12 @@ class Captioner:
             ImageNotFoundError, ImageError: an image cannot be read.
             ValueError: an argument is out of range, or doesn't suit the model.
         """
-        changes = {
+        given = {
             "max_tokens": max_tokens,
             "min_tokens": min_tokens,
             "repetition_penalty": repetition_penalty,
         }
-        changes = {name: value for name, value in changes.items() if value is not None}
+        changes = {name: value for name, value in given.items() if value is not None}
         if not isinstance(images, list | tuple):
             return self._caption([images], prompt, changes, 1)[0]  # type: ignore[list-item]
         return self._caption(images, prompt, changes, batch_size)
@@ -257,7 +257,7 @@ class Captioner:
         return framed, options
 
 
-def _local_folder(folder: str | os.PathLike[str]) -> Path:
+def local_folder(folder: str | os.PathLike[str]) -> Path:
     """`folder`, or the local copy of what it names on the Hugging Face hub."""
     path = Path(folder)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(folder)):

@@ -29,7 +29,7 @@ from capexport.bulk import (
     find_images,
     journal_of,
 )
-from capexport.captioner import Captioner
+from capexport.captioner import Captioner, local_folder
 from capexport.errors import CapexportError, CheckpointError, MissingExtraError
 
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "artifacts" / "default"
@@ -107,6 +107,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     lstm.set_defaults(run=_export_lstm)
 
+    blip2 = commands.add_parser(
+        "blip2",
+        help="export a BLIP-2 checkpoint to ONNX",
+        **teaching(
+            "Export a BLIP-2 checkpoint of Hugging Face, with OPT or Flan-T5 as its language "
+            "model, through Optimum: vision_encoder.onnx, embed_tokens.onnx, "
+            "decoder_model_merged.onnx (the key/value cache in and out), for Flan-T5 "
+            "encoder_model.onnx, tokenizer.json and manifest.json. The folder appears only if the "
+            "graphs give PyTorch's values; in fp32, its captions to the last token.",
+            "capexport blip2 --out artifacts/blip2            # Salesforce/blip2-opt-2.7b",
+            "capexport blip2 --model Salesforce/blip2-flan-t5-xl --precision fp16 --out DIR",
+            "capexport blip2 --model my-checkpoint/ --precision int4 --out artifacts/mine",
+        ),
+    )
+    blip2.add_argument(
+        "--model",
+        default="Salesforce/blip2-opt-2.7b",
+        metavar="ID",
+        help="Hugging Face id, or a local folder (default: %(default)s)",
+    )
+    blip2.add_argument("--revision", metavar="R", help="branch, tag or commit of the id")
+    blip2.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    blip2.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8", "int4"),
+        default="fp32",
+        help="fp32: exact (default); fp16: half the size, for CUDA; int8, int4: the language "
+        "model's weights in so many bits, the image part's in 8, for CPU",
+    )
+    blip2.add_argument(
+        "--photos",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="photos to compare captions on (default: seeded colour fields)",
+    )
+    blip2.set_defaults(run=_export_blip2)
+
     caption = commands.add_parser(
         "caption",
         help="caption images",
@@ -125,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         help="files, folders (searched in depth), glob patterns, or - for a list on standard input",
     )
     caption.add_argument(
-        "-m", "--model", type=Path, required=True, metavar="DIR", help="exported folder"
+        "-m", "--model", required=True, metavar="DIR", help="exported folder, or its id on the hub"
     )
     caption.add_argument(
         "--format",
@@ -133,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
         default="text",
         help="text: name and caption, tab between (default); jsonl: metadata.jsonl of Hugging Face "
         "datasets; coco: COCO results; txt: a file beside each image, as LoRA trainers read",
+    )
+    caption.add_argument(
+        "--prompt", metavar="TEXT", help="what captions go on from, or a question (BLIP-2)"
     )
     caption.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
     caption.add_argument(
@@ -152,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
             "capexport inspect artifacts/first",
         ),
     )
-    inspect.add_argument("model", type=Path, metavar="DIR", help="exported folder")
+    inspect.add_argument("model", metavar="DIR", help="exported folder, or its id on the hub")
     inspect.set_defaults(run=_inspect)
     return parser
 
@@ -187,6 +228,27 @@ def _export_lstm(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export_blip2(options: argparse.Namespace) -> int:
+    try:
+        from capexport.export.blip2 import export_blip2
+        from capexport.models.blip2 import find_checkpoint
+    except ImportError as error:
+        raise MissingExtraError(
+            f"exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'` ({error})"
+        ) from error
+    folder, source = find_checkpoint(options.model, options.revision)
+    photos = find_images(options.photos, sys.stdin) if options.photos else []
+    manifest = export_blip2(folder, options.out, options.precision, source=source, photos=photos)
+    captions = manifest.parity["captions"]
+    size = sum(record.bytes for record in manifest.files.values()) / 1e6
+    print(
+        f"{options.out}: {size:.1f} MB; {captions['identical']} of {captions['compared']} captions "
+        f"identical to generate()'s, {captions['token_agreement']:.0%} of their tokens; error of "
+        f"the first logits {captions['logit_error']:.1g}"
+    )
+    return 0
+
+
 def _caption(options: argparse.Namespace) -> int:
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
@@ -204,12 +266,14 @@ def _caption(options: argparse.Namespace) -> int:
     # Pillow still refuses real decompression bombs; its warning names no file.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     paths = find_images(options.paths, sys.stdin)
-    captioner = Captioner.load(options.model, device=options.device, threads=options.threads)
+    model = local_folder(options.model)
+    captioner = Captioner.load(model, device=options.device, threads=options.threads)
+    changes = {} if options.max_tokens is None else {"max_tokens": options.max_tokens}
     output: Output
     if options.format == "txt":
         output = SideCars(paths, options.resume)
     elif options.out:
-        key = f"{sha256_of(options.model / FILE_NAME)} max_tokens={options.max_tokens}"
+        key = f"{sha256_of(model / FILE_NAME)} {changes} prompt={options.prompt!r}"
         output = FileOutput(options.out, options.format, paths, key, options.resume)
     else:
         output = StreamOutput(options.format, sys.stdout, paths)
@@ -222,7 +286,8 @@ def _caption(options: argparse.Namespace) -> int:
                 todo,
                 output,
                 batch_size=options.batch_size,
-                max_tokens=options.max_tokens,
+                prompt=options.prompt,
+                changes=changes,
             ):
                 for error in errors:
                     tqdm.write(f"capexport: {error}", file=sys.stderr)
@@ -238,7 +303,11 @@ def _caption(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    print(json.dumps(dataclasses.asdict(Manifest.read(options.model)), indent=1))
+    print(
+        json.dumps(
+            dataclasses.asdict(Manifest.read(local_folder(options.model), thorough=True)), indent=1
+        )
+    )
     return 0
 
 

@@ -128,7 +128,7 @@ class OnnxLstmDecoder:
         shapes = {node.name: node.shape for node in self._session.get_outputs()}
         self.vocabulary_size = shapes["logits"][-1]
 
-    def start(self, features: LstmState, prompts: None = None) -> tuple[FloatArray, LstmState]:
+    def start(self, features: LstmState, prompts: object = None) -> tuple[FloatArray, LstmState]:
         batch = len(features[self._state[0]])
         return self.step(np.full(batch, self._start_token, np.int64), features)
 
@@ -181,9 +181,7 @@ class OnnxCacheDecoder:
         mapped: bool,
     ) -> None:
         self._embed = open_session(files["embed_tokens.onnx"], device, 1, mapped=mapped)
-        _expect_names(
-            files["embed_tokens.onnx"], self._embed, {"input_ids"}, {"inputs_embeds"}
-        )
+        _expect_names(files["embed_tokens.onnx"], self._embed, {"input_ids"}, {"inputs_embeds"})
         step = files["decoder_model_merged.onnx"]
         self._step = open_session(step, device, threads, mapped=mapped)
         produced = {node.name for node in self._step.get_outputs()} - {"logits"}
@@ -232,9 +230,7 @@ class OnnxCacheDecoder:
 
     def select(self, state: CacheState, rows: NDArray[np.intp]) -> CacheState:
         # Through the host, but only when a caption ends: steps leave the cache where it is.
-        cache = {
-            name: self._on_device(value.numpy()[rows]) for name, value in state.cache.items()
-        }
+        cache = {name: self._on_device(value.numpy()[rows]) for name, value in state.cache.items()}
         return CacheState(cache, state.mask[rows])
 
     def _embed_tokens(self, tokens: TokenArray) -> NDArray[Any]:

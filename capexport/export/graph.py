@@ -45,15 +45,17 @@ def export_graph(
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
+        program = torch.onnx.export(
             module.eval(),
             tuple(inputs),
-            path,
             input_names=list(input_names),
             output_names=list(output_names),
             dynamic_shapes=[{0: batch}] * len(inputs),
             opset_version=OPSET,
             dynamo=True,
-            external_data=False,
             verbose=False,
         )
+    assert program is not None
+    model = program.model_proto
+    strip_traces(model)
+    onnx.save(model, path)

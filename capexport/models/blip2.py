@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +12,47 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
 
 from capexport.artifact import sha256_of
 from capexport.captioner import Caption, Timing
-from capexport.errors import CheckpointError
+from capexport.errors import CheckpointError, DownloadError
 from capexport.preprocessing import ImageSource, load_image
 
 # What Transformers, too, keeps in float32 when it loads half precision (`_keep_in_fp32_modules`).
 # Without it the Q-Former loses its small differences, and T5's feed-forward layers overflow.
 FP32_MODULES = ("query_tokens", "qformer.", ".wo.")
+
+
+def find_checkpoint(model: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """The folder of a checkpoint, downloaded from the Hugging Face hub if `model` is an id, and
+    where it comes from.
+
+    Raises:
+        CheckpointError: it is of a kind that capexport does not export.
+        DownloadError: it is neither here, nor in the cache, nor to be had.
+    """
+    if Path(model).is_dir():
+        read_config(Path(model))
+        return Path(model), {"source": Path(model).resolve().name}
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise CheckpointError(f"{model}: no such folder, nor an id of the Hugging Face hub")
+    try:
+        # The small file first: it tells whether the large ones are worth it.
+        read_config(Path(hf_hub_download(model, "config.json", revision=revision)).parent)
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DownloadError(
+            f"{model}: cannot be downloaded, and is not in the cache ({reason}): connect to the "
+            "network once, or pass --model FOLDER with a copy"
+        ) from error
+    return folder, {"source": model, "revision": folder.name}
 
 
 def read_config(folder: Path) -> Blip2Config:
@@ -115,7 +145,8 @@ class Weights:
         return {file.name: sha256_of(file) for file in self.files}
 
     def fill(self, part: nn.Module, dtype: torch.dtype) -> int:
-        """Give a `meta_model`, or a part of one, its weights, as `dtype` or float32 (`FP32_MODULES`).
+        """Give a `meta_model`, or a part of one, its weights, as `dtype`; those of `FP32_MODULES`
+        as float32.
 
         Returns:
             Their bytes.
@@ -128,12 +159,14 @@ class Weights:
                 if parameter is None:
                     continue
                 if id(parameter) not in filled:
-                    tensor = self._tensor(parameter.aliases, parameter.shape, dtype)
+                    tensor = self._tensor(parameter, dtype)
                     filled[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
                 module._parameters[leaf] = filled[id(parameter)]
         return sum(tensor.nbytes for tensor in filled.values())
 
-    def _tensor(self, aliases: Sequence[str], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _tensor(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        aliases: list[str] = parameter.aliases  # type: ignore[attr-defined]
+        shape = parameter.shape
         name = next((name for name in aliases if name in self._place), None)
         if name is None:
             raise CheckpointError(f"{self.files[0].parent}: no weight {aliases[0]} there")
@@ -209,7 +242,7 @@ class HuggingFaceCaptioner:
             do_sample=False,
             max_new_tokens=max_tokens,
             return_dict_in_generate=True,
-            output_logits=True,
+            output_scores=True,
             **options,
         )
         rows = output.sequences.cpu()
@@ -217,8 +250,8 @@ class HuggingFaceCaptioner:
         timing = Timing(
             len(photos), preprocessed - began, self._encoded - preprocessed, done - self._encoded
         )
-        self.first_logits = output.logits[0].float().cpu().numpy()
-        logits = torch.stack(output.logits, 1).float().log_softmax(-1)
+        self.first_logits = output.scores[0].float().cpu().numpy()
+        logits = torch.stack(output.scores, 1).float().log_softmax(-1)
         tokens = rows[:, -logits.shape[1] :]
         chosen = logits.cpu().gather(2, tokens[:, :, None])[:, :, 0]
         ends = self.model.config.text_config.eos_token_id

@@ -47,7 +47,7 @@ class TorchDecoder:
         self._model = model
         self._device = device
 
-    def start(self, features: LstmState, prompts: None = None) -> tuple[FloatArray, LstmState]:
+    def start(self, features: LstmState, prompts: object = None) -> tuple[FloatArray, LstmState]:
         batch = len(features[0])
         return self.step(np.full(batch, Vocabulary.START, np.int64), features)
 
