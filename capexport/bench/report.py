@@ -25,7 +25,7 @@ def render(result: dict[str, Any]) -> str:
         "with the fastest of its memory formats and LSTM calls: "
         + "; ".join(f"batch {run['batch_size']}: {run['torch_variant']}" for run in result["runs"]),
         "",
-        _table(_rows(result)),
+        table(_rows(result)),
         "",
         f"identical captions: {identical:.1%}",
     ]
@@ -60,7 +60,8 @@ def _rows(result: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table with aligned columns; the first row is its head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 
     def line(row: Row) -> str:
@@ -76,7 +77,7 @@ def _table(rows: Sequence[Row]) -> str:
 def environment(threads: int) -> dict[str, Any]:
     """The machine and the versions that a measurement depends on."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "threads": threads,
         "versions": {
             "Python": platform.python_version(),
@@ -86,7 +87,8 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
