@@ -42,16 +42,16 @@ class ImageSpec:
     """What `preprocess` does; the defaults are torchvision's ImageNet recipe.
 
     `resize` is the length of the shorter edge and `crop` the side of the central square, both in
-    pixels; where `keep_aspect` is off, both edges become `resize` long. `resample` is "bilinear" or
-    "bicubic". `mean` and `std` normalise each RGB channel of an image scaled to 0..1.
+    pixels; `mean` and `std` normalise each RGB channel of an image scaled to 0..1. Where
+    `keep_aspect` is off, both edges become `resize` long. `resample` is "bilinear" or "bicubic".
     """
 
     resize: int = 256
     crop: int = 224
-    keep_aspect: bool = True
-    resample: str = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    keep_aspect: bool = True
+    resample: str = "bilinear"
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.resize:

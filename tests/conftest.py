@@ -1,12 +1,15 @@
 """Models and photos that the tests build themselves; nothing is downloaded."""
 
 import csv
+import io
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 WORDS = [
     "a",
@@ -34,6 +37,38 @@ def draw_photo(seed: int, size: tuple[int, int] = (120, 90)) -> Image.Image:
     """A soft colour field, another one for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def opened(image: Image.Image, style: str, **options) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, style, **options)
+    return Image.open(buffer)
+
+
+def every_mode() -> dict[str, tuple[Image.Image, Image.Image]]:
+    """By mode: an image as a file holds it, and what its pixels mean, upright and in RGB."""
+    photo = draw_photo(3, (400, 300))
+    alpha = draw_photo(4, (400, 300)).convert("L")
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    grey16 = Image.fromarray(np.asarray(alpha).astype(np.uint16) * 257)
+    images = {
+        "1": opened(photo.convert("1"), "PNG"),
+        "L": opened(photo.convert("L"), "JPEG"),
+        "LA": opened(Image.merge("LA", (photo.convert("L"), alpha)), "PNG"),
+        "P": opened(photo.quantize(), "PNG"),
+        "RGB": opened(photo, "JPEG"),
+        "RGBA": opened(Image.merge("RGBA", (*photo.split(), alpha)), "PNG"),
+        "CMYK": opened(photo.convert("CMYK"), "JPEG"),
+        "YCbCr": photo.convert("YCbCr"),
+        "16-bit": opened(grey16, "PNG"),
+        "EXIF": opened(photo, "JPEG", exif=exif),
+    }
+    assert images["16-bit"].mode == "I;16"
+    meant = {mode: ImageOps.exif_transpose(image).convert("RGB") for mode, image in images.items()}
+    # Pillow would clip 16 bits to white.
+    meant["16-bit"] = Image.fromarray((np.asarray(grey16) // 257).astype(np.uint8)).convert("RGB")
+    return {mode: (image, meant[mode]) for mode, image in images.items()}
 
 
 CAPTIONS = ["A dog runs .", 'Two dogs , "playing" in snow']
@@ -110,3 +145,47 @@ def captioner(artifact: Path):
     from capexport import Captioner
 
     return Captioner.load(artifact, threads=1)
+
+
+@pytest.fixture(scope="session")
+def blip2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small BLIP-2 checkpoint of a kind that `blip2_models.TEXTS` lists."""
+    from blip2_models import save_small_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = save_small_checkpoint(tmp_path_factory.mktemp("blip2") / kind, kind)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def blip2_export(
+    blip2_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Such a checkpoint, exported."""
+    from capexport.export.blip2 import export_blip2
+
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(kind: str, precision: str = "fp32") -> Path:
+        if (kind, precision) not in made:
+            out = tmp_path_factory.mktemp("blip2-export") / f"{kind}-{precision}"
+            export_blip2(blip2_checkpoint(kind), out, precision)
+            made[kind, precision] = out
+        return made[kind, precision]
+
+    return make
+
+
+@pytest.fixture(scope="session", params=["opt", "t5"])
+def blip2_artifact(request: pytest.FixtureRequest) -> Path:
+    """A small BLIP-2 in fp32; CAPEXPORT_TEST_BLIP2 is to it what CAPEXPORT_TEST_ARTIFACT is to
+    `artifact`."""
+    if ready := os.environ.get("CAPEXPORT_TEST_BLIP2"):
+        return Path(ready, request.param)
+    make: Any = request.getfixturevalue("blip2_export")
+    return make(request.param)

@@ -365,7 +365,7 @@ def _linear_on_rows(linear: nn.Linear, inputs: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _export_patches() -> Iterator[None]:
+def export_patches() -> Iterator[None]:
     """What must be otherwise while Optimum exports, and is as before afterwards."""
     export = torch.onnx.export
 
@@ -527,7 +527,7 @@ def _export_part(
     part_config = plan.configure(part)
     name = f"{plan.name}.onnx"
     scratch = draft / "scratch"
-    with _export_patches():
+    with export_patches():
         onnx_export_from_model(
             meta_model(config), scratch, task="feature-extraction", opset=OPSET,
             custom_onnx_configs={plan.name: part_config},
@@ -669,7 +669,7 @@ def _image_spec(processor: Blip2Processor) -> ImageSpec:
     edge = images.size["height"]
     resample = Image.Resampling(images.resample).name.lower()
     mean, std = tuple(images.image_mean), tuple(images.image_std)
-    return ImageSpec(edge, edge, keep_aspect=False, resample=resample, mean=mean, std=std)
+    return ImageSpec(edge, edge, mean, std, keep_aspect=False, resample=resample)
 
 
 def _prompt_spec(config: Blip2Config, processor: Blip2Processor) -> PromptSpec:

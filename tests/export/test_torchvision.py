@@ -1,11 +1,9 @@
 """`preprocess` against torchvision's transforms, for images of every mode."""
 
-import io
-
 import numpy as np
 import pytest
-from conftest import draw_photo
-from PIL import Image, ImageOps
+from conftest import draw_photo, every_mode
+from PIL import Image
 
 from capexport.preprocessing import ImageSpec, preprocess
 
@@ -34,43 +32,12 @@ def test_sizes(size: tuple[int, int], spec: ImageSpec):
     )
 
 
-def opened(image: Image.Image, style: str, **options) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, style, **options)
-    return Image.open(buffer)
-
-
-def every_mode() -> dict[str, Image.Image]:
-    photo = draw_photo(3, (400, 300))
-    alpha = draw_photo(4, (400, 300)).convert("L")
-    exif = Image.Exif()
-    exif[0x0112] = 8
-    grey16 = Image.fromarray(np.asarray(alpha).astype(np.uint16) * 257)
-    return {
-        "1": opened(photo.convert("1"), "PNG"),
-        "L": opened(photo.convert("L"), "JPEG"),
-        "LA": opened(Image.merge("LA", (photo.convert("L"), alpha)), "PNG"),
-        "P": opened(photo.quantize(), "PNG"),
-        "RGB": opened(photo, "JPEG"),
-        "RGBA": opened(Image.merge("RGBA", (*photo.split(), alpha)), "PNG"),
-        "CMYK": opened(photo.convert("CMYK"), "JPEG"),
-        "YCbCr": photo.convert("YCbCr"),
-        "16-bit": opened(grey16, "PNG"),
-        "EXIF": opened(photo, "JPEG", exif=exif),
-    }
-
-
 @pytest.mark.parametrize("mode", every_mode())
 def test_modes(mode: str):
-    image = every_mode()[mode]
-    if mode == "16-bit":
-        assert image.mode == "I;16"
-        reference = Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-    else:
-        reference = ImageOps.exif_transpose(image).convert("RGB")
+    image, meant = every_mode()[mode]
     np.testing.assert_allclose(
         preprocess(image, ImageSpec()),
-        torchvision_pixels(reference, ImageSpec()),
+        torchvision_pixels(meant, ImageSpec()),
         rtol=0,
         atol=1e-6,
     )
