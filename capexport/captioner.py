@@ -150,6 +150,8 @@ class Captioner:
                 (height, width[, 1, 3 or 4]).
             prompt: what the caption goes on from, such as "Question: how many cats are there?
                 Answer:": one for all images, or a list with one for each. BLIP-2 alone takes any.
+                Prompts of different lengths in a batch are padded as Transformers pads them, which
+                changes what a Flan-T5, which counts distances, says.
             max_tokens: longest caption, in tokens; the artifact's own bound by default.
             min_tokens, repetition_penalty: as in `DecodingOptions`.
             batch_size: how many images of a list go through the graphs together.

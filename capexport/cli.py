@@ -42,9 +42,23 @@ def main(argv: list[str] | None = None) -> int:
     130: interrupted; 141: nobody reads standard output any more.
     """
     options = _parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("capexport").setLevel(logging.INFO)
+    show_progress()
     return run_command("capexport", lambda: int(options.run(options)))
+
+
+class _ToStderr(logging.Handler):
+    """Messages above the progress bars, on whatever standard error is at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def show_progress() -> None:
+    """Print what the package logs."""
+    log = logging.getLogger("capexport")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(_ToStderr())
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:

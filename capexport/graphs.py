@@ -165,8 +165,9 @@ class OnnxCacheDecoder:
     """BLIP-2's language model: `embed_tokens.onnx` and `decoder_model_merged.onnx`, with
     `encoder_model.onnx` in front where it is an encoder-decoder.
 
-    `cache` maps each key and value input of the decoder to the output that holds its next value;
-    the encoder's outputs stay as they are from step to step.
+    `cache` maps each key and value input of the decoder to the output that holds its next value.
+    Keys and values of the encoder, of the same names with "encoder" in place of "decoder", are
+    outputs of its graph and stay as they are from step to step.
     """
 
     def __init__(
@@ -184,19 +185,19 @@ class OnnxCacheDecoder:
         _expect_names(files["embed_tokens.onnx"], self._embed, {"input_ids"}, {"inputs_embeds"})
         step = files["decoder_model_merged.onnx"]
         self._step = open_session(step, device, threads, mapped=mapped)
-        produced = {node.name for node in self._step.get_outputs()} - {"logits"}
-        self._moving = {past: present for past, present in cache.items() if present in produced}
-        self._fixed = {past: present for past, present in cache.items() if present not in produced}
+        self._cache = dict(cache)
+        self._encoded: list[str] = []
         self._encoder = None
         self._mask_input = "attention_mask"
-        if self._fixed:
+        if start_token is not None:
+            self._mask_input = "encoder_attention_mask"
+            self._encoded = [name.replace(".decoder.", ".encoder.") for name in cache]
             path = files["encoder_model.onnx"]
             self._encoder = open_session(path, device, threads, mapped=mapped)
-            self._mask_input = "encoder_attention_mask"
             inputs = {"inputs_embeds", "attention_mask"}
-            _expect_names(path, self._encoder, inputs, set(self._fixed.values()))
-        inputs = {"inputs_embeds", self._mask_input, *cache}
-        _expect_names(step, self._step, inputs, {"logits", *self._moving.values()})
+            _expect_names(path, self._encoder, inputs, set(self._encoded))
+        inputs = {"inputs_embeds", self._mask_input, *cache, *self._encoded}
+        _expect_names(step, self._step, inputs, {"logits", *cache.values()})
         self._inputs = {node.name: node for node in self._step.get_inputs()}
         self.vocabulary_size = self._step.get_outputs()[0].shape[-1]
         self._image_token = image_token
@@ -213,10 +214,10 @@ class OnnxCacheDecoder:
         batch = len(prompts.tokens)
         if self._encoder is not None:
             inputs = {"inputs_embeds": embeddings, "attention_mask": prompts.mask}
-            outputs = self._run(self._encoder, inputs, {}, self._fixed.values())
-            state.cache = dict(zip(self._fixed, outputs, strict=True))
+            outputs = self._run(self._encoder, inputs, {}, self._encoded)
+            state.cache = dict(zip(self._encoded, outputs, strict=True))
             embeddings = self._embed_tokens(np.full((batch, 1), self._start_token, np.int64))
-        for name in self._moving:
+        for name in self._cache:
             _, heads, _, width = self._inputs[name].shape
             kind = np.float16 if self._inputs[name].type == "tensor(float16)" else np.float32
             state.cache[name] = self._on_device(np.empty((batch, heads, 0, width), kind))
@@ -241,8 +242,8 @@ class OnnxCacheDecoder:
         self, embeddings: NDArray[Any], state: CacheState
     ) -> tuple[FloatArray, CacheState]:
         inputs = {"inputs_embeds": embeddings, self._mask_input: state.mask}
-        outputs = self._run(self._step, inputs, state.cache, ["logits", *self._moving.values()])
-        moved = dict(zip(self._moving, outputs[1:], strict=True))
+        outputs = self._run(self._step, inputs, state.cache, ["logits", *self._cache.values()])
+        moved = dict(zip(self._cache, outputs[1:], strict=True))
         return outputs[0].numpy(), CacheState({**state.cache, **moved}, state.mask)
 
     def _run(

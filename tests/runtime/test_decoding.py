@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from capexport.decoding import DecodingOptions, greedy
+from capexport.decoding import DecodingOptions, Prompts, greedy
 
 END = 2
 
@@ -64,3 +64,43 @@ def test_suppressed_tokens_are_never_chosen_and_have_no_probability():
     [hypothesis] = greedy(decoder, 1, DecodingOptions((7,), suppress_tokens=(8, 9)))
     assert hypothesis.tokens == []
     assert hypothesis.log_probability == pytest.approx(7 - np.log(np.exp(np.arange(8)).sum()))
+
+
+class Fixed(Scripted):
+    """Says nothing of its own: each position has these logits."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__([[0] * 9])
+        self.values = np.array([logits], np.float32)
+
+    def logits(self, state: np.ndarray) -> np.ndarray:
+        return self.values.repeat(len(state), 0)
+
+    def step(self, tokens: np.ndarray, state: np.ndarray):
+        return self.logits(state), state
+
+
+def test_no_end_before_min_tokens():
+    options = DecodingOptions((0, 1), max_tokens=5, min_tokens=3)
+    [hypothesis] = greedy(Fixed(9, 8, 2, 1), 1, options)
+    assert hypothesis.tokens == [2, 2, 2]
+    free = 2 - np.log(np.exp(2) + np.exp(1))
+    end = 9 - np.log(np.exp([9, 8, 2, 1]).sum())
+    assert hypothesis.log_probability == pytest.approx(3 * free + end, rel=1e-5)
+    for minimum in (-1, 6):
+        with pytest.raises(ValueError, match="min_tokens"):
+            DecodingOptions((0,), max_tokens=5, min_tokens=minimum)
+
+
+def test_the_repetition_penalty_counts_prompt_and_caption():
+    """Positive logits are divided, negative ones multiplied, once however often a word was said."""
+    context = np.array([[2, 2]])
+    prompts = Prompts(context, np.ones_like(context), context)
+    options = DecodingOptions((9,), max_tokens=4, repetition_penalty=2)
+    [hypothesis] = greedy(Fixed(-1, 3, 5, 2.2, -1.5), 1, options, prompts)
+    # 2 counts 2.5 from the start, 1 then 1.5, 3 then 1.1: of these the largest each time.
+    assert hypothesis.tokens == [1, 2, 2, 2]
+    [hypothesis] = greedy(Fixed(-1, 3, 2, 2.2, -1.5), 1, options, prompts)
+    assert hypothesis.tokens == [1, 3, 1, 1]
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        DecodingOptions((9,), repetition_penalty=0)

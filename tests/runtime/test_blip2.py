@@ -1,0 +1,171 @@
+"""BLIP-2 in the runtime. Equality with `generate()` is tested in tests/export."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw_photo, edit_manifest
+from PIL import Image
+
+from capexport import ArtifactError, ArtifactNotFoundError, Captioner, MissingExtraError
+from capexport.artifact import sha256_of
+from capexport.cli import main
+
+PROMPTS = ["a photo of", "Question: how many cats are there? Answer:", "two"]
+
+
+@pytest.fixture(scope="module")
+def blip2(blip2_artifact: Path) -> Captioner:
+    return Captioner.load(blip2_artifact, threads=1)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    return [draw_photo(seed, (60, 50)) for seed in range(3)]
+
+
+def test_prompts_for_all_and_for_each(blip2: Captioner, images: list[Image.Image]):
+    prompts = PROMPTS
+    if blip2.vocabulary.spec.start_token is not None:
+        # T5 counts distances, padding included; so, as in Transformers, lengths must agree.
+        prompts = ["q", "z", "x"]
+        assert blip2.vocabulary.prompts(prompts, 3).mask.all()
+    single = [
+        blip2.caption(image, prompt=prompt) for image, prompt in zip(images, prompts, strict=True)
+    ]
+    assert len({caption.tokens for caption in single}) == 3
+    for batch_size in (1, 2, 3):
+        batched = blip2.caption(images, prompt=prompts, batch_size=batch_size)
+        assert [c.tokens for c in batched] == [c.tokens for c in single]
+        np.testing.assert_allclose(
+            [c.log_probability for c in batched],
+            [c.log_probability for c in single],
+            rtol=1e-4,
+        )
+    same = blip2.caption(images, prompt=prompts[2])
+    assert same[2].tokens == single[2].tokens
+    assert blip2.caption(images)[0].tokens != same[0].tokens
+    timing = single[0].timing
+    assert min(timing.preprocess, timing.encode, timing.decode) > 0
+
+
+def test_prompts_that_do_not_fit(blip2: Captioner, images: list[Image.Image]):
+    with pytest.raises(ValueError, match="2 prompts for 3 images"):
+        blip2.caption(images, prompt=PROMPTS[:2])
+    with pytest.raises(ValueError, match="must not contain the image token"):
+        blip2.caption(images[0], prompt="a <image> of")
+
+
+def test_a_cnn_lstm_takes_no_prompt(captioner: Captioner, images: list[Image.Image]):
+    with pytest.raises(ValueError, match="takes no prompt"):
+        captioner.caption(images[0], prompt="a photo of")
+
+
+def test_the_cache_stays_with_onnxruntime(blip2: Captioner, images: list[Image.Image]):
+    features = blip2.encoder(np.stack([blip2.preprocess(image) for image in images]))
+    prompts = blip2.vocabulary.prompts(None, 3)
+    _, state = blip2.decoder.start(features, prompts)
+    _, following = blip2.decoder.step(np.array([5, 6, 7]), state)
+    assert {type(value).__name__ for value in following.cache.values()} == {"OrtValue"}
+    for name in state.cache:
+        before, after = state.cache[name].shape(), following.cache[name].shape()
+        assert after[2] == before[2] + (".encoder." not in name)
+        if ".encoder." in name:
+            assert following.cache[name] is state.cache[name]
+    chosen = blip2.decoder.select(following, np.array([2, 0]))
+    for name, value in chosen.cache.items():
+        np.testing.assert_array_equal(value.numpy(), following.cache[name].numpy()[[2, 0]])
+
+
+@pytest.fixture
+def copied(blip2_artifact: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(blip2_artifact, tmp_path / "copied")
+
+
+def test_truncated_missing_and_altered_files(copied: Path):
+    data = copied / "decoder_model_merged.onnx.data"
+    content = data.read_bytes()
+    data.write_bytes(content[:-64])
+    with pytest.raises(ArtifactError, match=r"merged\.onnx\.data: altered or damaged"):
+        Captioner.load(copied)
+    data.unlink()
+    with pytest.raises(ArtifactNotFoundError, match=r"merged\.onnx\.data: missing"):
+        Captioner.load(copied)
+    data.write_bytes(content)
+    tokenizer = copied / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("dog", "cat", 1) + " ")
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: altered or damaged"):
+        Captioner.load(copied)
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """Put another file in the place of `name`, hash and all."""
+    (folder / name).write_bytes(content)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    files[name] = {"bytes": len(content), "sha256": sha256_of(folder / name)}
+    edit_manifest(folder, files=files)
+
+
+def test_swapped_graphs(copied: Path):
+    for name, other in (
+        ("vision_encoder.onnx", "embed_tokens.onnx"),
+        ("embed_tokens.onnx", "vision_encoder.onnx"),
+        ("decoder_model_merged.onnx", "embed_tokens.onnx"),
+    ):
+        folder = shutil.copytree(copied, copied.with_name(name))
+        replace_file(folder, name, (copied / other).read_bytes())
+        with pytest.raises(ArtifactError, match=f"{name}: graph of"):
+            Captioner.load(folder)
+
+
+def test_wrong_tokenizers(copied: Path):
+    name = "tokenizer.json"
+    tokenizer = json.loads((copied / name).read_text())
+    replace_file(copied, name, b'{"no": "tokenizer"}')
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: not a tokenizer"):
+        Captioner.load(copied)
+    template = tokenizer["added_tokens"][0]
+    for extra in range(340, 350):
+        tokenizer["added_tokens"].append({**template, "id": extra, "content": f"<{extra}>"})
+    replace_file(copied, name, json.dumps(tokenizer).encode())
+    with pytest.raises(ArtifactError, match="a tokenizer of 341 tokens, but logits for 340"):
+        Captioner.load(copied)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": None}, "incomplete artifact"),
+        ({"prompt": {"image_token": 1}}, "incomplete artifact"),
+        ({"state": {}}, "the manifest wires"),
+        ({"image": {"resize": 28, "crop": 28, "resample": "magic"}}, "damaged manifest"),
+    ],
+)
+def test_manifests_that_do_not_fit(copied: Path, changes: dict, message: str):
+    edit_manifest(copied, **changes)
+    with pytest.raises(ArtifactError, match=message):
+        Captioner.load(copied)
+
+
+def test_without_tokenizers_the_extra_is_named(
+    blip2_artifact: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(MissingExtraError, match=r"capexport\[tokenizers\]"):
+        Captioner.load(blip2_artifact)
+
+
+def test_command_line(blip2_artifact: Path, blip2: Captioner, photos: list[Path], capsys, tmp_path):
+    command = ["caption", "-m", str(blip2_artifact), *map(str, photos), "--prompt", "two"]
+    assert main([*command, "--format", "jsonl", "--batch-size", "5"]) == 0
+    rows = [json.loads(line) for line in io.StringIO(capsys.readouterr().out)]
+    assert [row["text"] for row in rows] == [c.text for c in blip2.caption(photos, prompt="two")]
+    out = tmp_path / "out.csv"
+    journal = tmp_path / "out.csv.journal"
+    journal.write_text('{"captioner": "another"}\n')
+    assert main([*command, "--format", "csv", "--out", str(out), "--resume"]) == 2
+    assert "another model or other options" in capsys.readouterr().err
