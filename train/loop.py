@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import capexport
 from capexport.artifact import replace_file
+from capexport.bench.sheet import Entry, draw_sheet
 from capexport.errors import CheckpointError, MissingExtraError, OutputExistsError
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
@@ -112,10 +113,11 @@ def finish(checkpoint: Checkpoint, dataset: Flickr8k, config: TrainConfig) -> No
     """Caption the test split with the best checkpoint, score it, and draw a sheet of samples."""
     photos = dataset.splits["test"]
     captions = caption_photos(torch_captioner(checkpoint, config.device), photos)
-    shown = photos[:_SAMPLES]
-    figures.draw_samples(
-        shown, [captions[photo.name] for photo in shown], config.out / "samples.png"
-    )
+    shown = [
+        Entry(photo.path, {"CNN-LSTM": captions[photo.name]}, photo.captions)
+        for photo in photos[:_SAMPLES]
+    ]
+    draw_sheet(shown, config.out / "samples.png")
     try:
         scores = score(captions, {photo.name: photo.captions for photo in photos})
     except MissingExtraError as error:

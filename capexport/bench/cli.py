@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import importlib.util
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from capexport.artifact import Manifest, replace_file
-from capexport.bench import measure, report
+from capexport.bench import measure, report, sheet
+from capexport.bench.pairs import open_pair
 from capexport.bulk import find_images
 from capexport.captioner import Captioner, available_cores
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
-from capexport.errors import ArtifactError, ImageNotFoundError, MissingExtraError
+from capexport.errors import ArtifactError, ImageNotFoundError
 from capexport.graphs import require_provider
-
-if TYPE_CHECKING:
-    from capexport.models.checkpoint import Checkpoint
 
 # Photographs among the sample images of scikit-image.
 _SAMPLES = (
@@ -44,10 +42,15 @@ def _parser() -> argparse.ArgumentParser:
             "process, on the same photos. The last line of standard output is JSON.",
             "capbench --device cpu                            # the bundled Flickr8k model",
             "capbench runs/first --artifact artifacts/first --photos photos/ --markdown table.md",
+            "capbench Salesforce/blip2-opt-2.7b --artifact artifacts/blip2 --repeats 3 \\",
+            "    --sheet comparison/ --beside artifacts/first",
         ),
     )
     parser.add_argument(
-        "checkpoint", nargs="?", type=Path, help="checkpoint or run folder (default: bundled)"
+        "checkpoint",
+        nargs="?",
+        help="checkpoint or run folder of `python -m train` (default: bundled), or a BLIP-2's "
+        "folder or Hugging Face id",
     )
     parser.add_argument(
         "--artifact", type=Path, metavar="DIR", help="its export (default: made for this run)"
@@ -65,6 +68,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report")
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        metavar="DIR",
+        help="also write the photos with their captions: captions.png and captions.html",
+    )
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="other exported folders whose captions the sheet shows",
+    )
+    parser.add_argument(
+        "--references",
+        type=Path,
+        metavar="CSV",
+        help="human captions for the sheet: file names and captions, as Flickr8k's captions.txt",
+    )
     return parser
 
 
@@ -86,32 +109,21 @@ def _benchmark(options: argparse.Namespace) -> int:
     if min(*options.batch_sizes, options.repeats, options.threads or 1) < 1:
         raise ValueError("--batch-sizes, --repeats and --threads must be at least 1")
     require_provider(options.device)
-    source = options.checkpoint or bundled_checkpoint()
     paths = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
     photos = [path.read_bytes() for path in paths]
     threads = options.threads or available_cores()
-    try:
-        import torch
-
-        from capexport.models.checkpoint import find_checkpoint, load_checkpoint
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the PyTorch path needs `pip install 'capexport[cpu,export]'` ({error})"
-        ) from error
-    torch.set_num_threads(threads)
-    checkpoint = load_checkpoint(source)
+    pair = open_pair(options.checkpoint or str(bundled_checkpoint()), options.device, threads)
     with contextlib.ExitStack() as stack:
         artifact = options.artifact
         if artifact is None:
-            from capexport.export.cnn_lstm import export_cnn_lstm
-
             artifact = Path(stack.enter_context(tempfile.TemporaryDirectory()), "artifact")
-            export_cnn_lstm(checkpoint, artifact)
-        if Manifest.read(artifact).provenance["checkpoint_sha256"] != checkpoint.sha256:
-            raise ArtifactError(f"{artifact}: was not exported from {source}; export it again")
+            pair.export(artifact)
+        manifest = Manifest.read(artifact)
+        if manifest.provenance["checkpoint_sha256"] != pair.sha256:
+            raise ArtifactError(f"{artifact}: was not exported from {pair.folder}; export it again")
         exported = Captioner.load(artifact, device=options.device, threads=threads)
         result: dict[str, Any] = {
-            "model": f"cnn-lstm {checkpoint.sha256[:12]}",
+            "model": f"{pair.title} in {manifest.precision}",
             "device": options.device,
             "photos": len(photos),
             "repeats": options.repeats,
@@ -120,19 +132,20 @@ def _benchmark(options: argparse.Namespace) -> int:
             "footprint": {},
         }
         for size in options.batch_sizes:
-            variant, reference = _fastest_torch(checkpoint, options.device, threads, photos, size)
+            variant, reference = pair.fastest(photos, size)
             run = measure.alternate(
                 {"torch": reference, "onnx": exported}, photos, size, options.repeats
             )
             result["runs"].append({**run, "torch_variant": variant})
-        checkpoint_folder = find_checkpoint(source).parent
-        for kind, folder in (("torch", checkpoint_folder), ("onnx", artifact)):
+        for kind, folder in (("torch", pair.folder), ("onnx", artifact)):
             result["footprint"][kind] = {
                 **measure.footprint(
                     kind, folder, paths, max(options.batch_sizes), options.device, threads
                 ),
                 "disk_mb": measure.folder_size(folder),
             }
+        if options.sheet:
+            _write_sheet(options, {artifact: exported}, paths, threads)
     table = report.render(result)
     if options.json:
         replace_file(options.json, json.dumps(result, indent=1) + "\n")
@@ -143,29 +156,28 @@ def _benchmark(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fastest_torch(
-    checkpoint: Checkpoint, device: str, threads: int, photos: list[bytes], batch_size: int
-) -> tuple[str, Captioner]:
-    """PyTorch at its best for this batch size: memory format and LSTM call are tried out."""
-    from capexport.models.torch_captioner import torch_captioner
-
-    encoders, decoders = ("contiguous", "channels_last"), ("nn.LSTMCell", "nn.LSTM")
-    variants = {}
-    for encoder, decoder in zip(encoders, decoders, strict=True):
-        own = copy.copy(checkpoint)
-        own.model = copy.deepcopy(checkpoint.model)
-        variants[encoder] = variants[decoder] = torch_captioner(
-            own,
-            device,
-            channels_last=encoder == "channels_last",
-            step_by_module=decoder == "nn.LSTM",
-            threads=threads,
-        )
-    encoder = measure.fastest({k: variants[k] for k in encoders}, photos, batch_size, "encode")
-    decoder = measure.fastest({k: variants[k] for k in decoders}, photos, batch_size, "decode")
-    best = copy.copy(variants[encoder])
-    best.decoder = variants[decoder].decoder
-    return f"{encoder}, {decoder}", best
+def _write_sheet(
+    options: argparse.Namespace,
+    captioners: dict[Path, Captioner],
+    photos: Sequence[Path],
+    threads: int,
+) -> None:
+    """`captions.png` and `captions.html` in the folder `--sheet`."""
+    references = sheet.read_references(options.references) if options.references else {}
+    for folder in options.beside:
+        captioners[folder] = Captioner.load(folder, device=options.device, threads=threads)
+    columns: dict[str, list[str]] = {}
+    for folder, captioner in captioners.items():
+        manifest = Manifest.read(folder)
+        title = f"{manifest.family} {manifest.precision}"
+        columns[title] = [caption.text for caption in captioner.caption(photos, batch_size=8)]
+    entries = [
+        sheet.Entry(photo, dict(zip(columns, texts, strict=True)), references.get(photo.name, ()))
+        for photo, texts in zip(photos, zip(*columns.values(), strict=True), strict=True)
+    ]
+    options.sheet.mkdir(parents=True, exist_ok=True)
+    sheet.draw_sheet(entries, options.sheet / "captions.png")
+    sheet.write_page(entries, options.sheet / "captions.html")
 
 
 if __name__ == "__main__":

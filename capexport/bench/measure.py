@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -23,11 +23,18 @@ _TURN = 5
 # so that neither is timed against the other's.
 _PAUSE = 0.03
 
+
+class AnyCaptioner(Protocol):
+    """`Captioner`, or what `generate()` of Transformers is wrapped in."""
+
+    def caption(self, images: Sequence[bytes], *, batch_size: int) -> list[Caption]: ...
+
+
 STAGES = ("total", "preprocess", "encode", "decode")
 
 
 def alternate(
-    captioners: Mapping[str, Captioner],
+    captioners: Mapping[str, AnyCaptioner],
     photos: Sequence[bytes],
     batch_size: int,
     repeats: int,
@@ -82,7 +89,7 @@ def _statistics(values: Sequence[float]) -> dict[str, float]:
 
 
 def fastest(
-    candidates: Mapping[str, Captioner], photos: Sequence[bytes], batch_size: int, stage: str
+    candidates: Mapping[str, AnyCaptioner], photos: Sequence[bytes], batch_size: int, stage: str
 ) -> str:
     """Which candidate is quickest in one stage, by the median of a few batches."""
     paths = alternate(candidates, photos, batch_size, repeats=7)["paths"]
@@ -112,18 +119,18 @@ def footprint(
 def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
     kind, model, batch_size, device, threads, *photos = arguments
     began = time.perf_counter()
+    captioner: AnyCaptioner
     if kind == "onnx":
         captioner = Captioner.load(model, device=device, threads=int(threads))
     else:
-        import torch
+        from capexport.bench.pairs import open_pair
 
-        from capexport.models.checkpoint import load_checkpoint
-        from capexport.models.torch_captioner import torch_captioner
-
-        torch.set_num_threads(int(threads))
-        captioner = torch_captioner(load_checkpoint(Path(model)), device, threads=int(threads))
+        captioner = open_pair(model, device, int(threads)).plain()
     loaded = time.perf_counter() - began
-    captioner.caption(list(itertools.islice(itertools.cycle(photos), int(batch_size))))
+    batch = [Path(photo).read_bytes() for photo in photos]
+    captioner.caption(
+        list(itertools.islice(itertools.cycle(batch), int(batch_size))), batch_size=int(batch_size)
+    )
     return {"load_seconds": loaded, "peak_memory_mb": _peak_memory()}
 
 

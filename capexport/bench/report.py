@@ -21,8 +21,8 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']} on {result['device']} ({environment['cpu']}, "
         f"{environment['threads']} threads; {versions})",
-        f"{result['photos']} photos in turn, {result['repeats']} batches of each size; PyTorch "
-        "with the fastest of its memory formats and LSTM calls: "
+        f"{result['photos']} photos in turn, {result['repeats']} batches of each size; PyTorch's "
+        "fastest variant: "
         + "; ".join(f"batch {run['batch_size']}: {run['torch_variant']}" for run in result["runs"]),
         "",
         table(_rows(result)),

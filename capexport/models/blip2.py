@@ -50,7 +50,7 @@ def find_checkpoint(model: str, revision: str | None = None) -> tuple[Path, dict
         reason = str(error).strip().splitlines()[0]
         raise DownloadError(
             f"{model}: cannot be downloaded, and is not in the cache ({reason}): connect to the "
-            "network once, or pass --model FOLDER with a copy"
+            "network once, or pass a folder with a copy"
         ) from error
     return folder, {"source": model, "revision": folder.name}
 
@@ -198,6 +198,13 @@ class HuggingFaceCaptioner:
         self.first_logits = np.zeros((0, 0), np.float32)  # of the last batch's first tokens
         # The image part is over when its last layer is.
         model.language_projection.register_forward_hook(self._stamp)
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> HuggingFaceCaptioner:
+        """The checkpoint in `folder`, loaded by Transformers itself."""
+        config = read_config(folder)
+        model = Blip2ForConditionalGeneration.from_pretrained(folder)
+        return cls(model, read_processor(folder, config), device)
 
     def _stamp(self, *_: object) -> None:
         if self.model.device.type == "cuda":

@@ -1,9 +1,12 @@
+import html
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from capexport import Captioner
 from capexport.bench.cli import main, sample_photos
 from capexport.models.checkpoint import Checkpoint
 
@@ -71,3 +74,34 @@ def test_no_cuda_provider(capsys):
 
 def test_sample_photos_are_there():
     assert len(sample_photos()) >= 3
+
+
+def test_blip2_against_generate_and_the_sheet(
+    blip2_checkpoint, blip2_export, artifact: Path, photos: list[Path], tmp_path: Path, capsys
+):
+    references = tmp_path / "captions.csv"
+    references.write_text(f"image,caption\n{photos[0].name},A <b>dog</b> , running\n")
+    sheet = tmp_path / "sheet"
+    arguments = [str(blip2_checkpoint("opt")), "--artifact", str(blip2_export("opt"))]
+    arguments += ["--photos", *map(str, photos[:5]), "--repeats", "2", "--batch-sizes", "2"]
+    arguments += ["--sheet", str(sheet), "--beside", str(artifact)]
+    assert main([*arguments, "--references", str(references)]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result["model"] == "blip2 opt in fp32"
+    assert result["runs"][0]["torch_variant"] == "generate()"
+    assert result["runs"][0]["identical_captions"] == 1
+    assert "identical captions: 100.0%" in table
+    for path in result["runs"][0]["paths"].values():
+        assert min(path["milliseconds"][s]["p50"] for s in ("preprocess", "encode", "decode")) > 0
+    page = (sheet / "captions.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 5
+    assert "A &lt;b&gt;dog&lt;/b&gt; , running" in page
+    for folder, title in ((blip2_export("opt"), "blip2 fp32"), (artifact, "cnn-lstm fp32")):
+        assert f"<th>{title}</th>" in page
+        captions = Captioner.load(folder).caption(photos[:5])
+        assert all(f"<td>{html.escape(caption.text)}</td>" in page for caption in captions)
+    with Image.open(sheet / "captions.png") as image:
+        assert image.width > 1000
+    assert main([*arguments[:1], "--artifact", str(artifact)]) == 2
+    assert "was not exported from" in capsys.readouterr().err

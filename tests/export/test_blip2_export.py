@@ -20,7 +20,7 @@ from blip2_models import POSITIONS, QUERIES, TEXTS, VISION
 from conftest import draw_photo, every_mode
 from optimum.exporters.onnx import convert
 from safetensors.torch import load_file, save_file
-from transformers import Blip2ForConditionalGeneration, Blip2Processor
+from transformers import Blip2Processor
 
 from benchmarks.random_blip2 import processor as random_processor
 from capexport import Captioner, CheckpointError, DownloadError, OutputExistsError, ParityError
@@ -48,15 +48,12 @@ IMAGES = [draw_photo(seed, (60, 50)) for seed in range(200, 206)]
 PROMPTS = ["a photo of", "Question: how many cats are there? Answer:", "two"]
 
 
-def reference(checkpoint: Path) -> HuggingFaceCaptioner:
-    """The model as Transformers itself loads it."""
-    model = Blip2ForConditionalGeneration.from_pretrained(checkpoint)
-    return HuggingFaceCaptioner(model, read_processor(checkpoint, read_config(checkpoint)))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_captions_are_those_of_generate(kind: str, blip2_checkpoint: Make, blip2_export: Make):
-    wanted, exported = reference(blip2_checkpoint(kind)), Captioner.load(blip2_export(kind))
+    wanted, exported = (
+        HuggingFaceCaptioner.load(blip2_checkpoint(kind)),
+        Captioner.load(blip2_export(kind)),
+    )
     settings = [
         ({}, {}),
         ({"max_tokens": 7}, {}),
@@ -94,7 +91,8 @@ def test_the_image_decides(language: str, blip2_export: Make):
 
 
 def test_up_to_the_position_limit(blip2_checkpoint: Make, blip2_export: Make):
-    wanted, exported = reference(blip2_checkpoint("opt")), Captioner.load(blip2_export("opt"))
+    wanted = HuggingFaceCaptioner.load(blip2_checkpoint("opt"))
+    exported = Captioner.load(blip2_export("opt"))
     length = exported.vocabulary.prompts(["two"], 1).tokens.shape[1]
     room = POSITIONS + 1 - length  # the last token is never fed
     options = {"prompt": "two", "max_tokens": room}
