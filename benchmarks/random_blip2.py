@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import Blip2Config, Blip2Processor, BlipImageProcessor, PreTrainedTokenizerFast
+from transformers import (
+    Blip2Config,
+    Blip2Processor,
+    BlipImageProcessor,
+    GPT2TokenizerFast,
+    PreTrainedTokenizerFast,
+)
 
 from capexport.models.blip2 import meta_model
 
@@ -40,7 +46,8 @@ def processor(
     bpe.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("</s>", END)])
     bpe.add_special_tokens([AddedToken("<image>", normalized=False)])
     assert bpe.token_to_id("<image>") == IMAGE
-    tokenizer = PreTrainedTokenizerFast(
+    kind = GPT2TokenizerFast if language == "opt" else PreTrainedTokenizerFast
+    tokenizer = kind(
         tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", unk_token="<unk>",
         pad_token="<pad>", padding_side=padding_side, clean_up_tokenization_spaces=False,
     )  # fmt: skip

@@ -16,7 +16,13 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
+from transformers import (
+    AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessor,
+)
 
 from capexport.artifact import sha256_of
 from capexport.captioner import Caption, Timing
@@ -75,6 +81,8 @@ def read_config(folder: Path) -> Blip2Config:
             "Blip2ForConditionalGeneration with OPT or T5 as its language model, such as "
             "Salesforce/blip2-opt-2.7b and Salesforce/blip2-flan-t5-xl"
         )
+    if config.text_config.bos_token_id is None:
+        raise CheckpointError(f"{path}: without a bos_token_id, nothing begins a caption")
     return config
 
 
@@ -86,10 +94,12 @@ def read_processor(folder: Path, config: Blip2Config) -> Blip2Processor:
         CheckpointError: it is missing, or does not belong to the model.
     """
     try:
-        processor = Blip2Processor.from_pretrained(folder, use_fast=False)
+        images = BlipImageProcessor.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Processors of old checkpoints don't know how many queries there are.
+        processor = Blip2Processor(images, tokenizer, config.num_query_tokens)
     except Exception as error:  # Transformers and tokenizers raise many kinds, some bare
         raise CheckpointError(f"{folder}: no processor can be loaded: {error}") from error
-    tokenizer = processor.tokenizer
     if not tokenizer.is_fast:
         raise CheckpointError(f"{folder}: no tokenizer.json, nor files that can become one")
     image_token = tokenizer.convert_tokens_to_ids("<image>")
@@ -99,11 +109,10 @@ def read_processor(folder: Path, config: Blip2Config) -> Blip2Processor:
             f"{image_token}, but the model {config.text_config.vocab_size}, <image> as number "
             f"{config.image_token_index}: this is another model's tokenizer"
         )
-    size = dict(processor.image_processor.size)
+    size = dict(images.size)
     edge = config.vision_config.image_size
     if size != {"height": edge, "width": edge}:
         raise CheckpointError(f"{folder}: images of {size}, but the model takes {edge} x {edge}")
-    processor.num_query_tokens = config.num_query_tokens
     return processor
 
 
