@@ -99,7 +99,7 @@ class Captioner:
         """
         path = local_folder(folder)
         manifest = Manifest.read(path)
-        families = {"cnn-lstm": _load_cnn_lstm, "blip2": _load_blip2}
+        families = {"cnn-lstm": _load_cnn_lstm, "blip2": load_blip2}
         if manifest.family not in families:
             raise ArtifactError(f"{path}: unknown model family {manifest.family!r}")
         try:
@@ -300,7 +300,10 @@ def _load_cnn_lstm(path: Path, manifest: Manifest, device: str, threads: int | N
     return Captioner(encoder, decoder, vocabulary, manifest.image, options, threads)
 
 
-def _load_blip2(path: Path, manifest: Manifest, device: str, threads: int | None) -> Captioner:
+def load_blip2(
+    path: Path, manifest: Manifest, device: str, threads: int | None, *, folded: bool = True
+) -> Captioner:
+    """A BLIP-2's captioner; `folded` as in `open_session`."""
     from capexport.graphs import OnnxCacheDecoder, OnnxImageEncoder
 
     spec = PromptSpec(**(manifest.prompt or {}))
@@ -318,6 +321,7 @@ def _load_blip2(path: Path, manifest: Manifest, device: str, threads: int | None
         device,
         threads,
         mapped=mapped,
+        folded=folded,
     )
     size = decoder.vocabulary_size
     options = _decoding_options(path, manifest, size, [spec.image_token, spec.bos_token])
@@ -326,7 +330,7 @@ def _load_blip2(path: Path, manifest: Manifest, device: str, threads: int | None
             f"{path}: a tokenizer of {len(tokenizer)} tokens, but logits for {size}; export again"
         )
     vision = manifest.file(path, "vision_encoder.onnx")
-    encoder = OnnxImageEncoder(vision, device, threads, mapped=mapped)
+    encoder = OnnxImageEncoder(vision, device, threads, mapped=mapped, folded=folded)
     return Captioner(encoder, decoder, tokenizer, manifest.image, options, threads)
 
 

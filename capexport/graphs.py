@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -57,12 +58,19 @@ def require_provider(device: str) -> str:
 
 
 def open_session(
-    path: Path, device: str, threads: int | None, *, mapped: bool = False
+    path: Path,
+    device: str,
+    threads: int | None,
+    *,
+    mapped: bool = False,
+    folded: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Open a graph on `device`, and make sure that it really runs there.
 
     `mapped` leaves a CPU graph's external weights where they are mapped, instead of repacking them
-    into memory of this process: twice the weights are not to be had everywhere.
+    into memory of this process: twice the weights are not to be had everywhere. A CPU computes
+    float16 in float32; `folded` converts the weights once, into twice their size, and otherwise
+    they are converted whenever they are used.
 
     Raises:
         MissingExtraError, DeviceError: as `require_provider`, or the provider does not start.
@@ -77,6 +85,8 @@ def open_session(
     options.log_severity_level = 3
     if mapped:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if not folded:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     try:
         session = onnxruntime.InferenceSession(path, options, [provider])
     except Exception as error:  # onnxruntime's own exceptions share no narrower base
@@ -144,8 +154,10 @@ class OnnxLstmDecoder:
 class OnnxImageEncoder:
     """BLIP-2's `vision_encoder.onnx`: images to features, (batch, query tokens, width)."""
 
-    def __init__(self, path: Path, device: str, threads: int | None, *, mapped: bool) -> None:
-        self._session = open_session(path, device, threads, mapped=mapped)
+    def __init__(
+        self, path: Path, device: str, threads: int | None, *, mapped: bool, folded: bool
+    ) -> None:
+        self._session = open_session(path, device, threads, mapped=mapped, folded=folded)
         _expect_names(path, self._session, {"pixel_values"}, {"image_features"})
 
     def __call__(self, images: FloatArray) -> NDArray[Any]:
@@ -180,11 +192,13 @@ class OnnxCacheDecoder:
         threads: int | None,
         *,
         mapped: bool,
+        folded: bool,
     ) -> None:
-        self._embed = open_session(files["embed_tokens.onnx"], device, 1, mapped=mapped)
+        open_part = partial(open_session, device=device, mapped=mapped, folded=folded)
+        self._embed = open_part(files["embed_tokens.onnx"], threads=1)
         _expect_names(files["embed_tokens.onnx"], self._embed, {"input_ids"}, {"inputs_embeds"})
         step = files["decoder_model_merged.onnx"]
-        self._step = open_session(step, device, threads, mapped=mapped)
+        self._step = open_part(step, threads=threads)
         self._cache = dict(cache)
         self._encoded: list[str] = []
         self._encoder = None
@@ -193,7 +207,7 @@ class OnnxCacheDecoder:
             self._mask_input = "encoder_attention_mask"
             self._encoded = [name.replace(".decoder.", ".encoder.") for name in cache]
             path = files["encoder_model.onnx"]
-            self._encoder = open_session(path, device, threads, mapped=mapped)
+            self._encoder = open_part(path, threads=threads)
             inputs = {"inputs_embeds", "attention_mask"}
             _expect_names(path, self._encoder, inputs, set(self._encoded))
         inputs = {"inputs_embeds", self._mask_input, *cache, *self._encoded}

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from transformers import Blip2Config, Blip2Processor
 
 from capexport.artifact import Manifest, new_artifact, record_files
-from capexport.captioner import Caption, Captioner
+from capexport.captioner import Caption, load_blip2
 from capexport.errors import ParityError
 from capexport.export.blip2_parts import PartConfig, Plan, plan_parts
 from capexport.export.graph import OPSET, versions
@@ -158,7 +158,7 @@ def export_blip2(
         )
         manifest.write(draft)
         scratch.mkdir()
-        captions = _compare_captions(config, processor, weights, draft, precision, photos)
+        captions = _compare_captions(config, processor, weights, draft, manifest, photos)
         shutil.rmtree(scratch)
         parity = {
             "tolerance": TOLERANCES[precision],
@@ -197,7 +197,7 @@ def _export_part(
             (scratch / file).replace(draft / file)
     if plan.dtype != torch.float32:
         part, _ = _filled(config, weights, plan, torch.float32)
-    session = open_session(draft / name, "cpu", None, mapped=True)
+    session = open_session(draft / name, "cpu", None, mapped=True, folded=precision != "fp16")
     return max(
         _compare(name, part, part_config, session, TOLERANCES[precision], *shape)
         for shape in SHAPES
@@ -253,7 +253,7 @@ def _compare_captions(
     processor: Blip2Processor,
     weights: Weights,
     draft: Path,
-    precision: str,
+    manifest: Manifest,
     photos: Sequence[ImageSource],
 ) -> dict[str, Any]:
     """Captions and answers of the artifact against those of `generate()` in float32.
@@ -261,6 +261,7 @@ def _compare_captions(
     Raises:
         ParityError: in fp32 a token differs; otherwise, logits do by more than the tolerance.
     """
+    precision = manifest.precision
     images = list(photos[:IMAGES]) or seeded_images(4)
     prompts = list(itertools.islice(itertools.cycle(_PROMPTS), len(images)))
     model = meta_model(config)
@@ -270,7 +271,7 @@ def _compare_captions(
     for prompt in (None, prompts):
         wanted += reference.caption(images, prompt=prompt)
         wanted_logits.append(reference.first_logits)
-    exported = Captioner.load(draft)
+    exported = load_blip2(draft, manifest, "cpu", None, folded=precision != "fp16")
     assert isinstance(exported.vocabulary, PromptTokenizer)
     got, got_logits = [], []
     for prompt in (None, prompts):

@@ -7,6 +7,7 @@ onnxruntime's tool holds the whole model twice.
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +32,11 @@ def quantize_graph(source: Path, target: Path, bits: int) -> None:
     Both keep their tensors in a file of their own beside them, `<name>.data`. The projection to
     the vocabulary stays at 8 bits: it decides between tokens.
     """
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        DefaultWeightOnlyQuantizer,
-    )
+    with _root_logger_kept():
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            DefaultWeightOnlyQuantizer,
+        )
 
     model = onnx.load(source, load_external_data=False)
     graph = model.graph
@@ -62,6 +64,16 @@ def quantize_graph(source: Path, target: Path, bits: int) -> None:
         raise NotImplementedError(f"{source}: products that share a weight")
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, target)
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """onnxruntime's module configures logging for everybody when it is imported."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def _replace(node: onnx.NodeProto, weights: list[str], shape: tuple[int, ...], bits: int) -> None:
