@@ -250,6 +250,8 @@ def _export_blip2(options: argparse.Namespace) -> int:
         raise MissingExtraError(
             f"exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'` ({error})"
         ) from error
+    # Without a network it warns of every attempt; the error at the end says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     folder, source = find_checkpoint(options.model, options.revision)
     photos = find_images(options.photos, sys.stdin) if options.photos else []
     manifest = export_blip2(folder, options.out, options.precision, source=source, photos=photos)
