@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from capexport import Captioner
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,7 +40,7 @@ def test_the_wheel_holds_capexport_alone(wheel: Path):
 
 
 def test_it_captions_in_a_small_environment_of_its_own(
-    wheel: Path, artifact: Path, photos: list[Path], captioner, tmp_path: Path
+    wheel: Path, artifact: Path, blip2_export, photos: list[Path], captioner, tmp_path: Path
 ):
     venv = tmp_path / "venv"
     # Without pip's and setuptools' own 23 MB, which come with some Pythons and not with others.
@@ -53,6 +55,15 @@ def test_it_captions_in_a_small_environment_of_its_own(
     command = [venv / "bin" / "capexport", "caption", "-m", artifact, *photos]
     wanted = [f"{p}\t{c.text}" for p, c in zip(photos, captioner.caption(photos), strict=True)]
     assert run(*command, cwd=tmp_path).splitlines() == wanted
+    # BLIP-2 takes one package more.
+    command[command.index(artifact)] = blip2_export("opt")
+    outcome = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert outcome.returncode == 2
+    assert "capexport[tokenizers]" in outcome.stderr
+    run(*pip, "install", "-q", f"{wheel}[cpu,tokenizers]")
+    exported = Captioner.load(blip2_export("opt"))
+    wanted = [f"{p}\t{c.text}" for p, c in zip(photos, exported.caption(photos), strict=True)]
+    assert run(*command, cwd=tmp_path).splitlines() == "\n".join(wanted).splitlines()
     # Exporting from here must say what to install.
     lstm = [venv / "bin" / "capexport", "lstm", "--out", tmp_path / "out"]
     outcome = subprocess.run([str(part) for part in lstm], capture_output=True, text=True)
