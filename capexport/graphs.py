@@ -87,6 +87,9 @@ def open_session(
         options.add_session_config_entry("session.disable_prepacking", "1")
     if not folded:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        # Conversions run right before their use, not all at the start, and leave nothing behind.
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_mem_pattern = options.enable_cpu_mem_arena = False
     try:
         session = onnxruntime.InferenceSession(path, options, [provider])
     except Exception as error:  # onnxruntime's own exceptions share no narrower base
