@@ -259,10 +259,15 @@ class Captioner:
         return framed, options
 
 
+def is_hub_id(name: str) -> bool:
+    """Can this be `owner/name` on the Hugging Face hub, and not a slip in a path?"""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).parent.exists()
+
+
 def local_folder(folder: str | os.PathLike[str]) -> Path:
     """`folder`, or the local copy of what it names on the Hugging Face hub."""
     path = Path(folder)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(folder)):
+    if path.exists() or not is_hub_id(os.fspath(folder)):
         return path
     try:
         from huggingface_hub import snapshot_download

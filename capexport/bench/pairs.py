@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from capexport.bench import measure
 from capexport.bench.measure import AnyCaptioner
-from capexport.captioner import Captioner
+from capexport.captioner import Captioner, is_hub_id
 from capexport.errors import MissingExtraError
 
 
@@ -44,7 +44,7 @@ def open_pair(checkpoint: str, device: str, threads: int) -> Pair:
         CheckpointError, DownloadError: there is no such checkpoint.
     """
     folder = Path(checkpoint)
-    is_blip2 = "/" in checkpoint
+    is_blip2 = is_hub_id(checkpoint)
     if folder.is_dir():
         # A run folder of `python -m train` has a config.json too, beside its best checkpoint.
         is_blip2 = (folder / "config.json").exists() and not (folder / "best").exists()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from capexport.artifact import sha256_of
-from capexport.captioner import Caption, Timing
+from capexport.captioner import Caption, Timing, is_hub_id
 from capexport.errors import CheckpointError, DownloadError
 from capexport.preprocessing import ImageSource, load_image
 
@@ -45,7 +44,7 @@ def find_checkpoint(model: str, revision: str | None = None) -> tuple[Path, dict
     if Path(model).is_dir():
         read_config(Path(model))
         return Path(model), {"source": Path(model).resolve().name}
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not is_hub_id(model):
         raise CheckpointError(f"{model}: no such folder, nor an id of the Hugging Face hub")
     try:
         # The small file first: it tells whether the large ones are worth it.

@@ -23,7 +23,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Blip2Processor
 
 from benchmarks.random_blip2 import processor as random_processor
-from capexport import Captioner, CheckpointError, DownloadError, OutputExistsError, ParityError
+from capexport import (
+    ArtifactNotFoundError,
+    Captioner,
+    CheckpointError,
+    DownloadError,
+    OutputExistsError,
+    ParityError,
+)
 from capexport.cli import main
 from capexport.export import blip2, quantize
 from capexport.export.blip2 import (
@@ -481,13 +488,20 @@ def in_cache(hub: Path, model: str, folder: Path) -> str:
     return revision
 
 
-def test_offline_from_the_cache(hub: Path, blip2_checkpoint: Make, blip2_export: Make, capsys):
+def test_offline_from_the_cache(
+    hub: Path, blip2_checkpoint: Make, blip2_export: Make, capsys, monkeypatch
+):
     assert main(["blip2", "--model", "someone/blip2-opt", "--out", str(hub / "out")]) == 2
     error = capsys.readouterr().err
     assert "someone/blip2-opt: cannot be downloaded, and is not in the cache" in error
     assert len(error.splitlines()) == 1
-    with pytest.raises(CheckpointError, match="no such folder"):
-        find_checkpoint("not an id")
+    for slip in ("not an id", f"{hub}/not-there"):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            find_checkpoint(slip)
+    monkeypatch.chdir(hub.parent)
+    Path("artifacts").mkdir()
+    with pytest.raises(ArtifactNotFoundError, match=r"no manifest\.json there"):
+        Captioner.load("artifacts/slip")
     revision = in_cache(hub, "someone/blip2-opt", blip2_checkpoint("opt"))
     folder, source = find_checkpoint("someone/blip2-opt")
     assert source == {"source": "someone/blip2-opt", "revision": revision}
