@@ -77,6 +77,14 @@ def edit_manifest(folder: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def shapes(values) -> dict[str, list[int | str]]:
+    """Inputs or outputs of an ONNX graph: their axes by name."""
+    return {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in values
+    }
+
+
 CAPTIONS = ["A dog runs .", 'Two dogs , "playing" in snow']
 
 

@@ -42,7 +42,6 @@ from capexport.vocabulary import PromptSpec, PromptTokenizer
 
 log = logging.getLogger("capexport")
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
 # Largest error of an output against PyTorch in float32 (`relative_error`). Unrelated numbers would
 # err by 1.4, zeros by 1; the random weights of tests lose more in 4 bits than trained ones.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.2, "int4": 0.7}

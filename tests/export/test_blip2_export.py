@@ -17,7 +17,7 @@ import onnx
 import pytest
 import torch
 from blip2_models import POSITIONS, QUERIES, TEXTS, VISION
-from conftest import draw_photo, every_mode
+from conftest import draw_photo, every_mode, shapes
 from optimum.exporters.onnx import convert
 from safetensors.torch import load_file, save_file
 from transformers import Blip2Processor
@@ -156,13 +156,6 @@ def test_pixels_are_those_of_the_processor(mode: str, blip2_checkpoint: Make, bl
     pixels = Captioner.load(blip2_export("opt")).preprocess(image)
     wanted = processor(images=meant, return_tensors="np")["pixel_values"][0]
     np.testing.assert_allclose(pixels, wanted, rtol=0, atol=1e-5)
-
-
-def shapes(values) -> dict[str, list[int | str]]:
-    return {
-        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-        for value in values
-    }
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import draw_photo
+from conftest import draw_photo, shapes
 
 from capexport import Captioner, CheckpointError, OutputExistsError, ParityError
 from capexport.cli import main
@@ -21,13 +21,6 @@ from capexport.export import parity
 from capexport.export.cnn_lstm import export_cnn_lstm
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.torch_captioner import torch_captioner
-
-
-def shapes(values) -> dict[str, list[int | str]]:
-    return {
-        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-        for value in values
-    }
 
 
 def test_graphs_have_the_documented_inputs_and_outputs(artifact: Path, checkpoint: Checkpoint):
