@@ -10,8 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
@@ -20,6 +21,13 @@ from capexport.decoding import Decoder, DecodingOptions, Encoder, Prompts, greed
 from capexport.errors import ArtifactError, ArtifactNotFoundError, DownloadError
 from capexport.preprocessing import FloatArray, ImageSource, ImageSpec, preprocess
 from capexport.vocabulary import PromptSpec, PromptTokenizer, Vocabulary
+
+if TYPE_CHECKING:
+    from capexport.graphs import OpenGraph
+
+
+# A CNN-LSTM for Flickr8k in int8; artifacts/README.md says how it was made.
+BUNDLED_ARTIFACT = Path(__file__).parent / "default"
 
 
 @dataclass(frozen=True)
@@ -81,29 +89,34 @@ class Captioner:
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None
+        cls,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
     ) -> Captioner:
         """Load an exported folder.
 
         Args:
             folder: what `capexport lstm --out` or `capexport blip2 --out` wrote, or the Hugging
-                Face id (`owner/name`) of such a folder.
+                Face id (`owner/name`) of such a folder; by default `BUNDLED_ARTIFACT`, the
+                Flickr8k captioner that comes with the package.
             device: "cpu" or "cuda".
-            threads: CPU threads for preprocessing and the graphs; all cores by default. A
-                CNN-LSTM decodes on one.
+            threads: CPU threads for preprocessing and the graphs; all cores by default.
         Raises:
             ArtifactNotFoundError, ArtifactError: the folder is incomplete or altered.
             DeviceError: the device, or its execution provider, is not available.
             MissingExtraError: onnxruntime, or what BLIP-2 needs, is not installed.
             DownloadError: a Hugging Face id cannot be downloaded.
         """
-        path = local_folder(folder)
+        path = BUNDLED_ARTIFACT if folder is None else local_folder(folder)
         manifest = Manifest.read(path)
-        families = {"cnn-lstm": _load_cnn_lstm, "blip2": load_blip2}
-        if manifest.family not in families:
-            raise ArtifactError(f"{path}: unknown model family {manifest.family!r}")
         try:
-            return families[manifest.family](path, manifest, device, threads)
+            if manifest.family == "cnn-lstm":
+                return load_cnn_lstm(path, manifest, device, threads)
+            if manifest.family == "blip2":
+                return load_blip2(path, manifest, device, threads)
+            raise ArtifactError(f"{path}: unknown model family {manifest.family!r}")
         except (ArtifactError, FileNotFoundError):
             raise
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -286,22 +299,26 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def _load_cnn_lstm(path: Path, manifest: Manifest, device: str, threads: int | None) -> Captioner:
-    from capexport.graphs import OnnxEncoder, OnnxLstmDecoder
+def load_cnn_lstm(
+    path: Path,
+    manifest: Manifest,
+    device: str,
+    threads: int | None,
+    open_graph: OpenGraph | None = None,
+) -> Captioner:
+    """A CNN-LSTM's captioner; `open_graph` stands in for onnxruntime's own session."""
+    from capexport.graphs import OnnxEncoder, OnnxLstmDecoder, open_session
 
+    open_graph = open_graph or partial(open_session, device=device, threads=threads)
     words = json.loads(manifest.file(path, "vocabulary.json").read_text("utf-8"))
     vocabulary = Vocabulary(tuple(words))
     state = dict(manifest.state)
     start_token = int(manifest.decoding["start_token"])
     options = _decoding_options(path, manifest, len(vocabulary), [start_token])
-    encoder = OnnxEncoder(manifest.file(path, "encoder.onnx"), state, device, threads)
+    encoder = OnnxEncoder(manifest.file(path, "encoder.onnx"), state, device, open_graph)
     step = manifest.file(path, "decoder_step.onnx")
-    decoder = OnnxLstmDecoder(step, state, start_token, device)
-    if decoder.vocabulary_size != len(vocabulary):
-        raise ArtifactError(
-            f"{path}: {len(vocabulary)} words, but logits for {decoder.vocabulary_size}; "
-            "export again"
-        )
+    loop = path / "decoder_loop.onnx" if "decoder_loop.onnx" in manifest.files else None
+    decoder = OnnxLstmDecoder(step, loop, state, start_token, options, open_graph)
     return Captioner(encoder, decoder, vocabulary, manifest.image, options, threads)
 
 

@@ -29,7 +29,7 @@ from capexport.bulk import (
     find_images,
     journal_of,
 )
-from capexport.captioner import Captioner, local_folder
+from capexport.captioner import BUNDLED_ARTIFACT, Captioner, local_folder
 from capexport.errors import CapexportError, CheckpointError, MissingExtraError
 
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "artifacts" / "default"
@@ -99,10 +99,14 @@ def _parser() -> argparse.ArgumentParser:
         help="export a CNN-LSTM checkpoint to ONNX",
         **teaching(
             "Export a CNN-LSTM checkpoint to a folder that `Captioner.load` reads: encoder.onnx, "
-            "decoder_step.onnx, vocabulary.json and manifest.json. The folder appears only if the "
-            "graphs give the same values and captions as PyTorch.",
+            "decoder_loop.onnx (whole captions), decoder_step.onnx (single steps, for what the "
+            "loop cannot do), vocabulary.json and manifest.json. The folder appears only if the "
+            "graphs give the same values and captions as PyTorch; int8 graphs are made of such "
+            "ones, and their manifest says what they lose.",
             "capexport lstm --out artifacts/demo              # the bundled Flickr8k model",
             "capexport lstm runs/first --out artifacts/first --photos photos/",
+            "capexport lstm runs/first --out artifacts/small --precision int8 \\",
+            "    --calibration training/ --photos test/ --references captions.txt",
         ),
     )
     lstm.add_argument(
@@ -118,6 +122,26 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="PATH",
         help="photos to compare captions on, 16 or more (default: seeded colour fields)",
+    )
+    lstm.add_argument(
+        "--precision",
+        choices=("fp32", "int8"),
+        default="fp32",
+        help="fp32: exact (default); int8: a third of the size, faster on CPU",
+    )
+    lstm.add_argument(
+        "--calibration",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="photos that show int8 the range of values, a hundred or so of the kind that the "
+        "model was trained on",
+    )
+    lstm.add_argument(
+        "--references",
+        type=Path,
+        metavar="CSV",
+        help="human captions of --photos, as Flickr8k's captions.txt: also report BLEU and CIDEr",
     )
     lstm.set_defaults(run=_export_lstm)
 
@@ -165,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         **teaching(
             "Caption images with an exported model. One unreadable image does not stop the rest: "
             "it is reported, and the exit code is 1.",
-            "capexport caption -m artifacts/first photo.jpg",
+            "capexport caption photo.jpg",
             "capexport caption -m artifacts/first photos/ --format jsonl --out metadata.jsonl",
             "find . -name '*.png' | capexport caption -m artifacts/first - --format txt",
         ),
@@ -177,7 +201,11 @@ def _parser() -> argparse.ArgumentParser:
         help="files, folders (searched in depth), glob patterns, or - for a list on standard input",
     )
     caption.add_argument(
-        "-m", "--model", required=True, metavar="DIR", help="exported folder, or its id on the hub"
+        "-m",
+        "--model",
+        metavar="DIR",
+        help="exported folder, or its id on the hub (default: the Flickr8k captioner that comes "
+        "with capexport)",
     )
     caption.add_argument(
         "--format",
@@ -224,21 +252,40 @@ def bundled_checkpoint() -> Path:
 def _export_lstm(options: argparse.Namespace) -> int:
     try:
         from capexport.export.cnn_lstm import export_cnn_lstm
+        from capexport.export.metrics import format_scores, read_references
         from capexport.models.checkpoint import load_checkpoint
     except ImportError as error:
         raise MissingExtraError(
             f"exporting needs `pip install 'capexport[cpu,export]'` ({error})"
         ) from error
     checkpoint = load_checkpoint(options.checkpoint or bundled_checkpoint())
-    photos = find_images(options.photos, sys.stdin) if options.photos else []
-    manifest = export_cnn_lstm(checkpoint, options.out, photos)
-    captions = manifest.parity["captions"]
-    difference = max(manifest.parity["max_difference"].values())
+    photos, calibration = (
+        find_images(paths, sys.stdin) if paths else []
+        for paths in (options.photos, options.calibration)
+    )
+    manifest = export_cnn_lstm(
+        checkpoint,
+        options.out,
+        photos,
+        precision=options.precision,
+        calibration=calibration,
+        references=read_references(options.references) if options.references else None,
+    )
+    parity = manifest.parity
+    captions = parity["captions"]
+    difference = max(parity["max_difference"].values())
     size = sum(record.bytes for record in manifest.files.values()) / 1e6
     print(
         f"{options.out}: {size:.1f} MB; {captions['identical']} of {captions['images']} captions "
-        f"identical to PyTorch's, largest difference of a value {difference:.1g}"
+        f"identical to PyTorch's in fp32, largest difference of a value {difference:.1g}"
     )
+    if options.precision == "int8":
+        print(
+            f"int8: {parity['int8']['identical_captions']:.1%} of captions and "
+            f"{parity['int8']['token_agreement']:.1%} of tokens identical to PyTorch's"
+        )
+    for name, metrics in parity.get("metrics", {}).items():
+        print(f"{name}: {format_scores(metrics)}")
     return 0
 
 
@@ -282,7 +329,7 @@ def _caption(options: argparse.Namespace) -> int:
     # Pillow still refuses real decompression bombs; its warning names no file.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     paths = find_images(options.paths, sys.stdin)
-    model = local_folder(options.model)
+    model = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
     captioner = Captioner.load(model, device=options.device, threads=options.threads)
     changes = {} if options.max_tokens is None else {"max_tokens": options.max_tokens}
     output: Output

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,14 @@ class Decoder(Protocol):
         """The state of `rows` alone, in that order: finished rows leave, beams are reordered."""
 
 
+@runtime_checkable
+class LoopDecoder(Protocol):
+    """A decoder that can also run the whole greedy loop in one go."""
+
+    def greedy(self, features: Features, options: DecodingOptions) -> list[Hypothesis] | None:
+        """The captions; None where these options need single steps."""
+
+
 @dataclass(frozen=True)
 class DecodingOptions:
     """How captions are decoded; the artifact's manifest holds the defaults.
@@ -103,7 +111,21 @@ def greedy(
     options: DecodingOptions,
     prompts: Prompts | None = None,
 ) -> list[Hypothesis]:
-    """Take the likeliest token at every step; rows that have ended leave the batch."""
+    """Take the likeliest token at every step, in one go where the decoder can."""
+    if isinstance(decoder, LoopDecoder):
+        whole = decoder.greedy(features, options)
+        if whole is not None:
+            return whole
+    return greedy_by_steps(decoder, features, options, prompts)
+
+
+def greedy_by_steps(
+    decoder: Decoder,
+    features: Features,
+    options: DecodingOptions,
+    prompts: Prompts | None = None,
+) -> list[Hypothesis]:
+    """`greedy` in the decoder's single steps; rows that have ended leave the batch."""
     logits, state = decoder.start(features, prompts)
     hypotheses = [Hypothesis([]) for _ in range(len(logits))]
     said = prompts.context if prompts else np.zeros((len(logits), 0), np.int64)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capexport.decoding import Prompts, TokenArray
+from capexport.decoding import DecodingOptions, Hypothesis, Prompts, TokenArray
 from capexport.errors import ArtifactError, DeviceError, MissingExtraError
 from capexport.preprocessing import FloatArray
 
@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
+# Convolutions are fastest when a layer's maps stay in the cache, so a CPU takes so many images of
+# a batch at a time: for a batch of 32 by a quarter faster than all at once.
+_IMAGES_AT_ONCE = 4
+
 # The decoder's state by the names of the step graph's inputs: float32 (batch, hidden_size) each.
 LstmState: TypeAlias = dict[str, FloatArray]
+OpenGraph: TypeAlias = "Callable[[Path], onnxruntime.InferenceSession]"
 
 
 def _import_onnxruntime() -> Any:
@@ -83,6 +88,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
+    # Idle threads would spin on the cores that the next graph, or preprocessing, needs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if mapped:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if not folded:
@@ -105,41 +112,61 @@ def open_session(
 class OnnxEncoder:
     """`encoder.onnx`: images to the decoder's state after the image."""
 
-    def __init__(
-        self, path: Path, state: Mapping[str, str], device: str, threads: int | None
-    ) -> None:
-        self._session = open_session(path, device, threads)
+    def __init__(self, path: Path, state: Mapping[str, str], device: str, open_graph: OpenGraph):
+        self._session = open_graph(path)
         self._outputs = list(state)
+        self._at_once = _IMAGES_AT_ONCE if device == "cpu" else None
         _expect_names(path, self._session, {"images"}, set(state))
 
     def __call__(self, images: FloatArray) -> LstmState:
-        return dict(
-            zip(self._outputs, self._session.run(self._outputs, {"images": images}), strict=True)
-        )
+        size = self._at_once or len(images)
+        parts = [
+            self._session.run(self._outputs, {"images": images[start : start + size]})
+            for start in range(0, len(images), size)
+        ]
+        values = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        return dict(zip(self._outputs, values, strict=True))
 
 
 class OnnxLstmDecoder:
-    """`decoder_step.onnx`: a token and the state to logits and the next state.
+    """`decoder_step.onnx`, a token and the state to logits and the next state, and
+    `decoder_loop.onnx`, the state after the image to whole captions.
 
-    `state` maps each state input of the graph to the output that holds its next value.
+    `state` maps each state input of the step graph to the output that holds its next value;
+    `options` are those that the loop was built with. Where there is a loop, the step graph is
+    opened only when options need it.
     """
 
     def __init__(
         self,
-        path: Path,
+        step: Path,
+        loop: Path | None,
         state: Mapping[str, str],
         start_token: int,
-        device: str,
+        options: DecodingOptions,
+        open_graph: OpenGraph,
     ) -> None:
-        # A step is small, and the idle threads of a second pool would spin on the cores that the
-        # encoder and the preprocessing need: with one thread, whole captions are faster.
-        self._session = open_session(path, device, threads=1)
+        self._step_path, self._loop_path = step, loop
         self._state = list(state)
         self._outputs = ["logits", *state.values()]
         self._start_token = start_token
-        _expect_names(path, self._session, {"tokens", *state}, set(self._outputs))
-        shapes = {node.name: node.shape for node in self._session.get_outputs()}
-        self.vocabulary_size = shapes["logits"][-1]
+        self._fixed = (options.end_tokens, options.suppress_tokens)
+        self._open = open_graph
+        _ = self._loop if loop else self._step
+
+    @cached_property
+    def _step(self) -> onnxruntime.InferenceSession:
+        session = self._open(self._step_path)
+        _expect_names(self._step_path, session, {"tokens", *self._state}, set(self._outputs))
+        return session
+
+    @cached_property
+    def _loop(self) -> onnxruntime.InferenceSession:
+        assert self._loop_path is not None
+        session = self._open(self._loop_path)
+        inputs = {"max_tokens", "min_tokens", *(f"first_{name}" for name in self._state)}
+        _expect_names(self._loop_path, session, inputs, {"words", "log_probabilities"})
+        return session
 
     def start(self, features: LstmState, prompts: object = None) -> tuple[FloatArray, LstmState]:
         batch = len(features[self._state[0]])
@@ -147,11 +174,26 @@ class OnnxLstmDecoder:
 
     def step(self, tokens: TokenArray, state: LstmState) -> tuple[FloatArray, LstmState]:
         feeds: dict[str, NDArray[Any]] = {"tokens": tokens, **state}
-        logits, *values = self._session.run(self._outputs, feeds)
+        logits, *values = self._step.run(self._outputs, feeds)
         return logits, dict(zip(self._state, values, strict=True))
 
     def select(self, state: LstmState, rows: NDArray[np.intp]) -> LstmState:
         return {name: values[rows] for name, values in state.items()}
+
+    def greedy(self, features: LstmState, options: DecodingOptions) -> list[Hypothesis] | None:
+        fixed = (options.end_tokens, options.suppress_tokens)
+        if self._loop_path is None or options.repetition_penalty != 1 or fixed != self._fixed:
+            return None
+        feeds: dict[str, NDArray[Any]] = {f"first_{name}": features[name] for name in self._state}
+        feeds["max_tokens"] = np.array(options.max_tokens)
+        feeds["min_tokens"] = np.array(options.min_tokens)
+        words, log_probabilities = self._loop.run(["words", "log_probabilities"], feeds)
+        [end] = options.end_tokens
+        hypotheses = []
+        for row, log_probability in zip(words.T.tolist(), log_probabilities.tolist(), strict=True):
+            length = row.index(end) if end in row else len(row)
+            hypotheses.append(Hypothesis(row[:length], log_probability))
+        return hypotheses
 
 
 class OnnxImageEncoder:

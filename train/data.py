@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import string
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from capexport.cli import run_command, teaching
 from capexport.errors import CapexportError
 from capexport.vocabulary import Vocabulary
 
@@ -170,3 +173,30 @@ def build_vocabulary(captions: Iterable[list[str]], min_count: int) -> Vocabular
     counts = Counter(word for caption in captions for word in caption)
     kept = sorted((w for w in counts if counts[w] >= min_count), key=lambda w: (-counts[w], w))
     return Vocabulary((*Vocabulary.SPECIALS, *kept))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the paths of a split's photos, for commands that read such a list."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.data",
+        **teaching(
+            "Print the paths of a split's photos.",
+            "python -m train.data --data flickr8k --split test | capbench --photos - \\",
+            "    --references flickr8k/captions.txt",
+        ),
+    )
+    parser.add_argument("--data", type=Path, required=True, help="Flickr8k folder")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
+    options = parser.parse_args(argv)
+
+    def show() -> int:
+        dataset = read_flickr8k(options.data, 0.1, 0.1, options.seed)
+        print(*(photo.path for photo in dataset.splits[options.split]), sep="\n")
+        return 0
+
+    return run_command("train.data", show)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

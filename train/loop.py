@@ -36,6 +36,7 @@ import capexport
 from capexport.artifact import replace_file
 from capexport.bench.sheet import Entry, draw_sheet
 from capexport.errors import CheckpointError, MissingExtraError, OutputExistsError
+from capexport.export.metrics import format_scores, score
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
 from capexport.models.torch_captioner import require_torch_device, torch_captioner
@@ -45,7 +46,7 @@ from train import figures
 from train.config import TrainConfig
 from train.data import DatasetError, Flickr8k, Photo, build_vocabulary, clean, read_flickr8k
 from train.features import cached_features, live_features, load_backbone, readable
-from train.score import caption_photos, format_scores, score
+from train.score import caption_photos
 
 _SAMPLES = 12  # photos on the sheet
 

@@ -1,20 +1,12 @@
-"""Caption metrics of any captioner, PyTorch or ONNX: `python -m train.score CAPTIONER --data DIR`.
-
-The scorers are those of the COCO captioning challenge (Chen et al. 2015), from `pycocoevalcap`.
-"""
+"""Caption metrics of a captioner, PyTorch or ONNX: `python -m train.score CAPTIONER --data DIR`."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import re
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -22,62 +14,8 @@ from capexport import Captioner
 from capexport.artifact import FILE_NAME, replace_file
 from capexport.cli import run_command, teaching
 from capexport.errors import MissingExtraError
+from capexport.export.metrics import format_scores, score
 from train.data import SPLITS, Photo, read_flickr8k
-
-
-def score(
-    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
-) -> dict[str, float | str]:
-    """BLEU-1..4, ROUGE-L and CIDEr-D, times 100, of one caption an image against its references.
-
-    With Java on the PATH, METEOR comes along and captions are split by the Penn Treebank
-    tokenizer, as in published figures; without it, by a regular expression that comes close.
-
-    Raises:
-        MissingExtraError: pycocoevalcap is not installed.
-    """
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.meteor.meteor import Meteor
-        from pycocoevalcap.rouge.rouge import Rouge
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    except ImportError as error:
-        raise MissingExtraError("metrics need `pip install 'capexport[eval]'`") from error
-    java = shutil.which("java") is not None
-    tokenize = _by_treebank(PTBTokenizer()) if java else _by_regular_expression
-    generated = tokenize({name: [caption] for name, caption in captions.items()})
-    human = tokenize({name: list(references[name]) for name in captions})
-    scores: dict[str, float | str] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # Bleu prints its length ratio
-        bleu, _ = Bleu(4).compute_score(human, generated)
-        scores.update({f"BLEU-{n}": 100 * value for n, value in enumerate(bleu, 1)})
-        if java:
-            scores["METEOR"] = 100 * Meteor().compute_score(human, generated)[0]
-        scores["ROUGE-L"] = 100 * float(Rouge().compute_score(human, generated)[0])
-        scores["CIDEr-D"] = 100 * float(Cider().compute_score(human, generated)[0])
-    scores["tokenizer"] = "Penn Treebank" if java else "regular expression"
-    return scores
-
-
-def _by_treebank(tokenizer: Any) -> Any:
-    def tokenize(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        # The Java tokenizer drops empty lines and so would shift captions: a lone period is kept,
-        # and removed again as punctuation.
-        return dict(
-            tokenizer.tokenize(
-                {name: [{"caption": text or "."} for text in some] for name, some in texts.items()}
-            )
-        )
-
-    return tokenize
-
-
-def _by_regular_expression(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    return {
-        name: [" ".join(re.findall(r"'s|n't|\w+(?:-\w+)*", text.lower())) for text in some]
-        for name, some in texts.items()
-    }
 
 
 def caption_photos(
@@ -94,12 +32,6 @@ def caption_photos(
                 captions[photo.name] = caption.text
             bar.update(len(batch))
     return captions
-
-
-def format_scores(scores: Mapping[str, float | str]) -> str:
-    return "  ".join(
-        f"{k} {v:.1f}" if isinstance(v, float) else f"({v})" for k, v in scores.items()
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

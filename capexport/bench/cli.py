@@ -8,18 +8,24 @@ import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
 from capexport.artifact import Manifest, replace_file
 from capexport.bench import measure, report, sheet
-from capexport.bench.pairs import open_pair
+from capexport.bench.measure import AnyCaptioner
+from capexport.bench.pairs import Pair, open_pair
 from capexport.bulk import find_images
-from capexport.captioner import Captioner, available_cores
+from capexport.captioner import BUNDLED_ARTIFACT, Captioner, available_cores, load_cnn_lstm
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
 from capexport.errors import ArtifactError, ImageNotFoundError
+from capexport.export.metrics import read_references, score
 from capexport.graphs import require_provider
+from capexport.preprocessing import load_image
 
 # Photographs among the sample images of scikit-image.
 _SAMPLES = (
@@ -41,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
             "Measure a captioner's PyTorch and ONNX paths against each other: in turn, in one "
             "process, on the same photos. The last line of standard output is JSON.",
             "capbench --device cpu                            # the bundled Flickr8k model",
+            "capbench --peers --picture ratios.png",
             "capbench runs/first --artifact artifacts/first --photos photos/ --markdown table.md",
             "capbench Salesforce/blip2-opt-2.7b --artifact artifacts/blip2 --repeats 3 \\",
             "    --sheet comparison/ --beside artifacts/first",
@@ -53,7 +60,19 @@ def _parser() -> argparse.ArgumentParser:
         "folder or Hugging Face id",
     )
     parser.add_argument(
-        "--artifact", type=Path, metavar="DIR", help="its export (default: made for this run)"
+        "--artifact",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="its exports, one of each precision (default: one in fp32, made for this run, and of "
+        "the bundled checkpoint the bundled one in int8)",
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="also measure PyTorch as most people run it, torch.compile, and OpenVINO on the same "
+        "graphs (needs the extra `peers`)",
     )
     parser.add_argument(
         "--photos", nargs="+", default=[], metavar="PATH", help="default: scikit-image's samples"
@@ -65,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--repeats", type=int, default=50, metavar="N", help="batches of each size (default: 50)"
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="PNG", help="also draw the ratios and the stages"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report")
@@ -86,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         "--references",
         type=Path,
         metavar="CSV",
-        help="human captions for the sheet: file names and captions, as Flickr8k's captions.txt",
+        help="human captions, as Flickr8k's captions.txt: for the sheet, and where they cover all "
+        "photos for BLEU, METEOR and CIDEr beside the speed",
     )
     return parser
 
@@ -110,66 +133,122 @@ def _benchmark(options: argparse.Namespace) -> int:
         raise ValueError("--batch-sizes, --repeats and --threads must be at least 1")
     require_provider(options.device)
     paths = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
-    photos = [path.read_bytes() for path in paths]
+    references = read_references(options.references) if options.references else {}
+    photos = [np.asarray(load_image(path)) for path in paths]
     threads = options.threads or available_cores()
-    pair = open_pair(options.checkpoint or str(bundled_checkpoint()), options.device, threads)
+    checkpoint = options.checkpoint or str(bundled_checkpoint())
+    pair = open_pair(checkpoint, options.device, threads)
     with contextlib.ExitStack() as stack:
-        artifact = options.artifact
-        if artifact is None:
-            artifact = Path(stack.enter_context(tempfile.TemporaryDirectory()), "artifact")
-            pair.export(artifact)
-        manifest = Manifest.read(artifact)
-        if manifest.provenance["checkpoint_sha256"] != pair.sha256:
-            raise ArtifactError(f"{artifact}: was not exported from {pair.folder}; export it again")
-        exported = Captioner.load(artifact, device=options.device, threads=threads)
+        folders = options.artifact
+        if not folders:
+            made = Path(stack.enter_context(tempfile.TemporaryDirectory()), "artifact")
+            pair.export(made)
+            folders = [made, *([] if options.checkpoint else [BUNDLED_ARTIFACT])]
+        artifacts = _by_precision(folders, pair)
+        clocks = {}
+        exported: dict[str, AnyCaptioner] = {}
+        for name, (folder, manifest) in artifacts.items():
+            if manifest.family == "cnn-lstm":
+                clock = clocks[name] = measure.Clock(options.device, threads)
+                exported[name] = load_cnn_lstm(
+                    folder, manifest, options.device, threads, clock.open_graph
+                )
+            else:
+                exported[name] = Captioner.load(folder, device=options.device, threads=threads)
+        contenders: dict[str, Mapping[str, AnyCaptioner]] = {}
+        unavailable: dict[str, str] = {}
+        if options.peers:
+            folders = {manifest.precision: folder for folder, manifest in artifacts.values()}
+            for name, opener in tqdm(pair.peers(folders).items(), "peers", leave=False):
+                try:
+                    contenders[name] = opener()
+                    for captioner in contenders[name].values():
+                        captioner.caption(photos[:2], batch_size=2)
+                except Exception as error:  # a compiler or a runtime may throw anything
+                    contenders.pop(name, None)
+                    unavailable[name] = (str(error).splitlines() or [repr(error)])[0]
+        contenders.update({name: {"": captioner} for name, captioner in exported.items()})
         result: dict[str, Any] = {
-            "model": f"{pair.title} in {manifest.precision}",
+            "model": pair.title,
             "device": options.device,
             "photos": len(photos),
             "repeats": options.repeats,
             "environment": report.environment(threads),
             "runs": [],
+            "metrics": {},
+            "unavailable": unavailable,
             "footprint": {},
         }
+        if references and all(path.name in references for path in paths):
+            for name, captioner in {"PyTorch": pair.plain(), **exported}.items():
+                captions = captioner.caption(photos, batch_size=32)
+                said = {path.name: c.text for path, c in zip(paths, captions, strict=True)}
+                result["metrics"][name] = score(said, references)
         for size in options.batch_sizes:
-            variant, reference = pair.fastest(photos, size)
-            run = measure.alternate(
-                {"torch": reference, "onnx": exported}, photos, size, options.repeats
-            )
-            result["runs"].append({**run, "torch_variant": variant})
-        for kind, folder in (("torch", pair.folder), ("onnx", artifact)):
-            result["footprint"][kind] = {
+            variants, chosen = {}, {}
+            variants["PyTorch"], chosen["PyTorch"] = pair.fastest(photos, size)
+            for name, candidates in contenders.items():
+                variant = next(iter(candidates))
+                if len(candidates) > 1:
+                    variant = measure.fastest(candidates, photos, size, "total")
+                if variant:
+                    variants[name] = variant
+                chosen[name] = candidates[variant]
+            run = measure.alternate(chosen, photos, size, options.repeats, clocks)
+            result["runs"].append({**run, "variants": variants})
+        models = {"PyTorch": pair.folder}
+        models.update({name: folder for name, (folder, _) in artifacts.items()})
+        for name, folder in models.items():
+            kind = "torch" if name == "PyTorch" else "onnx"
+            result["footprint"][name] = {
                 **measure.footprint(
                     kind, folder, paths, max(options.batch_sizes), options.device, threads
                 ),
                 "disk_mb": measure.folder_size(folder),
             }
         if options.sheet:
-            _write_sheet(options, {artifact: exported}, paths, threads)
+            _write_sheet(options, [folder for folder, _ in artifacts.values()], paths, threads)
     table = report.render(result)
     if options.json:
         replace_file(options.json, json.dumps(result, indent=1) + "\n")
     if options.markdown:
         replace_file(options.markdown, table + "\n")
+    if options.picture:
+        report.draw(result, options.picture)
     print(table)
     print(json.dumps(result))
     return 0
 
 
+def _by_precision(folders: Sequence[Path], pair: Pair) -> dict[str, tuple[Path, Manifest]]:
+    """The artifacts of the pair's checkpoint, by the names of their columns."""
+    artifacts: dict[str, tuple[Path, Manifest]] = {}
+    for folder in folders:
+        manifest = Manifest.read(folder)
+        name = f"ONNX {manifest.precision}"
+        if manifest.provenance["checkpoint_sha256"] != pair.sha256:
+            raise ArtifactError(f"{folder}: was not exported from {pair.folder}; export it again")
+        if name in artifacts:
+            raise ValueError(f"{folder}: a second artifact in {manifest.precision}")
+        artifacts[name] = (folder, manifest)
+    return artifacts
+
+
 def _write_sheet(
     options: argparse.Namespace,
-    captioners: dict[Path, Captioner],
+    folders: Sequence[Path],
     photos: Sequence[Path],
     threads: int,
 ) -> None:
     """`captions.png` and `captions.html` in the folder `--sheet`."""
-    references = sheet.read_references(options.references) if options.references else {}
-    for folder in options.beside:
-        captioners[folder] = Captioner.load(folder, device=options.device, threads=threads)
+    references = read_references(options.references) if options.references else {}
     columns: dict[str, list[str]] = {}
-    for folder, captioner in captioners.items():
+    for folder in (*folders, *options.beside):
         manifest = Manifest.read(folder)
         title = f"{manifest.family} {manifest.precision}"
+        if title in columns:
+            title += f" ({folder.name})"
+        captioner = Captioner.load(folder, device=options.device, threads=threads)
         columns[title] = [caption.text for caption in captioner.caption(photos, batch_size=8)]
     entries = [
         sheet.Entry(photo, dict(zip(columns, texts, strict=True)), references.get(photo.name, ()))

@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from capexport.captioner import Caption, Captioner
+from capexport.graphs import open_session
+from capexport.preprocessing import load_image
 
 # Each turn begins with an untimed batch: caches and threads are the other captioner's until then.
 _TURN = 5
@@ -24,10 +27,38 @@ _TURN = 5
 _PAUSE = 0.03
 
 
+# Decoded: uint8 (height, width, 3).
+Photo: TypeAlias = NDArray[np.uint8]
+
+
 class AnyCaptioner(Protocol):
     """`Captioner`, or what `generate()` of Transformers is wrapped in."""
 
-    def caption(self, images: Sequence[bytes], *, batch_size: int) -> list[Caption]: ...
+    def caption(self, images: Sequence[Photo], *, batch_size: int) -> list[Caption]: ...
+
+
+class Clock:
+    """Opens a CNN-LSTM's graphs, and counts the seconds that its decoder's spend running."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        self._device, self._threads = device, threads
+        self.seconds = 0.0
+
+    def open_graph(self, path: Path) -> Any:
+        session = open_session(path, self._device, self._threads)
+        return _ClockedSession(session, self) if path.name.startswith("decoder") else session
+
+
+class _ClockedSession:
+    def __init__(self, session: Any, clock: Clock) -> None:
+        self._session, self._clock = session, clock
+        self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Any:
+        began = time.perf_counter()
+        values = self._session.run(outputs, feeds)
+        self._clock.seconds += time.perf_counter() - began
+        return values
 
 
 STAGES = ("total", "preprocess", "encode", "decode")
@@ -35,19 +66,24 @@ STAGES = ("total", "preprocess", "encode", "decode")
 
 def alternate(
     captioners: Mapping[str, AnyCaptioner],
-    photos: Sequence[bytes],
+    photos: Sequence[Photo],
     batch_size: int,
     repeats: int,
+    clocks: Mapping[str, Clock] | None = None,
 ) -> dict[str, Any]:
-    """Caption the same batches of encoded photos with each captioner, in turns of a few batches.
+    """Caption the same batches of decoded photos with each captioner, in turns of a few batches.
 
     Args:
-        photos: the files' contents, so that no disk is timed; they are cycled through.
+        captioners: the first is what the captions of the others are compared to.
+        photos: uint8 (height, width, 3) each; they are cycled through.
         repeats: batches to time, after a whole untimed turn of each captioner.
+        clocks: of captioners whose graphs they have opened.
     Returns:
         By captioner: milliseconds a batch for each stage (mean, p50, p90, p99), captions and
-        tokens a second at the median; and the share of captions that are identical.
+        tokens a second at the median, the share of its captions that are the first captioner's,
+        and with a clock the share of decoding, from features to text, spent outside the graphs.
     """
+    clocks = clocks or {}
     stream = itertools.cycle(photos)
     batches = [list(itertools.islice(stream, batch_size)) for _ in range(repeats)]
     turns = [batches[:_TURN], *(batches[i : i + _TURN] for i in range(0, repeats, _TURN))]
@@ -55,6 +91,7 @@ def alternate(
         name: {stage: [] for stage in STAGES} for name in captioners
     }
     captions: dict[str, list[Caption]] = {name: [] for name in captioners}
+    outside: dict[str, list[float]] = {name: [] for name in clocks}
     names = list(captioners)
     title = f"batch {batch_size}"
     for number, turn in enumerate(tqdm(turns, title, leave=False, disable=None)):
@@ -62,10 +99,16 @@ def alternate(
             time.sleep(_PAUSE)
             captioners[name].caption(turn[0], batch_size=batch_size)
             for batch in turn if number else ():
+                clocked = clocks[name].seconds if name in clocks else 0.0
                 began = time.perf_counter()
                 outcome = captioners[name].caption(batch, batch_size=batch_size)
                 total = time.perf_counter() - began
                 captions[name] += outcome
+                if name in clocks:
+                    timing = outcome[0].timing
+                    decoding = total - timing.preprocess - timing.encode
+                    inside = clocks[name].seconds - clocked
+                    outside[name].append(1 - inside / decoding)
                 for stage in STAGES:
                     spent = total if stage == "total" else getattr(outcome[0].timing, stage)
                     times[name][stage].append(1e3 * spent)
@@ -78,9 +121,15 @@ def alternate(
             "milliseconds": statistics,
             "captions_per_second": 1e3 * batch_size / statistics["total"]["p50"],
             "tokens_per_second": 1e3 * tokens / repeats / statistics["decode"]["p50"],
+            "identical_captions": _identical(captions[next(iter(captioners))], captions[name]),
         }
-    same = [len({c.tokens for c in row}) == 1 for row in zip(*captions.values(), strict=True)]
-    return {"batch_size": batch_size, "identical_captions": sum(same) / len(same), "paths": paths}
+        if name in clocks:
+            paths[name]["outside_graphs"] = float(np.median(outside[name]))
+    return {"batch_size": batch_size, "paths": paths}
+
+
+def _identical(wanted: Sequence[Caption], got: Sequence[Caption]) -> float:
+    return float(np.mean([a.tokens == b.tokens for a, b in zip(wanted, got, strict=True)]))
 
 
 def _statistics(values: Sequence[float]) -> dict[str, float]:
@@ -89,11 +138,25 @@ def _statistics(values: Sequence[float]) -> dict[str, float]:
 
 
 def fastest(
-    candidates: Mapping[str, AnyCaptioner], photos: Sequence[bytes], batch_size: int, stage: str
+    candidates: Mapping[str, AnyCaptioner], photos: Sequence[Photo], batch_size: int, stage: str
 ) -> str:
     """Which candidate is quickest in one stage, by the median of a few batches."""
     paths = alternate(candidates, photos, batch_size, repeats=7)["paths"]
     return min(candidates, key=lambda name: float(paths[name]["milliseconds"][stage]["p50"]))
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second that PyTorch's threads read from memory together: the floor of a decoding
+    step whose weights stay in no cache."""
+    import torch
+
+    block = torch.ones(2**28)
+    seconds = []
+    for _ in range(7):
+        began = time.perf_counter()
+        block.sum()
+        seconds.append(time.perf_counter() - began)
+    return block.nbytes / min(seconds)
 
 
 def footprint(
@@ -127,7 +190,7 @@ def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
 
         captioner = open_pair(model, device, int(threads)).plain()
     loaded = time.perf_counter() - began
-    batch = [Path(photo).read_bytes() for photo in photos]
+    batch = [np.asarray(load_image(photo)) for photo in photos]
     captioner.caption(
         list(itertools.islice(itertools.cycle(batch), int(batch_size))), batch_size=int(batch_size)
     )

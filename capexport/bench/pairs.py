@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from capexport.bench import measure
-from capexport.bench.measure import AnyCaptioner
+from capexport.bench.measure import AnyCaptioner, Photo
+from capexport.bench.openvino import openvino_captioner
 from capexport.captioner import Captioner, is_hub_id
 from capexport.errors import MissingExtraError
+
+# Opens the variants of which the fastest counts.
+Opener: TypeAlias = Callable[[], Mapping[str, AnyCaptioner]]
 
 
 class Pair(Protocol):
@@ -32,8 +37,11 @@ class Pair(Protocol):
     def plain(self) -> AnyCaptioner:
         """The PyTorch captioner with its defaults."""
 
-    def fastest(self, photos: Sequence[bytes], batch_size: int) -> tuple[str, AnyCaptioner]:
+    def fastest(self, photos: Sequence[Photo], batch_size: int) -> tuple[str, AnyCaptioner]:
         """The quickest of its variants for batches of this size, and what that one is."""
+
+    def peers(self, artifacts: Mapping[str, Path]) -> Mapping[str, Opener]:
+        """Other ways to run it, or its exports (by precision)."""
 
 
 def open_pair(checkpoint: str, device: str, threads: int) -> Pair:
@@ -80,7 +88,7 @@ class CnnLstm:
     def plain(self) -> AnyCaptioner:
         return self._variant("channels_last", "nn.LSTMCell")
 
-    def _variant(self, encoder: str, decoder: str) -> Captioner:
+    def _variant(self, encoder: str, decoder: str, compiled: bool = False) -> Captioner:
         from capexport.models.torch_captioner import torch_captioner
 
         own = copy.copy(self._checkpoint)
@@ -90,10 +98,32 @@ class CnnLstm:
             self._device,
             channels_last=encoder == "channels_last",
             step_by_module=decoder == "nn.LSTM",
+            compiled=compiled,
             threads=self._threads,
         )
 
-    def fastest(self, photos: Sequence[bytes], batch_size: int) -> tuple[str, AnyCaptioner]:
+    def peers(self, artifacts: Mapping[str, Path]) -> Mapping[str, Opener]:
+        def usual() -> Mapping[str, AnyCaptioner]:
+            return {"contiguous, nn.LSTM": self._variant("contiguous", "nn.LSTM")}
+
+        def compiled() -> Mapping[str, AnyCaptioner]:
+            return {
+                f"{encoder}, nn.LSTMCell": self._variant(encoder, "nn.LSTMCell", compiled=True)
+                for encoder in ("contiguous", "channels_last")
+            }
+
+        def openvino(folder: Path) -> Mapping[str, AnyCaptioner]:
+            return {
+                graph: openvino_captioner(folder, self._device, self._threads, loop=graph == "loop")
+                for graph in ("loop", "steps")
+            }
+
+        openers = {"PyTorch as usual": usual, "torch.compile": compiled}
+        for precision, folder in artifacts.items():
+            openers[f"OpenVINO {precision}"] = partial(openvino, folder)
+        return openers
+
+    def fastest(self, photos: Sequence[Photo], batch_size: int) -> tuple[str, AnyCaptioner]:
         encoders, decoders = ("contiguous", "channels_last"), ("nn.LSTMCell", "nn.LSTM")
         variants = {}
         for encoder, decoder in zip(encoders, decoders, strict=True):
@@ -126,5 +156,11 @@ class Blip2:
 
         return HuggingFaceCaptioner.load(self.folder, self._device)
 
-    def fastest(self, photos: Sequence[bytes], batch_size: int) -> tuple[str, AnyCaptioner]:
+    def fastest(self, photos: Sequence[Photo], batch_size: int) -> tuple[str, AnyCaptioner]:
         return "generate()", self.plain()
+
+    def peers(self, artifacts: Mapping[str, Path]) -> Mapping[str, Opener]:
+        def not_wired() -> Mapping[str, AnyCaptioner]:
+            raise NotImplementedError("its key/value cache is bound to onnxruntime's own values")
+
+        return {f"OpenVINO {precision}": not_wired for precision in artifacts}

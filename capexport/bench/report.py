@@ -2,62 +2,130 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from capexport.bench.measure import STAGES, memory_bandwidth
+from capexport.errors import MissingExtraError
 from capexport.graphs import runtime_version
 
 Row = tuple[str, ...]
 
 
 def render(result: dict[str, Any]) -> str:
-    """The whole report: what was measured where, and the table."""
+    """The whole report: what was measured where, the table, and what could not be measured."""
     environment = result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    identical = min(run["identical_captions"] for run in result["runs"])
     lines = [
         f"{result['model']} on {result['device']} ({environment['cpu']}, "
-        f"{environment['threads']} threads; {versions})",
-        f"{result['photos']} photos in turn, {result['repeats']} batches of each size; PyTorch's "
-        "fastest variant: "
-        + "; ".join(f"batch {run['batch_size']}: {run['torch_variant']}" for run in result["runs"]),
+        f"{environment['threads']} threads, {environment['memory_gb_per_second']:.0f} GB/s from "
+        f"memory; {versions})",
+        f"{result['photos']} decoded photos in turn, {result['repeats']} batches of each size, "
+        "medians where nothing else is said; of several variants the fastest counts:",
+        *(
+            f"- batch {run['batch_size']}: "
+            + "; ".join(f"{name}: {variant}" for name, variant in run["variants"].items())
+            for run in result["runs"]
+        ),
         "",
         table(_rows(result)),
-        "",
-        f"identical captions: {identical:.1%}",
     ]
+    if result["unavailable"]:
+        lines += ["", *(f"- {name}: {why}" for name, why in result["unavailable"].items())]
     return "\n".join(lines)
 
 
 def _rows(result: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [("", "PyTorch", "ONNX", "ratio")]
+    names = [*result["runs"][0]["paths"], *result["unavailable"]]
+    rows: list[Row] = [("", *names)]
+
+    def row(label: str, values: Mapping[str, float | None], form: str) -> None:
+        cells = (values.get(name) for name in names)
+        rows.append((label, *("" if cell is None else format(cell, form) for cell in cells)))
+
+    def compared(label: str, values: Mapping[str, float]) -> None:
+        row(label, values, ".2f")
+        rows.append(
+            (
+                "  against PyTorch",
+                *(f"{values['PyTorch'] / values[n]:.2f}x" if n in values else "" for n in names),
+            )
+        )
+
     for run in result["runs"]:
-        torch, onnx = run["paths"]["torch"], run["paths"]["onnx"]
-        title = f"batch {run['batch_size']}"
-        for stage in ("total", "preprocess", "encode", "decode"):
-            for statistic in ("p50", "p90", "p99", "mean") if stage == "total" else ("p50",):
-                slow, fast = (path["milliseconds"][stage][statistic] for path in (torch, onnx))
-                label = f"{title}: {stage} {statistic} (ms)"
-                rows.append((label, f"{slow:.2f}", f"{fast:.2f}", f"{slow / fast:.2f}x"))
-        for key, label in (
-            ("captions_per_second", "captions a second"),
-            ("tokens_per_second", "tokens a second, decoding"),
+        title = f"batch {run['batch_size']}: "
+        paths = run["paths"]
+        for stage in STAGES:
+            times = {name: path["milliseconds"][stage] for name, path in paths.items()}
+            compared(f"{title}{stage} (ms)", {name: time["p50"] for name, time in times.items()})
+            for statistic in ("p90", "p99", "mean") if stage == "total" else ():
+                values = {name: time[statistic] for name, time in times.items()}
+                row(f"{title}{stage}, {statistic} (ms)", values, ".2f")
+        for key, label, form in (
+            ("captions_per_second", "captions a second", ".1f"),
+            ("tokens_per_second", "tokens a second, decoding", ".0f"),
+            ("outside_graphs", "decoding outside the graphs", ".1%"),
+            ("share_of_floor", "decoding, share of the memory floor", ".2f"),
+            ("identical_captions", "captions identical to PyTorch's", ".1%"),
         ):
-            slow, fast = torch[key], onnx[key]
-            rows.append((f"{title}: {label}", f"{slow:.1f}", f"{fast:.1f}", f"{fast / slow:.2f}x"))
-    torch, onnx = result["footprint"]["torch"], result["footprint"]["onnx"]
+            values = {name: path.get(key) for name, path in paths.items()}
+            if any(value is not None for value in values.values()):
+                row(title + label, values, form)
+    for metric in ("BLEU-4", "METEOR", "CIDEr-D"):
+        values = {name: scores.get(metric) for name, scores in result["metrics"].items()}
+        if any(value is not None for value in values.values()):
+            row(metric, values, ".2f")
     for key, label in (
         ("load_seconds", "import and load (s)"),
         ("peak_memory_mb", "peak memory (MB)"),
         ("disk_mb", "model on disk (MB)"),
     ):
-        rows.append(
-            (label, f"{torch[key]:.1f}", f"{onnx[key]:.1f}", f"{torch[key] / onnx[key]:.2f}x")
-        )
+        compared(label, {name: cost[key] for name, cost in result["footprint"].items()})
     return rows
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A PNG: for each batch size the ratios to PyTorch as bars, and the stages stacked.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("drawing needs `pip install 'capexport[export]'`") from error
+    runs = result["runs"]
+    names = list(runs[0]["paths"])[::-1]  # the first on top
+    figure = Figure(figsize=(11, (0.8 + 0.4 * len(names)) * len(runs)), layout="constrained")
+    figure.suptitle(f"{result['model']} on {result['environment']['cpu']}")
+    grid = figure.subplots(len(runs), 2, squeeze=False)
+    for (ratios, stages), run in zip(grid, runs, strict=True):
+        medians = {
+            name: {stage: run["paths"][name]["milliseconds"][stage]["p50"] for stage in STAGES}
+            for name in names
+        }
+        speed = [medians["PyTorch"]["total"] / medians[name]["total"] for name in names]
+        colors = ["C1" if name.startswith("ONNX") else "C7" for name in names]
+        bars = ratios.barh(names, speed, color=colors)
+        ratios.bar_label(bars, fmt=" %.1fx")
+        ratios.margins(x=0.15)
+        ratios.set(title=f"batch {run['batch_size']}: captions a second, PyTorch = 1", xticks=[])
+        left = np.zeros(len(names))
+        for stage in STAGES[1:]:
+            widths = np.array([medians[name][stage] for name in names])
+            stages.barh(names, widths, left=left, label=stage)
+            left += widths
+        stages.set(title="milliseconds a batch", yticks=[])
+        stages.legend()
+    draft = path.with_name(path.name + ".partial")
+    figure.savefig(draft, dpi=110, format="png")
+    draft.replace(path)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -79,12 +147,21 @@ def environment(threads: int) -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "threads": threads,
+        "memory_gb_per_second": memory_bandwidth() / 1e9,
         "versions": {
             "Python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("capexport", "torch", "numpy", "pillow")},
+            **_versions("capexport", "torch", "numpy", "pillow", "openvino"),
             "onnxruntime": runtime_version(),
         },
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    installed = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def cpu_model() -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 import textwrap
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,22 +25,6 @@ class Entry:
     photo: Path
     captions: Mapping[str, str]
     references: Sequence[str] = ()
-
-
-def read_references(file: Path) -> dict[str, list[str]]:
-    """Human captions by file name, from a CSV of names and captions as Flickr8k's captions.txt.
-
-    Raises:
-        ValueError: it is no such file.
-    """
-    references: dict[str, list[str]] = defaultdict(list)
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            for name, *caption in list(csv.reader(stream))[1:]:
-                references[name].append(",".join(caption).strip())
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise ValueError(f"{file}: not a CSV of file names and captions: {error}") from error
-    return references
 
 
 def draw_sheet(entries: Sequence[Entry], path: Path) -> None:

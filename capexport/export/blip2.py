@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_map
 from transformers import Blip2Config, Blip2Processor
 
 from capexport.artifact import Manifest, new_artifact, record_files
-from capexport.captioner import Caption, load_blip2
+from capexport.captioner import load_blip2
 from capexport.errors import ParityError
 from capexport.export.blip2_parts import PartConfig, Plan, plan_parts
 from capexport.export.graph import OPSET, versions
-from capexport.export.parity import IMAGES, seeded_images
+from capexport.export.parity import IMAGES, relative_error, seeded_images, token_agreement
 from capexport.export.quantize import quantize_graph
 from capexport.graphs import open_session, require_provider
 from capexport.models.blip2 import (
@@ -241,12 +241,6 @@ def _compare(
     return worst
 
 
-def relative_error(wanted: np.ndarray, got: np.ndarray) -> float:
-    """Root mean square of the difference, as a share of that of `wanted`; computed in float32."""
-    difference = np.square(wanted - got.astype(np.float32)).mean()
-    return float(np.sqrt(difference / np.square(wanted).mean()))
-
-
 def _compare_captions(
     config: Blip2Config,
     processor: Blip2Processor,
@@ -299,15 +293,6 @@ def _compare_captions(
         "token_agreement": token_agreement(wanted, got),
         "logit_error": error,
     }
-
-
-def token_agreement(wanted: Sequence[Caption], got: Sequence[Caption]) -> float:
-    """The share of tokens that two captioners say at the same place, of the longer captions'."""
-    same = longest = 0
-    for a, b in zip(wanted, got, strict=True):
-        same += sum(x == y for x, y in zip(a.tokens, b.tokens, strict=False))
-        longest += max(len(a.tokens), len(b.tokens))
-    return same / longest if longest else 1.0
 
 
 def _wiring(config: Blip2Config, plans: Sequence[Plan]) -> dict[str, str]:

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from capexport.captioner import Captioner
+from capexport.captioner import Caption, Captioner
+from capexport.decoding import Hypothesis, greedy_by_steps
 from capexport.errors import ParityError
 from capexport.preprocessing import FloatArray, ImageSource, image_name
 
@@ -57,10 +58,16 @@ def compare_outputs(
     return worst
 
 
+def relative_error(wanted: np.ndarray, got: np.ndarray) -> float:
+    """Root mean square of the difference, as a share of that of `wanted`; computed in float32."""
+    difference = np.square(wanted - got.astype(np.float32)).mean()
+    return float(np.sqrt(difference / np.square(wanted).mean()))
+
+
 def compare_captions(
-    reference: Captioner, exported: Captioner, images: Sequence[ImageSource]
+    wanted: Sequence[Caption], exported: Captioner, images: Sequence[ImageSource]
 ) -> dict[str, Any]:
-    """Caption `images` one by one with the reference, in batches with the export.
+    """Caption `images` with the export in batches, in its loop and step by step.
 
     Returns:
         How many were compared, how many of their captions are distinct (one caption for all
@@ -69,17 +76,33 @@ def compare_captions(
         ParityError: a caption differs.
     """
     difference = 0.0
-    captions = exported.caption(list(images), batch_size=8)
-    for image, actual in zip(images, captions, strict=True):
-        wanted = reference.caption(image)
-        if wanted.tokens != actual.tokens:
-            raise ParityError(
-                f"{image_name(image)}: captioned {actual.text!r}, but by PyTorch {wanted.text!r}"
-            )
-        difference = max(difference, abs(wanted.log_probability - actual.log_probability))
+    in_loop = exported.caption(images, batch_size=8)
+    by_steps: list[Hypothesis] = []
+    for start in range(0, len(images), 8):
+        pixels = np.stack([exported.preprocess(image) for image in images[start : start + 8]])
+        features = exported.encoder(pixels)
+        by_steps += greedy_by_steps(exported.decoder, features, exported.options)
+    for image, expected, looped, stepped in zip(images, wanted, in_loop, by_steps, strict=True):
+        for actual in (looped, stepped):
+            if expected.tokens != tuple(actual.tokens):
+                got = exported.vocabulary.decode(actual.tokens)
+                raise ParityError(
+                    f"{image_name(image)}: captioned {got!r}, but by PyTorch {expected.text!r}"
+                )
+            gap = abs(expected.log_probability - actual.log_probability)
+            difference = max(difference, gap)
     return {
         "images": len(images),
         "identical": len(images),
-        "distinct": len({caption.tokens for caption in captions}),
+        "distinct": len({caption.tokens for caption in wanted}),
         "max_log_probability_difference": difference,
     }
+
+
+def token_agreement(wanted: Sequence[Caption], got: Sequence[Caption]) -> float:
+    """The share of tokens that two captioners say at the same place, of the longer captions'."""
+    same = longest = 0
+    for a, b in zip(wanted, got, strict=True):
+        same += sum(x == y for x, y in zip(a.tokens, b.tokens, strict=False))
+        longest += max(len(a.tokens), len(b.tokens))
+    return same / longest if longest else 1.0

@@ -69,13 +69,14 @@ def torch_captioner(
     *,
     channels_last: bool = True,
     step_by_module: bool = False,
+    compiled: bool = False,
     threads: int | None = None,
 ) -> Captioner:
     """A captioner that runs the checkpoint's own modules.
 
-    `channels_last` is the encoder's memory format, `step_by_module` as in `CaptionDecoder`, and
-    `threads` are those of preprocessing (`torch.set_num_threads` sets PyTorch's own); they change
-    the speed alone.
+    `channels_last` is the encoder's memory format, `step_by_module` as in `CaptionDecoder`,
+    `compiled` runs encoder and step through `torch.compile`, and `threads` are those of
+    preprocessing (`torch.set_num_threads` sets PyTorch's own); they change the speed alone.
 
     Raises:
         DeviceError: PyTorch has no such device.
@@ -83,6 +84,11 @@ def torch_captioner(
     require_torch_device(device)
     model = checkpoint.model.to(device).eval()
     model.decoder.step_by_module = step_by_module
+    if compiled:
+        model.start = torch.compile(model.start)  # type: ignore[method-assign]
+        model.decoder.step = torch.compile(  # type: ignore[method-assign]
+            model.decoder.step, dynamic=True
+        )
     return Captioner(
         TorchEncoder(model, device, channels_last),
         TorchDecoder(model, device),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from capexport import Captioner, DownloadError
 from capexport.cli import main as capexport
+from capexport.export.metrics import score
 from capexport.models.checkpoint import load_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
 from capexport.preprocessing import ImageSpec
@@ -26,7 +27,6 @@ from train import score as score_module
 from train.__main__ import main
 from train.features import cached_features, live_features, load_backbone
 from train.loop import batch_loss
-from train.score import score
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,113 @@
+"""The whole greedy decode as one graph: the step graph inside an ONNX `Loop`.
+
+A caption is then two calls, encoder and loop, and nothing between the steps leaves onnxruntime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import numpy_helper, parser
+
+# `Loop` as the ONNX operator reference has it: trip count and condition, then what is carried from
+# step to step; of each step the condition, what is carried on, and what is collected. Rows that
+# have ended go on unnoticed: their log-probability no longer grows, their words are cut off.
+_GRAPH = """
+<ir_version: {ir_version}, opset_import: ["": {opset}]>
+decoder_loop (int64 max_tokens, int64 min_tokens, {first_states})
+    => (int64[steps, batch] words, float[batch] log_probabilities)
+{{
+    rows = Shape <start = 0, end = 1> ({first_state})
+    first_token = Expand (start_token, rows)
+    none_ended = Expand (no, rows)
+    no_log = Expand (zero, rows)
+    last_token, {last_states}, last_ended, log_probabilities, words = Loop <body = step (
+        int64 position, bool go_on, int64[batch] tokens, {states}, bool[batch] ended,
+        float[batch] log_before
+    ) => (
+        bool going, int64[batch] next_tokens, {next_states}, bool[batch] next_ended,
+        float[batch] log_after, int64[batch] chosen
+    ) {{
+        early = Less (position, min_tokens)
+        excluded = Where (early, not_yet, never)
+        scores = Add (logits, excluded)
+        next_tokens = ArgMax <axis = 1, keepdims = 0> (scores)
+        logs = LogSoftmax <axis = 1> (scores)
+        best = ReduceMax <keepdims = 0> (logs, last_axis)
+        gain = Where (ended, zero, best)
+        log_after = Add (log_before, gain)
+        ends = Equal (next_tokens, end_token)
+        next_ended = Or (ended, ends)
+        running = Not (next_ended)
+        going = ReduceMax <keepdims = 0> (running)
+        chosen = Identity (next_tokens)
+    }}> (max_tokens, yes, first_token, {first_names}, none_ended, no_log)
+}}
+"""
+
+
+def loop_graph(
+    step: onnx.ModelProto,
+    state: Mapping[str, str],
+    start_token: int,
+    end_token: int,
+    suppress_tokens: Sequence[int],
+) -> onnx.ModelProto:
+    """`greedy` of capexport.decoding over `step`, without a repetition penalty.
+
+    Args:
+        step: the step graph; its initializers, external ones too, become the new graph's.
+        state: each state input of `step` and the output that holds its next value.
+    Returns:
+        A graph of `max_tokens` and `min_tokens`, int64 scalars, and `first_<state>`, float32
+        (batch, size) each, to `words`, int64 (steps, batch), and `log_probabilities`, float32
+        (batch,). A row's words count up to its first `end_token`.
+    """
+    widths = {node.name: _width(node) for node in (*step.graph.input, *step.graph.output)}
+
+    def typed(names: Sequence[str], prefix: str = "") -> str:
+        return ", ".join(f"float[batch, {widths[name]}] {prefix}{name}" for name in names)
+
+    inputs, outputs = list(state), list(state.values())
+    model = parser.parse_model(
+        _GRAPH.format(
+            ir_version=step.ir_version,
+            opset=next(item.version for item in step.opset_import if not item.domain),
+            first_states=typed(inputs, "first_"),
+            first_state=f"first_{inputs[0]}",
+            first_names=", ".join(f"first_{name}" for name in inputs),
+            last_states=", ".join(f"last_{name}" for name in inputs),
+            states=typed(inputs),
+            next_states=typed(outputs),
+        )
+    )
+    [body] = [node.attribute[0].g for node in model.graph.node if node.op_type == "Loop"]
+    choosing = list(body.node)
+    del body.node[:]
+    body.node.extend([*step.graph.node, *choosing])
+
+    never = np.zeros(widths["logits"], np.float32)
+    never[list(suppress_tokens)] = -np.inf
+    not_yet = never.copy()
+    not_yet[end_token] = -np.inf
+    constants = {
+        "start_token": np.int64(start_token),
+        "end_token": np.int64(end_token),
+        "never": never,
+        "not_yet": not_yet,
+        "zero": np.float32(0),
+        "no": np.bool_(False),
+        "yes": np.bool_(True),
+        "last_axis": np.array([1]),
+    }
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()
+    )
+    model.graph.initializer.extend(step.graph.initializer)
+    return model
+
+
+def _width(node: onnx.ValueInfoProto) -> int:
+    return node.type.tensor_type.shape.dim[-1].dim_value
