@@ -1,4 +1,5 @@
 import html
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -23,8 +24,10 @@ def test_a_small_run(artifact: Path, checkpoint: Checkpoint, tmp_path: Path, cap
     assert files["--markdown"].read_text().splitlines() == table
     assert [run["batch_size"] for run in result["runs"]] == [1, 3]
     for run in result["runs"]:
-        assert run["identical_captions"] == 1
+        assert set(run["paths"]) == {"PyTorch", "ONNX fp32"}
+        assert 0 < run["paths"]["ONNX fp32"]["outside_graphs"] < 1
         for path in run["paths"].values():
+            assert path["identical_captions"] == 1
             total = path["milliseconds"]["total"]
             parts = [path["milliseconds"][s]["p50"] for s in ("preprocess", "encode", "decode")]
             assert 0 < max(parts) < sum(parts) <= total["p99"] * 1.5
@@ -33,12 +36,47 @@ def test_a_small_run(artifact: Path, checkpoint: Checkpoint, tmp_path: Path, cap
                 1000 * run["batch_size"] / total["p50"]
             )
     footprint = result["footprint"]
-    assert footprint["torch"]["peak_memory_mb"] > footprint["onnx"]["peak_memory_mb"] > 20
-    assert footprint["onnx"]["disk_mb"] == pytest.approx(
+    onnx = footprint["ONNX fp32"]
+    assert footprint["PyTorch"]["peak_memory_mb"] > onnx["peak_memory_mb"] > 20
+    assert onnx["disk_mb"] == pytest.approx(
         sum(file.stat().st_size for file in artifact.iterdir()) / 1e6
     )
-    assert any("| batch 3: decode p50 (ms)" in line for line in table)
-    assert "identical captions: 100.0%" in table
+    assert any(line.startswith("| batch 3: decode (ms)") for line in table)
+    [line] = [line for line in table if "batch 3: captions identical" in line]
+    assert line.count("100.0%") == 2
+
+
+def test_peers_metrics_and_the_picture(
+    artifact: Path, checkpoint: Checkpoint, photos: list[Path], tmp_path: Path, capsys, monkeypatch
+):
+    """torch.compile takes minutes, so it stands here for a peer that cannot run."""
+    import torch
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    references = tmp_path / "captions.csv"
+    rows = [f"{photo.name},two dogs run in the snow" for photo in photos]
+    references.write_text("\n".join(["image,caption", *rows]))
+    picture = tmp_path / "ratios.png"
+    arguments = [checkpoint.training["folder"], "--artifact", str(artifact), "--peers"]
+    arguments += ["--photos", *map(str, photos), "--references", str(references)]
+    arguments += ["--picture", str(picture), "--repeats", "2", "--batch-sizes", "1"]
+    assert main(arguments) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result["unavailable"]["torch.compile"] == "no compiler"
+    assert "- torch.compile: no compiler" in table
+    paths = result["runs"][0]["paths"]
+    assert {"PyTorch", "PyTorch as usual", "ONNX fp32"} <= set(paths)
+    if importlib.util.find_spec("openvino"):
+        assert paths["OpenVINO fp32"]["identical_captions"] == 1
+    else:
+        assert "capexport[peers]" in result["unavailable"]["OpenVINO fp32"]
+    assert result["metrics"]["PyTorch"] == result["metrics"]["ONNX fp32"]
+    with Image.open(picture) as image:
+        assert image.width > 1000
 
 
 def test_refusals(artifact: Path, checkpoint: Checkpoint, tmp_path: Path, capsys, monkeypatch):
@@ -88,10 +126,10 @@ def test_blip2_against_generate_and_the_sheet(
     assert main([*arguments, "--references", str(references)]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
-    assert result["model"] == "blip2 opt in fp32"
-    assert result["runs"][0]["torch_variant"] == "generate()"
-    assert result["runs"][0]["identical_captions"] == 1
-    assert "identical captions: 100.0%" in table
+    assert result["model"] == "blip2 opt"
+    assert result["runs"][0]["variants"]["PyTorch"] == "generate()"
+    assert result["runs"][0]["paths"]["ONNX fp32"]["identical_captions"] == 1
+    assert any("- batch 2: PyTorch: generate()" in line for line in table)
     for path in result["runs"][0]["paths"].values():
         assert min(path["milliseconds"][s]["p50"] for s in ("preprocess", "encode", "decode")) > 0
     page = (sheet / "captions.html").read_text(encoding="utf-8")

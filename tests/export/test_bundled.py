@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from capexport import Captioner
+from capexport.artifact import Manifest
 from capexport.bench.cli import sample_photos
+from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import bundled_checkpoint, main
 from capexport.models.checkpoint import load_checkpoint
 from capexport.models.torch_captioner import torch_captioner
@@ -42,6 +44,27 @@ def test_it_exports_and_captions_photos_as_pytorch_does(tmp_path: Path, capsys):
         assert 3 < len(caption.tokens) < 30
         assert min(caption.tokens) >= len(Vocabulary.SPECIALS)
         assert caption.text.split()[0] in {"a", "an", "the", "two", "three", "several", "people"}
+
+
+def test_the_bundled_artifact_is_the_checkpoint_in_int8_and_loses_little():
+    manifest = Manifest.read(BUNDLED_ARTIFACT, thorough=True)
+    assert manifest.precision == "int8"
+    assert manifest.provenance["checkpoint_sha256"] == load_checkpoint(bundled_checkpoint()).sha256
+    assert sum(record.bytes for record in manifest.files.values()) < 10e6
+    metrics = manifest.parity["metrics"]
+    assert metrics["int8"]["BLEU-4"] > metrics["PyTorch"]["BLEU-4"] - 0.3
+    assert metrics["int8"]["CIDEr-D"] > metrics["PyTorch"]["CIDEr-D"] - 1.5
+    readme = (bundled_checkpoint().parent / "README.md").read_text(encoding="utf-8")
+    for name in ("BLEU-4", "CIDEr-D"):
+        assert f"{name} {metrics['int8'][name]:.1f}" in readme
+    exact = torch_captioner(load_checkpoint(bundled_checkpoint()))
+    photos = sorted(sample_photos()[0].parent.glob("*.[jp][pn]g"))
+    same = sum(
+        token == other
+        for one, two in zip(Captioner.load().caption(photos), exact.caption(photos), strict=True)
+        for token, other in zip(one.tokens, two.tokens, strict=False)
+    )
+    assert same > 0.6 * sum(len(caption.tokens) for caption in exact.caption(photos))
 
 
 def test_where_there_is_none_the_error_says_so(tmp_path: Path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """`capexport lstm`: the graphs, their parity with PyTorch, and what stays behind on failure."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from conftest import draw_photo, shapes
 
 from capexport import Captioner, CheckpointError, OutputExistsError, ParityError
 from capexport.cli import main
+from capexport.decoding import greedy_by_steps
 from capexport.export import parity
 from capexport.export.cnn_lstm import export_cnn_lstm
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -37,6 +39,20 @@ def test_graphs_have_the_documented_inputs_and_outputs(artifact: Path, checkpoin
         "next_hidden": hidden,
         "next_cell": hidden,
     }
+    loop = onnx.load(artifact / "decoder_loop.onnx")
+    onnx.checker.check_model(loop, full_check=True)
+    states = {"first_hidden": hidden, "first_cell": hidden}
+    assert shapes(loop.graph.input) == {"max_tokens": [], "min_tokens": [], **states}
+    assert shapes(loop.graph.output) == {
+        "words": ["steps", "batch"],
+        "log_probabilities": ["batch"],
+    }
+
+
+def test_step_and_loop_share_their_weights(artifact: Path):
+    graphs = [artifact / f"decoder_{name}.onnx" for name in ("step", "loop")]
+    weights = (artifact / "decoder.data").stat().st_size
+    assert sum(graph.stat().st_size for graph in graphs) < 0.5 * weights + 30_000
 
 
 def test_captions_equal_pytorch_on_images_the_export_did_not_see(
@@ -124,16 +140,36 @@ def test_a_broken_export_leaves_nothing(
 
 def test_captions_are_compared_too(artifact: Path, checkpoint: Checkpoint):
     exported = Captioner.load(artifact)
-    reference = torch_captioner(checkpoint)
     images = parity.seeded_images()
-    report = parity.compare_captions(reference, exported, images)
+    wanted = torch_captioner(checkpoint).caption(images)
+    report = parity.compare_captions(wanted, exported, images)
     assert report["identical"] == 16
-    limit = reference.caption(images[0]).tokens
+    limit = wanted[0].tokens
     exported.options = type(exported.options)(
         **{**vars(exported.options), "max_tokens": len(limit) - 1}
     )
     with pytest.raises(ParityError, match="by PyTorch"):
-        parity.compare_captions(reference, exported, images)
+        parity.compare_captions(wanted, exported, images)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"max_tokens": 3}, {"min_tokens": 7}, {"max_tokens": 9, "min_tokens": 9}]
+)
+def test_the_loop_is_the_steps_in_one_graph(artifact: Path, checkpoint: Checkpoint, changes: dict):
+    exported = Captioner.load(artifact)
+    options = dataclasses.replace(exported.options, **changes)
+    pixels = np.stack([exported.preprocess(draw_photo(seed)) for seed in range(20, 31)])
+    features = exported.encoder(pixels)
+    looped = exported.decoder.greedy(features, options)
+    stepped = greedy_by_steps(exported.decoder, features, options)
+    assert [h.tokens for h in looped] == [h.tokens for h in stepped]
+    assert len({len(h.tokens) for h in looped}) > 1 or "max_tokens" in changes
+    np.testing.assert_allclose(
+        [h.log_probability for h in looped], [h.log_probability for h in stepped], rtol=1e-4
+    )
+    # What the loop was not built for goes step by step.
+    for other in ({"repetition_penalty": 1.5}, {"suppress_tokens": (0, 1, 3, 4)}):
+        assert exported.decoder.greedy(features, dataclasses.replace(options, **other)) is None
 
 
 def test_command_line(checkpoint: Checkpoint, photos: list[Path], tmp_path: Path, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from capexport import Captioner
+from capexport.captioner import BUNDLED_ARTIFACT
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +37,8 @@ def test_the_wheel_holds_capexport_alone(wheel: Path):
         "capexport",
         f"capexport-{wheel.name.split('-')[1]}.dist-info",
     }
-    assert wheel.stat().st_size < 200_000
+    assert {f"capexport/default/{file.name}" for file in BUNDLED_ARTIFACT.iterdir()} <= set(names)
+    assert wheel.stat().st_size < 10e6
 
 
 def test_it_captions_in_a_small_environment_of_its_own(
@@ -55,6 +57,10 @@ def test_it_captions_in_a_small_environment_of_its_own(
     command = [venv / "bin" / "capexport", "caption", "-m", artifact, *photos]
     wanted = [f"{p}\t{c.text}" for p, c in zip(photos, captioner.caption(photos), strict=True)]
     assert run(*command, cwd=tmp_path).splitlines() == wanted
+    # With nothing but a photo, the captioner in the wheel captions it.
+    bundled = Captioner.load().caption(photos[0]).text
+    lines = run(command[0], "caption", photos[0], cwd=tmp_path).splitlines()
+    assert lines == [f"{photos[0]}\t{bundled}"]
     # BLIP-2 takes one package more.
     command[command.index(artifact)] = blip2_export("opt")
     outcome = subprocess.run([str(part) for part in command], capture_output=True, text=True)

@@ -171,7 +171,16 @@ def test_inspect(artifact, capsys):
     assert main(["inspect", str(artifact)]) == 0
     manifest = json.loads(capsys.readouterr().out)
     assert manifest["family"] == "cnn-lstm"
-    assert set(manifest["files"]) == {"encoder.onnx", "decoder_step.onnx", "vocabulary.json"}
+    graphs = {"encoder.onnx", "decoder_step.onnx", "decoder_loop.onnx"}
+    assert set(manifest["files"]) == {*graphs, "decoder.data", "vocabulary.json"}
+
+
+def test_without_a_model_the_bundled_one_captions(photos: list[Path], capsys):
+    assert main(["caption", str(photos[0])]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    caption = Captioner.load().caption(photos[0])
+    assert line == f"{photos[0]}\t{caption.text}"
+    assert len(caption.tokens) > 3
 
 
 @pytest.mark.parametrize("command", [[], ["lstm"], ["caption"], ["inspect"]])

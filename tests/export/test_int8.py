@@ -1,0 +1,152 @@
+"""`capexport lstm --precision int8`: what is quantised, what it loses, and what it never does."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import draw_photo, shapes
+from onnx import numpy_helper
+
+from capexport import Captioner, ParityError
+from capexport.bench.cli import sample_photos
+from capexport.cli import bundled_checkpoint, main
+from capexport.export import cnn_lstm, int8
+from capexport.export.cnn_lstm import export_cnn_lstm
+from capexport.models.checkpoint import Checkpoint, load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The bundled checkpoint in int8, and what the command printed. Random weights would not do:
+    in 50 random layers 8-bit errors grow until nothing is left to compare."""
+    folder = tmp_path_factory.mktemp("int8")
+    photos = sorted(sample_photos()[0].parent.glob("*.[jp][pn]g"))[:16]
+    rows = [f"{photo.name},{caption}" for photo in photos for caption in ("a dog", "a man sits")]
+    references = folder / "captions.txt"
+    references.write_text("\n".join(["image,caption", *rows]))
+    arguments = ["lstm", "--out", str(folder / "out"), "--precision", "int8"]
+    arguments += ["--calibration", *map(str, photos), "--photos", *map(str, photos)]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([*arguments, "--references", str(references)]) == 0
+    return folder / "out", printed.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def quantized(exported: tuple[Path, list[str]]) -> Path:
+    return exported[0]
+
+
+def test_the_graphs_hold_their_weights_in_8_bits(quantized: Path, artifact: Path):
+    for name in ("encoder.onnx", "decoder_step.onnx"):
+        exact, small = onnx.load(artifact / name), onnx.load(quantized / name)
+        onnx.checker.check_model(small, full_check=True)
+        assert shapes(small.graph.input).keys() == shapes(exact.graph.input).keys()
+        assert shapes(small.graph.output).keys() == shapes(exact.graph.output).keys()
+        kinds = {item.data_type for item in small.graph.initializer if len(item.dims) >= 2}
+        kinds.discard(onnx.TensorProto.INT64)  # shapes
+        allowed = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+        if name == "encoder.onnx":
+            allowed.add(onnx.TensorProto.FLOAT)  # the first convolutions
+        assert onnx.TensorProto.INT8 in kinds <= allowed
+    assert sum(file.stat().st_size for file in quantized.iterdir()) < 9e6
+
+
+def test_a_caption_does_not_depend_on_the_photos_beside_it(quantized: Path):
+    captioner = Captioner.load(quantized)
+    images = sorted(sample_photos()[0].parent.glob("*.[jp][pn]g"))[-12:]
+    together = captioner.caption(images)
+    assert len({caption.tokens for caption in together}) > 4
+    for batch_size in (1, 5):
+        apart = captioner.caption(images, batch_size=batch_size)
+        assert [c.tokens for c in apart] == [c.tokens for c in together]
+
+
+def test_the_manifest_says_what_is_lost(quantized: Path):
+    manifest = json.loads((quantized / "manifest.json").read_text())
+    assert manifest["precision"] == "int8"
+    assert manifest["provenance"]["calibration_photos"] == 16
+    assert manifest["parity"]["captions"]["identical"] == 16  # in fp32, before
+    lost = manifest["parity"]["int8"]
+    assert 0 < lost["encoder.onnx"] < cnn_lstm.INT8_TOLERANCE
+    assert 0 < lost["decoder_step.onnx"] < cnn_lstm.INT8_TOLERANCE
+    assert 0 <= lost["identical_captions"] <= lost["token_agreement"] <= 1
+
+
+def test_rounding_with_regard_to_each_other_errs_less():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(2, 12, 4)) @ rng.normal(size=(2, 4, 500))  # correlated
+    inputs += 0.1 * rng.normal(size=inputs.shape)
+    weights = rng.normal(size=(2, 6, 12))
+    rounded = int8._round_weights(weights, inputs @ inputs.transpose(0, 2, 1))
+    scale = np.abs(weights).max(2, keepdims=True) / 127
+    np.testing.assert_allclose(rounded / scale, np.round(rounded / scale), atol=1e-9)
+    np.testing.assert_allclose(np.abs(rounded).max(2, keepdims=True), 127 * scale)
+    nearest = np.round(weights / scale) * scale
+    errors = [np.square((w - weights) @ inputs).mean() for w in (rounded, nearest)]
+    assert errors[0] < errors[1] / 2
+
+
+@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (4, 2), (2, 1)])
+def test_patches_times_weights_are_the_convolution(groups: int, stride: int):
+    import torch
+
+    images = torch.randn(2, 4, 7, 8)
+    weights = torch.randn(8, 4 // groups, 3, 3)
+    node = onnx.helper.make_node(
+        "Conv", ["x", "w"], ["y"], group=groups, strides=[stride, stride], pads=[1, 1, 1, 1]
+    )
+    patches = int8._patches(images.numpy(), node, weights.shape)
+    rows = weights.reshape(groups, 8 // groups, -1).numpy()
+    wanted = torch.nn.functional.conv2d(images, weights, stride=stride, padding=1, groups=groups)
+    got = (rows @ patches).reshape(8, 2, *wanted.shape[2:]).swapaxes(0, 1)
+    np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4)
+
+
+def test_wrong_8_bits_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = load_checkpoint(bundled_checkpoint())
+    real = cnn_lstm.quantize_static
+
+    def quantize_wrongly(path, inputs):
+        real(path, inputs)
+        model = onnx.load(path)
+        for tensor in model.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2:
+                values = numpy_helper.to_array(tensor)[::-1]
+                tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(cnn_lstm, "quantize_static", quantize_wrongly)
+    monkeypatch.setattr(cnn_lstm, "round_convolutions", lambda path, inputs: None)
+    with pytest.raises(ParityError, match=r"\.onnx: errs by .* in int8"):
+        export_cnn_lstm(
+            checkpoint, tmp_path / "out", precision="int8", calibration=[draw_photo(1)] * 2
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_command_says(exported: tuple[Path, list[str]]):
+    folder, printed = exported
+    assert "16 of 16 captions identical to PyTorch's in fp32" in printed[0]
+    assert printed[1].startswith("int8: ")
+    assert [line.split(":")[0] for line in printed[2:]] == ["PyTorch", "int8"]
+    metrics = json.loads((folder / "manifest.json").read_text())["parity"]["metrics"]
+    assert set(metrics) == {"PyTorch", "int8"}
+    assert all(
+        f"BLEU-1 {metrics[name]['BLEU-1']:.1f}" in line
+        for name, line in zip(metrics, printed[2:], strict=True)
+    )
+
+
+def test_calibration_goes_with_int8_alone(checkpoint: Checkpoint, tmp_path: Path, capsys):
+    arguments = ["lstm", checkpoint.training["folder"], "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--precision", "int8"]) == 2
+    assert "calibration photos" in capsys.readouterr().err
+    photo = tmp_path / "photo.png"
+    draw_photo(0).save(photo)
+    assert main([*arguments, "--calibration", str(photo)]) == 2
+    assert "int8 alone" in capsys.readouterr().err
