@@ -199,9 +199,12 @@ class Captioner:
                 )
         return captions
 
-    def preprocess(self, image: ImageSource) -> FloatArray:
-        """One image, made ready for `caption_pixels`: float32 (3, height, width)."""
-        return preprocess(image, self.image)
+    def preprocess(self, image: ImageSource, out: FloatArray | None = None) -> FloatArray:
+        """One image, made ready for `caption_pixels`: float32 (3, height, width).
+
+        `out`, an array like it, is filled and returned where given.
+        """
+        return preprocess(image, self.image, out)
 
     def caption_pixels(
         self,

@@ -28,8 +28,9 @@ from capexport.bulk import (
     caption_files,
     find_images,
     journal_of,
+    open_captioner,
 )
-from capexport.captioner import Captioner, local_folder
+from capexport.captioner import available_cores, local_folder
 from capexport.errors import CapexportError, CheckpointError, MissingExtraError
 
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "artifacts" / "default"
@@ -283,7 +284,7 @@ def _caption(options: argparse.Namespace) -> int:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     paths = find_images(options.paths, sys.stdin)
     model = local_folder(options.model)
-    captioner = Captioner.load(model, device=options.device, threads=options.threads)
+    captioner = open_captioner(model, options.device, options.threads)
     changes = {} if options.max_tokens is None else {"max_tokens": options.max_tokens}
     output: Output
     if options.format == "txt":
@@ -302,6 +303,7 @@ def _caption(options: argparse.Namespace) -> int:
                 todo,
                 output,
                 batch_size=options.batch_size,
+                workers=options.threads or available_cores(),
                 prompt=options.prompt,
                 changes=changes,
             ):

@@ -110,12 +110,18 @@ class OnnxEncoder:
     ) -> None:
         self._session = open_session(path, device, threads)
         self._outputs = list(state)
+        # The activations of more images than these spill from the caches of one core.
+        self._at_once = 2 if device == "cpu" and threads == 1 else None
         _expect_names(path, self._session, {"images"}, set(state))
 
     def __call__(self, images: FloatArray) -> LstmState:
-        return dict(
-            zip(self._outputs, self._session.run(self._outputs, {"images": images}), strict=True)
-        )
+        step = self._at_once or len(images)
+        parts = [
+            self._session.run(self._outputs, {"images": images[start : start + step]})
+            for start in range(0, len(images), step)
+        ]
+        arrays = (np.concatenate(values) for values in zip(*parts, strict=True))
+        return dict(zip(self._outputs, arrays, strict=True))
 
 
 class OnnxLstmDecoder:
