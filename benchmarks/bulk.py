@@ -32,7 +32,6 @@ from capexport.decoding import greedy
 from capexport.errors import ArtifactError
 from capexport.preprocessing import FloatArray, ImageSpec, preprocess
 
-TORCH_BATCH = 32
 # What the encoder and the decoder are timed on alone, again and again: more than caches hold.
 READY = 64
 # Worker threads spin for a moment after a call; the pause lets them sleep.
@@ -46,6 +45,7 @@ STAGES = (READING, ENCODER, DECODER)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns its exit code, 2 where it cannot be run."""
     options = _parser().parse_args(argv)
     show_progress()
     return run_command("bulk.py", lambda: _benchmark(options))
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="capexport's (default: 8)"
+        "--batch-size", type=int, default=32, metavar="N", help="of both sides (default: 32)"
     )
     parser.add_argument(
         "--files",
@@ -121,7 +121,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         count = -(-options.count // options.batch_size) * options.batch_size
         chosen = list(itertools.islice(itertools.cycle(photos), count))
         contenders = {
-            TORCH: torch_path(pair.plain(), chosen, threads),
+            TORCH: torch_path(pair.plain(), chosen, threads, options.batch_size),
             **onnx_paths(artifact, chosen, threads, options.batch_size, folder),
         }
         result: dict[str, Any] = {
@@ -158,13 +158,15 @@ class Photos:
         return preprocess(self._paths[index], self._spec)
 
 
-def torch_path(captioner: Any, paths: Sequence[Path], workers: int) -> Callable[[], None]:
+def torch_path(
+    captioner: Any, paths: Sequence[Path], workers: int, batch_size: int
+) -> Callable[[], None]:
     """The loader's workers start in the first, untimed round and then wait for the next one."""
     from torch.utils.data import DataLoader
 
     loader: Any = DataLoader(
         Photos(paths, captioner.image),  # type: ignore[arg-type]
-        TORCH_BATCH,
+        batch_size,
         num_workers=workers,
         persistent_workers=True,
     )
@@ -309,10 +311,8 @@ def memory(
         peaks[size] = max(resident)
         steady = resident[len(resident) // 3 :]
         if size == sizes[-1] and len(steady) > 1:
-            growth = np.polyfit(
-                np.linspace(0, size * len(steady) / len(resident), len(steady)), steady, 1
-            )[0]
-            slopes["kilobytes_within_a_run"] = 1e6 * float(growth)
+            each_sample = float(np.polyfit(range(len(steady)), steady, 1)[0])
+            slopes["kilobytes_within_a_run"] = 1e6 * each_sample * len(resident) / size
     if len(sizes) > 1:
         growth = (peaks[sizes[-1]] - peaks[sizes[0]]) / (sizes[-1] - sizes[0])
         slopes["kilobytes_between_folders"] = 1e6 * growth
@@ -345,7 +345,7 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']} on cpu ({machine['cpu']}, {machine['threads']} threads; {versions})",
         f"{result['count']} photos a round, {result['rounds']} rounds in turn, batches of "
-        f"{result['batch_size']} (PyTorch: {TORCH_BATCH})",
+        f"{result['batch_size']}",
         "",
         table(rows),
         "",

@@ -24,6 +24,7 @@ from capexport.artifact import Manifest, replace_file, replacing_file
 from capexport.captioner import Captioner
 from capexport.errors import ImageError, ImageNotFoundError, OutputExistsError
 from capexport.preprocessing import FloatArray
+from capexport.vocabulary import Vocabulary
 
 FORMATS = ("text", "jsonl", "csv", "coco", "txt")
 
@@ -273,6 +274,11 @@ def open_captioner(model: Path, device: str = "cpu", threads: int | None = None)
     """
     alone = device == "cpu" and Manifest.read(model).family == "cnn-lstm"
     return Captioner.load(model, device=device, threads=1 if alone else threads)
+
+
+def default_batch_size(captioner: Captioner) -> int:
+    """As many as a decoder's step takes in its stride; a large model's caches also need room."""
+    return 32 if isinstance(captioner.vocabulary, Vocabulary) else 8
 
 
 def caption_files(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from capexport.bulk import FileOutput, caption_files, open_captioner
+from capexport.bulk import FileOutput, caption_files, default_batch_size, open_captioner
 from capexport.captioner import Captioner
 from capexport.errors import ImageError
 
@@ -115,11 +115,13 @@ def test_no_files(own: Captioner):
 
 
 def test_a_small_model_gets_a_core_for_each_batch(artifact: Path):
-    assert open_captioner(artifact, threads=3).threads == 1
+    captioner = open_captioner(artifact, threads=3)
+    assert (captioner.threads, default_batch_size(captioner)) == (1, 32)
 
 
 def test_a_large_model_gets_all_cores_for_one_batch(blip2_artifact: Path):
-    assert open_captioner(blip2_artifact, threads=3).threads == 3
+    captioner = open_captioner(blip2_artifact, threads=3)
+    assert (captioner.threads, default_batch_size(captioner)) == (3, 8)
 
 
 @pytest.mark.parametrize("style", ["text", "jsonl", "csv", "coco"])
