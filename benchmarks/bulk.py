@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from capexport.artifact import Manifest, replace_file
@@ -290,14 +292,16 @@ def memory(
     """Resident memory of `capexport caption` on folders of so many links to the photos.
 
     Returns:
-        `peak_megabytes` by number of files, and kilobytes for every 1,000 files more:
-        `kilobytes_within_a_run`, by a line through the samples of the largest folder's run but
-        for its first third (until then memory pools fill), and `kilobytes_between_folders`, by
-        the peaks of the smallest and the largest, which the list of files is a part of.
+        By number of files `peak_megabytes` (resident) and `private_megabytes` (without pages of
+        files, which the system takes back as it likes; the median but for the first third of a
+        run, when memory pools fill). Kilobytes for every 1,000 files: `kilobytes_within_a_run`, a
+        line through the same part of the largest folder's run; `kilobytes_between_folders`, by
+        the medians; `kilobytes_of_the_list`, what the files' paths take of that.
     Raises:
         RuntimeError: captioning failed.
     """
     peaks: dict[int, float] = {}
+    medians: dict[int, float] = {}
     slopes: dict[str, float] = {}
     for size in tqdm(sizes, "folders", disable=None):
         files = folder / f"{size} files"
@@ -308,30 +312,42 @@ def memory(
         command += ["--format", "jsonl", "--out", folder / f"{size} files.jsonl"]
         command += ["--threads", threads, "--batch-size", batch_size]
         resident = _resident_megabytes([str(word) for word in command], folder / "errors")
-        peaks[size] = max(resident)
-        steady = resident[len(resident) // 3 :]
+        peaks[size] = float(resident[:, 0].max())
+        steady = resident[len(resident) // 3 :, 1]
+        medians[size] = float(np.median(steady))
         if size == sizes[-1] and len(steady) > 1:
             each_sample = float(np.polyfit(range(len(steady)), steady, 1)[0])
             slopes["kilobytes_within_a_run"] = 1e6 * each_sample * len(resident) / size
+            slopes["kilobytes_of_the_list"] = _list_kilobytes(files) / size * 1e3
     if len(sizes) > 1:
-        growth = (peaks[sizes[-1]] - peaks[sizes[0]]) / (sizes[-1] - sizes[0])
+        growth = (medians[sizes[-1]] - medians[sizes[0]]) / (sizes[-1] - sizes[0])
         slopes["kilobytes_between_folders"] = 1e6 * growth
-    return {"peak_megabytes": peaks, **slopes}
+    return {"peak_megabytes": peaks, "private_megabytes": medians, **slopes}
 
 
-def _resident_megabytes(command: Sequence[str], errors: Path) -> list[float]:
-    """What a process holds, time and again until it ends."""
+def _list_kilobytes(folder: Path) -> float:
+    tracemalloc.start()
+    files = find_images([str(folder)], sys.stdin)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del files
+    return held / 1e3
+
+
+def _resident_megabytes(command: Sequence[str], errors: Path) -> NDArray[np.float64]:
+    """What a process holds, resident and private, time and again until it ends: (samples, 2)."""
     samples = []
     with errors.open("w+") as stream:
         with psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=stream) as process:
             while process.poll() is None:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    samples.append(process.memory_info().rss / 1e6)
+                    info = process.memory_info()
+                    samples.append((info.rss, info.rss - getattr(info, "shared", 0)))
                 time.sleep(SAMPLE)
         if process.returncode:
             stream.seek(0)
             raise RuntimeError(f"captioning failed: {stream.read().strip()[-500:]}")
-    return samples
+    return np.asarray(samples) / 1e6
 
 
 def render(result: dict[str, Any]) -> str:
@@ -358,16 +374,21 @@ def render(result: dict[str, Any]) -> str:
         "lowers this one).",
     ]
     if peaks := result["memory"]["peak_megabytes"]:
-        described = ", ".join(f"{peak:.0f} MB for {size} files" for size, peak in peaks.items())
+        medians = result["memory"]["private_megabytes"]
+        described = ", ".join(
+            f"{peak:.0f} MB ({medians[size]:.0f} private) for {size} files"
+            for size, peak in peaks.items()
+        )
         slopes = [
             f"{result['memory'][key]:.0f} KB {where}"
             for key, where in (
                 ("kilobytes_within_a_run", "within the largest run"),
-                ("kilobytes_between_folders", "between folders, the list of files included"),
+                ("kilobytes_between_folders", "between folders"),
+                ("kilobytes_of_the_list", "of the list of files"),
             )
             if key in result["memory"]
         ]
-        lines += ["", f"memory: at most {described}"]
+        lines += ["", f"peak memory: {described}"]
         lines += [f"growth for every 1,000 files: {'; '.join(slopes)}"]
     return "\n".join(lines)
 
