@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from capexport.errors import ArtifactError, ArtifactNotFoundError, OutputExistsError
 from capexport.preprocessing import ImageSpec
@@ -149,16 +149,24 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
 
 def replace_file(path: Path, text: str) -> None:
     """Write UTF-8 text so that `path` holds the old or the new content, never part of it."""
+    with replacing_file(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 stream whose content replaces that of `path` when the block ends well."""
     draft = path.with_name(path.name + ".partial")
     try:
         with draft.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise _with_name(error, path) from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _with_name(error: OSError, path: Path) -> OSError:

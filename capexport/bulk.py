@@ -8,28 +8,34 @@ from __future__ import annotations
 
 import csv
 import glob
-import io
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TextIO, TypeAlias
+from typing import Protocol, TextIO, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from capexport.artifact import replace_file
+from capexport.artifact import Manifest, replace_file, replacing_file
 from capexport.captioner import Captioner
 from capexport.errors import ImageError, ImageNotFoundError, OutputExistsError
 from capexport.preprocessing import FloatArray
+from capexport.vocabulary import Vocabulary
 
 FORMATS = ("text", "jsonl", "csv", "coco", "txt")
-_CSV_HEADER = "file_name,text\n"
 
 # A file's name in the results, and its caption.
 Row: TypeAlias = tuple[str, str]
+# Files, their pixels, and the errors of those that cannot be read; then files and captions.
+_Batch: TypeAlias = tuple[list[Path], FloatArray, list[ImageError]]
+_Captioned: TypeAlias = tuple[list[tuple[Path, str]], list[ImageError]]
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 def find_images(arguments: Sequence[str], stdin: TextIO) -> list[Path]:
@@ -68,22 +74,35 @@ def coco_image_id(name: str) -> int | str:
     return int(number[1]) if number else stem
 
 
-def format_rows(rows: Sequence[Row], style: str) -> str:
-    """The text of a `text`, `jsonl`, `csv` or `coco` file."""
-    if style == "jsonl":
-        return "".join(
-            json.dumps({"file_name": name, "text": text}, ensure_ascii=False) + "\n"
-            for name, text in rows
-        )
-    if style == "coco":
-        results = [{"image_id": coco_image_id(name), "caption": text} for name, text in rows]
-        return json.dumps(results, ensure_ascii=False, indent=1) + "\n"
-    table = io.StringIO()
-    if style == "csv":
-        csv.writer(table, lineterminator="\n").writerows(rows)
-    else:
-        table.writelines(f"{name}\t{text}\n" for name, text in rows)
-    return table.getvalue()
+class RowWriter:
+    """Writes a `text`, `jsonl`, `csv` or `coco` file, row by row."""
+
+    def __init__(self, stream: TextIO, style: str) -> None:
+        self._stream, self._style = stream, style
+        self._csv = csv.writer(stream, lineterminator="\n")
+        self._separator = ""
+        if style == "csv":
+            self._csv.writerow(["file_name", "text"])
+        elif style == "coco":
+            stream.write("[\n")
+
+    def write(self, row: Row) -> None:
+        name, text = row
+        if self._style == "csv":
+            self._csv.writerow(row)
+        elif self._style == "coco":
+            result = {"image_id": coco_image_id(name), "caption": text}
+            self._stream.write(self._separator + json.dumps(result, ensure_ascii=False))
+            self._separator = ",\n"
+        elif self._style == "jsonl":
+            document = {"file_name": name, "text": text}
+            self._stream.write(json.dumps(document, ensure_ascii=False) + "\n")
+        else:
+            self._stream.write(f"{name}\t{text}\n")
+
+    def finish(self) -> None:
+        if self._style == "coco":
+            self._stream.write("\n]\n")
 
 
 class Output(Protocol):
@@ -100,30 +119,24 @@ class Output(Protocol):
 
 
 class StreamOutput:
-    """Rows to standard output, as they come; a COCO list at the end."""
+    """Rows to standard output, as they come."""
 
     def __init__(self, style: str, stream: TextIO, paths: Sequence[Path]) -> None:
         if style == "coco":
             _refuse_clashing_ids(paths)
-        self._style, self._stream = style, stream
-        self._rows: list[Row] = []
-        if style == "csv":
-            stream.write(_CSV_HEADER)
+        self._stream = stream
+        self._rows = RowWriter(stream, style)
 
     def done(self, path: Path) -> bool:
         return False
 
     def write(self, rows: Sequence[tuple[Path, str]]) -> None:
-        named = [(_readable_name(path), text) for path, text in rows]
-        if self._style == "coco":
-            self._rows += named
-        else:
-            self._stream.write(format_rows(named, self._style))
-            self._stream.flush()
+        for path, text in rows:
+            self._rows.write((_readable_name(path), text))
+        self._stream.flush()
 
     def finish(self) -> None:
-        if self._style == "coco":
-            self._stream.write(format_rows(self._rows, "coco"))
+        self._rows.finish()
 
 
 class SideCars:
@@ -174,20 +187,33 @@ class FileOutput:
             raise OutputExistsError(
                 f"{self._journal}: left by an interrupted run; go on with --resume, or remove it"
             )
-        header = json.dumps({"captioner": key}) + "\n"
-        lines = _whole_lines(self._journal) if self._journal.exists() else []
-        if lines and lines[0] != header:
-            raise OutputExistsError(
-                f"{self._journal}: was begun with another model or other options; remove it first"
-            )
+        self._header = json.dumps({"captioner": key}) + "\n"
+        # Only what an interrupted run has left is held in memory, not what this one adds.
         try:
-            self._rows: dict[str, str] = dict(json.loads(line) for line in lines[1:])
+            self._done = {name for name, _ in self._journalled()} if resume else set()
         except (ValueError, TypeError) as error:
             raise OutputExistsError(f"{self._journal}: damaged ({error}); remove it") from error
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Cut off a line that the interruption tore before anything is appended behind it.
-        replace_file(self._journal, "".join(lines or [header]))
+        if self._journal.exists():
+            _cut_torn_line(self._journal)
         self._stream = self._journal.open("a", encoding="utf-8", newline="")
+        if self._stream.tell() == 0:
+            self._stream.write(self._header)
+
+    def _journalled(self) -> Iterator[Row]:
+        """The rows that the journal holds, but for one that an interruption tore."""
+        if not self._journal.exists():
+            return
+        with self._journal.open(encoding="utf-8", errors="replace", newline="") as file:
+            for number, line in enumerate(file):
+                if number and line.endswith("\n"):
+                    name, text = json.loads(line)
+                    yield name, text
+                elif line.endswith("\n") and line != self._header:
+                    raise OutputExistsError(
+                        f"{self._journal}: was begun with another model or other options; remove "
+                        "it first"
+                    )
 
     def _name(self, path: Path) -> str:
         absolute = os.path.abspath(path)
@@ -195,25 +221,29 @@ class FileOutput:
         return _readable_name(os.path.relpath(absolute, self._folder) if below else absolute)
 
     def done(self, path: Path) -> bool:
-        return self._name(path) in self._rows
+        return self._name(path) in self._done
 
     def write(self, rows: Sequence[tuple[Path, str]]) -> None:
         for path, text in rows:
             row = (self._name(path), text)
-            self._rows.update([row])
             self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._stream.flush()
 
     def finish(self) -> None:
         self._stream.close()
-        text = format_rows(list(self._rows.items()), self._style)
-        replace_file(self._out, (_CSV_HEADER if self._style == "csv" else "") + text)
+        with replacing_file(self._out) as file:
+            writer = RowWriter(file, self._style)
+            for row in self._journalled():
+                writer.write(row)
+            writer.finish()
         self._journal.unlink()
 
 
-def _whole_lines(journal: Path) -> list[str]:
-    with journal.open(encoding="utf-8", errors="replace", newline="") as file:
-        return [line for line in file if line.endswith("\n")]
+def _cut_torn_line(journal: Path) -> None:
+    """Drop what an interruption wrote of a last line, before anything is appended behind it."""
+    with journal.open("r+b") as file:
+        end = sum(len(line) for line in file if line.endswith(b"\n"))
+        file.truncate(end)
 
 
 def _readable_name(path: Path | str) -> str:
@@ -235,48 +265,89 @@ def _refuse_clashing_ids(paths: Sequence[Path]) -> None:
     _refuse_clashes(paths, lambda path: str(coco_image_id(path.name)), "COCO image id")
 
 
+def open_captioner(model: Path, device: str = "cpu", threads: int | None = None) -> Captioner:
+    """`Captioner.load`, for `caption_files` with as many workers as `threads` says.
+
+    On a CPU a CNN-LSTM's graphs get one thread each: a core that takes a batch of its own through
+    all stages never waits for another one. A larger model takes one batch at a time, with all
+    threads: of its activations and caches, one batch's is enough to hold.
+    """
+    alone = device == "cpu" and Manifest.read(model).family == "cnn-lstm"
+    return Captioner.load(model, device=device, threads=1 if alone else threads)
+
+
+def default_batch_size(captioner: Captioner) -> int:
+    """As many as a decoder's step takes in its stride; a large model's caches also need room."""
+    return 32 if isinstance(captioner.vocabulary, Vocabulary) else 8
+
+
 def caption_files(
     captioner: Captioner,
     paths: Sequence[Path],
     output: Output,
     *,
     batch_size: int,
+    workers: int = 1,
     prompt: str | None = None,
     changes: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[int, list[ImageError]]]:
-    """Caption `paths` into `output`, the next batch being read while one goes through the graphs.
+    """Caption `paths` into `output`, in their order, batch by batch.
 
-    `prompt` and `changes` are as for `Captioner`.
+    `workers` threads read a batch each and, where the captioner is of one thread, caption it too;
+    a captioner of several threads takes their batches in turn, the next ones being read
+    meanwhile. However many files there are, no more than `2 * workers` batches are read and not
+    yet written. `prompt` and `changes` are as for `Captioner`.
 
     Yields:
         After each batch, how many files it took, and the errors of those that cannot be read.
     """
 
-    def read(path: Path) -> FloatArray | ImageError:
-        try:
-            return captioner.preprocess(path)
-        except ImageError as error:
-            return error
+    def read(batch: Sequence[Path]) -> _Batch:
+        side = captioner.image.crop
+        pixels = np.empty((len(batch), 3, side, side), np.float32)
+        readable: list[Path] = []
+        errors: list[ImageError] = []
+        for path in batch:
+            try:
+                captioner.preprocess(path, pixels[len(readable)])
+                readable.append(path)
+            except ImageError as error:
+                errors.append(error)
+        return readable, pixels[: len(readable)], errors
 
-    with ThreadPoolExecutor(captioner.threads) as pool:
-        batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-        following = [pool.submit(read, path) for path in batches[0]] if batches else []
-        for index, batch in enumerate(batches):
-            current, following = following, []
-            if index + 1 < len(batches):
-                following = [pool.submit(read, path) for path in batches[index + 1]]
-            images = [future.result() for future in current]
-            readable = [
-                (path, image)
-                for path, image in zip(batch, images, strict=True)
-                if not isinstance(image, ImageError)
-            ]
-            if readable:
-                pixels = np.stack([image for _, image in readable])
-                prompts = None if prompt is None else [prompt] * len(readable)
-                captions = captioner.caption_pixels(pixels, prompts=prompts, changes=changes)
-                output.write(
-                    [(path, c.text) for (path, _), c in zip(readable, captions, strict=True)]
-                )
-            yield len(batch), [image for image in images if isinstance(image, ImageError)]
+    def caption(batch: _Batch) -> _Captioned:
+        readable, pixels, errors = batch
+        if not readable:
+            return [], errors
+        prompts = None if prompt is None else [prompt] * len(readable)
+        captions = captioner.caption_pixels(pixels, prompts=prompts, changes=changes)
+        return [(path, c.text) for path, c in zip(readable, captions, strict=True)], errors
+
+    starts = range(0, len(paths), batch_size)
+    batches = (paths[start : start + batch_size] for start in starts)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        if captioner.threads == 1:
+            results = _ahead(pool, lambda batch: caption(read(batch)), batches, 2 * workers)
+        else:
+            results = map(caption, _ahead(pool, read, batches, 2 * workers))
+        for start, (rows, errors) in zip(starts, results, strict=True):
+            if rows:
+                output.write(rows)
+            yield min(batch_size, len(paths) - start), errors
+    finally:
+        pool.shutdown(cancel_futures=True)
     output.finish()
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterator[_In], ahead: int
+) -> Iterator[_Out]:
+    """`pool.map`, in order, but with no more than `ahead` results begun and not yet taken."""
+    waiting: deque[Future[_Out]] = deque()
+    for item in items:
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+        waiting.append(pool.submit(function, item))
+    while waiting:
+        yield waiting.popleft().result()

@@ -26,10 +26,12 @@ from capexport.bulk import (
     SideCars,
     StreamOutput,
     caption_files,
+    default_batch_size,
     find_images,
     journal_of,
+    open_captioner,
 )
-from capexport.captioner import BUNDLED_ARTIFACT, Captioner, local_folder
+from capexport.captioner import BUNDLED_ARTIFACT, available_cores, local_folder
 from capexport.errors import CapexportError, CheckpointError, MissingExtraError
 
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "artifacts" / "default"
@@ -221,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument(
         "--resume", action="store_true", help="go on with an interrupted --out or txt run"
     )
-    caption.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
+    caption.add_argument("--batch-size", type=int, metavar="N", help="default: 32, for a BLIP-2 8")
     caption.add_argument("--max-tokens", type=int, metavar="N", help="longest caption, in tokens")
     caption.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     caption.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
@@ -313,7 +315,7 @@ def _export_blip2(options: argparse.Namespace) -> int:
 
 
 def _caption(options: argparse.Namespace) -> int:
-    if options.batch_size < 1:
+    if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     if options.format == "txt" and options.out:
         raise ValueError("--format txt writes beside the images: leave out --out")
@@ -330,7 +332,7 @@ def _caption(options: argparse.Namespace) -> int:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     paths = find_images(options.paths, sys.stdin)
     model = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
-    captioner = Captioner.load(model, device=options.device, threads=options.threads)
+    captioner = open_captioner(model, options.device, options.threads)
     changes = {} if options.max_tokens is None else {"max_tokens": options.max_tokens}
     output: Output
     if options.format == "txt":
@@ -348,7 +350,8 @@ def _caption(options: argparse.Namespace) -> int:
                 captioner,
                 todo,
                 output,
-                batch_size=options.batch_size,
+                batch_size=options.batch_size or default_batch_size(captioner),
+                workers=options.threads or available_cores(),
                 prompt=options.prompt,
                 changes=changes,
             ):

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-# Convolutions are fastest when a layer's maps stay in the cache, so a CPU takes so many images of
-# a batch at a time: for a batch of 32 by a quarter faster than all at once.
-_IMAGES_AT_ONCE = 4
-
 # The decoder's state by the names of the step graph's inputs: float32 (batch, hidden_size) each.
 LstmState: TypeAlias = dict[str, FloatArray]
 OpenGraph: TypeAlias = "Callable[[Path], onnxruntime.InferenceSession]"
@@ -112,17 +108,20 @@ def open_session(
 class OnnxEncoder:
     """`encoder.onnx`: images to the decoder's state after the image."""
 
-    def __init__(self, path: Path, state: Mapping[str, str], device: str, open_graph: OpenGraph):
+    def __init__(
+        self, path: Path, state: Mapping[str, str], open_graph: OpenGraph, at_once: int | None
+    ) -> None:
+        """`at_once`: how many images the graph is given together, all by default."""
         self._session = open_graph(path)
         self._outputs = list(state)
-        self._at_once = _IMAGES_AT_ONCE if device == "cpu" else None
+        self._at_once = at_once
         _expect_names(path, self._session, {"images"}, set(state))
 
     def __call__(self, images: FloatArray) -> LstmState:
-        size = self._at_once or len(images)
+        step = self._at_once or len(images)
         parts = [
-            self._session.run(self._outputs, {"images": images[start : start + size]})
-            for start in range(0, len(images), size)
+            self._session.run(self._outputs, {"images": images[start : start + step]})
+            for start in range(0, len(images), step)
         ]
         values = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         return dict(zip(self._outputs, values, strict=True))

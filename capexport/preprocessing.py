@@ -88,7 +88,7 @@ def load_image(source: ImageSource) -> Image.Image:
     """
     try:
         if isinstance(source, Image.Image):
-            return _upright_rgb(source)
+            return _upright_rgb(ImageOps.exif_transpose(source))  # a copy
         if isinstance(source, np.ndarray):
             return _upright_rgb(_from_array(source))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -127,22 +127,25 @@ def _from_array(array: NDArray[np.uint8]) -> Image.Image:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
+    """`image` itself, changed in place, where it needs no other mode."""
     if 0 in image.size:
         raise ImageError(f"{image_name(image)}: the image has no pixels")
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def preprocess(source: ImageSource, spec: ImageSpec) -> FloatArray:
+def preprocess(source: ImageSource, spec: ImageSpec, out: FloatArray | None = None) -> FloatArray:
     """Load an image, resize the shorter edge, crop the centre, scale to 0..1 and normalise.
 
     From the loaded image on, equal to torchvision's `Resize` (on the PIL image), `CenterCrop`,
     `ToTensor` and `Normalize` in that order, and to Transformers' `BlipImageProcessor` where the
     aspect ratio is not kept.
 
+    Args:
+        out: where to put the result, of the same shape and type: a batch's row, say.
     Returns:
         float32 (3, spec.crop, spec.crop), channels in RGB order.
     Raises:
@@ -161,11 +164,24 @@ def preprocess(source: ImageSource, spec: ImageSpec) -> FloatArray:
         size = (spec.resize, int(spec.resize * height / width))
     else:
         size = (int(spec.resize * width / height), spec.resize)
-    image = image.resize(size, Image.Resampling[spec.resample.upper()])
-    left, top = (round((edge - spec.crop) / 2) for edge in size)
-    pixels = np.asarray(image.crop((left, top, left + spec.crop, top + spec.crop)))
-    output: FloatArray = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+    pixels = np.asarray(_resized_centre(image, size, spec))
+    output = np.empty((3, spec.crop, spec.crop), np.float32) if out is None else out
+    output[...] = pixels.transpose(2, 0, 1)
     output /= np.float32(255)
     output -= np.asarray(spec.mean, np.float32)[:, None, None]
     output /= np.asarray(spec.std, np.float32)[:, None, None]
     return output
+
+
+def _resized_centre(image: Image.Image, size: tuple[int, int], spec: ImageSpec) -> Image.Image:
+    """The central square of `image` resized to `size`."""
+    resample = Image.Resampling[spec.resample.upper()]
+    left, top = (round((edge - spec.crop) / 2) for edge in size)
+    box = (left, top, left + spec.crop, top + spec.crop)
+    side = image.width
+    # Only the pixels that remain are computed where that changes no bit: where Pillow's float32
+    # holds the corners exactly, and where it has no reason to take the axes in another order.
+    if image.height == side < 1 << 16 and side * 256 % spec.resize == 0:
+        x0, y0, x1, y1 = (edge * side / spec.resize for edge in box)
+        return image.resize((spec.crop, spec.crop), resample, (x0, y0, x1, y1))
+    return image.resize(size, resample).crop(box)

@@ -31,6 +31,39 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path):
         np.testing.assert_array_equal(array, arrays[0])
 
 
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(1, 1), (99, 99), (224, 224), (333, 333), (500, 375), (333, 500)])
+@pytest.mark.parametrize("crop", [(256, 224), (99, 70), (240, 223)], ids=str)
+def test_pixels_are_those_of_the_whole_image_resized_then_cropped(resample, size, crop):
+    image = draw_photo(1, size)
+    spec = ImageSpec(*crop, resample=resample)
+    target = tuple(int(spec.resize * edge / min(size)) for edge in size)
+    left, top = (round((edge - spec.crop) / 2) for edge in target)
+    resized = image.resize(target, Image.Resampling[resample.upper()])
+    pixels = np.asarray(resized.crop((left, top, left + spec.crop, top + spec.crop)))
+    wanted = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    wanted -= np.asarray(spec.mean, np.float32)[:, None, None]
+    wanted /= np.asarray(spec.std, np.float32)[:, None, None]
+    np.testing.assert_array_equal(preprocess(image, spec), wanted)
+
+
+def test_pixels_can_go_into_the_row_of_a_batch():
+    batch = np.full((2, 3, 224, 224), np.nan, np.float32)
+    assert preprocess(draw_photo(1), ImageSpec(), batch[1]) is not None
+    np.testing.assert_array_equal(batch[1], preprocess(draw_photo(1), ImageSpec()))
+    assert np.isnan(batch[0]).all()
+
+
+def test_an_image_object_stays_as_it_is():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(io.BytesIO(encoded(draw_photo(1, (40, 30)), exif=exif))) as image:
+        loaded = load_image(image)
+        assert (loaded.size, image.size) == ((30, 40), (40, 30))
+    image = draw_photo(1)
+    assert load_image(image) is not image
+
+
 def test_exif_rotation_is_applied():
     image = draw_photo(1)
     exif = Image.Exif()
