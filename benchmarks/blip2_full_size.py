@@ -80,17 +80,17 @@ def _run(options: argparse.Namespace, folder: Path) -> str:
         for precision in tqdm(options.precisions, "exporting")
     }
     runs: dict[str, list[dict[str, Any]]] = {"torch": [], **{name: [] for name in exports}}
-    bandwidth = 0.0
     for _ in tqdm(range(options.turns), "captioning"):
-        bandwidth = max(bandwidth, _process("bandwidth")["bytes_per_second"])
         for path, outcomes in runs.items():
             model = checkpoint if path == "torch" else folder / path
-            outcomes.append(_process("caption", path, model))
+            # On a shared machine it changes within minutes, and a token's time with it.
+            bandwidth = _process("bandwidth")["bytes_per_second"]
+            outcomes.append({**_process("caption", path, model), "bandwidth": bandwidth})
     measured = {
         path: {key: statistics.median(run[key] for run in outcomes) for key in outcomes[0]}
         for path, outcomes in runs.items()
     }
-    return _report(options.dims, exports, measured, bandwidth)
+    return _report(options.dims, exports, measured)
 
 
 def _export(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
@@ -177,7 +177,8 @@ def _torch_captioner(folder: Path) -> Any:
 
 
 def bandwidth() -> None:
-    """Bytes a second that all cores together read from memory: the floor of a decoding step."""
+    """Bytes a second that all cores together read from memory: the floor of a decoding step. A
+    median, as all times are."""
     import torch
 
     block = torch.ones(2**29)
@@ -186,14 +187,13 @@ def bandwidth() -> None:
         began = time.perf_counter()
         block.sum()
         seconds.append(time.perf_counter() - began)
-    print(json.dumps({"bytes_per_second": block.nbytes / min(seconds)}))
+    print(json.dumps({"bytes_per_second": block.nbytes / statistics.median(seconds)}))
 
 
 def _report(
     dims: str,
     exports: dict[str, dict[str, Any]],
     measured: dict[str, dict[str, float]],
-    bandwidth: float,
 ) -> str:
     reference = measured["torch"]
     exact = exports.get("fp32", {}).get("step_bytes")
@@ -201,8 +201,9 @@ def _report(
     def row(title: str, torch: str, cell: Callable[[str], str]) -> tuple[str, ...]:
         return (title, torch, *map(cell, exports))
 
-    def floor(bytes_read: float | None, seconds: float) -> str:
-        return f"{bytes_read / bandwidth / seconds:.2f}" if bytes_read else ""
+    def floor(bytes_read: float | None, path: str) -> str:
+        outcome = measured[path]
+        return f"{bytes_read / outcome['bandwidth'] / outcome['token']:.2f}" if bytes_read else ""
 
     rows = [
         ("", "PyTorch fp32", *(f"ONNX {precision}" for precision in exports)),
@@ -212,7 +213,8 @@ def _report(
     ]
     for key, title, unit in (
         ("load", "load (s)", 1), ("encode", "image encoder (ms)", 1e3),
-        ("prefill", "prefill (ms)", 1e3), ("token", "a token (ms)", 1e3),
+        ("prefill", "prefill (ms)", 1e3),
+        ("bandwidth", "memory bandwidth at that time (GB/s)", 1e-9), ("token", "a token (ms)", 1e3),
         ("anonymous", "running: peak anonymous memory (GB)", 1e-9),
     ):  # fmt: skip
         values = {path: f"{unit * outcome[key]:.1f}" for path, outcome in measured.items()}
@@ -224,8 +226,8 @@ def _report(
             rows.append(
                 row(
                     "  share of the floor",
-                    floor(exact, reference["token"]),
-                    lambda p: floor(exports[p]["step_bytes"], measured[p]["token"]),
+                    floor(exact, "torch"),
+                    lambda p: floor(exports[p]["step_bytes"], p),
                 )
             )
     rows += [
@@ -233,8 +235,8 @@ def _report(
         row("error of the first logits", "", lambda p: f"{exports[p]['logit_error']:.1g}"),
     ]
     return (
-        f"{dims}, random weights, batch 1, {cpu_model()}, {available_cores()} cores, "
-        f"{bandwidth / 1e9:.1f} GB/s of memory bandwidth; {datetime.date.today()}\n\n{table(rows)}"
+        f"{dims}, random weights, batch 1, {cpu_model()}, {available_cores()} cores; "
+        f"{datetime.date.today()}\n\n{table(rows)}"
     )
 
 

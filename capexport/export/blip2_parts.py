@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from capexport.export.fusion import fuse_skip_connections
 from capexport.export.graph import strip_traces
 
 # By name of an input or output, its free axes.
@@ -186,6 +187,7 @@ class PartConfig(OnnxConfig):
             for axis, name in axes[value.name].items():
                 value.type.tensor_type.shape.dim[axis].dim_param = name
         strip_traces(model)
+        fuse_skip_connections(model.graph)
         onnx.save(model, model_path)
 
 
