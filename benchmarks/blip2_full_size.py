@@ -19,9 +19,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tqdm import tqdm
 
@@ -90,7 +92,8 @@ def _run(options: argparse.Namespace, folder: Path) -> str:
         path: {key: statistics.median(run[key] for run in outcomes) for key in outcomes[0]}
         for path, outcomes in runs.items()
     }
-    return _report(options.dims, exports, measured)
+    profiles = {path: _process("profile", folder / path) for path in exports}
+    return _report(options.dims, exports, measured, profiles)
 
 
 def _export(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
@@ -165,6 +168,35 @@ def caption(path: str, model: str) -> None:
     print(json.dumps(result))
 
 
+def profile(model: str) -> None:
+    """The shares of operators in the time of decoding steps, as onnxruntime itself counts them."""
+    import onnxruntime
+
+    plain = onnxruntime.SessionOptions
+
+    def profiled() -> Any:
+        options = plain()
+        options.enable_profiling = True
+        options.profile_file_prefix = f"{folder}/profile"
+        return options
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(onnxruntime, "SessionOptions", profiled),
+    ):
+        captioner = Captioner.load(model)
+        captioner.caption(sample_photos()[:1], max_tokens=1 + STEPS, min_tokens=1 + STEPS)
+        events = json.loads(Path(captioner.decoder._step.end_profiling()).read_text())
+        del captioner
+    _, *steps = [event for event in events if event["name"] == "model_run"]
+    total = sum(step["dur"] for step in steps)
+    shares: Counter[str] = Counter()
+    for event in events:
+        if event["name"].endswith("_kernel_time") and event["ts"] >= steps[0]["ts"]:
+            shares[event["args"]["op_name"]] += event["dur"] / total
+    print(json.dumps(dict(shares.most_common())))
+
+
 def _torch_captioner(folder: Path) -> Any:
     import torch
 
@@ -194,6 +226,7 @@ def _report(
     dims: str,
     exports: dict[str, dict[str, Any]],
     measured: dict[str, dict[str, float]],
+    profiles: dict[str, dict[str, float]],
 ) -> str:
     reference = measured["torch"]
     exact = exports.get("fp32", {}).get("step_bytes")
@@ -230,6 +263,12 @@ def _report(
                     lambda p: floor(exports[p]["step_bytes"], p),
                 )
             )
+    operators = {name for shares in profiles.values() for name in shares} - {"seconds", "anonymous"}
+    largest = {name: max(shares.get(name, 0) for shares in profiles.values()) for name in operators}
+    for name in sorted(operators, key=largest.__getitem__, reverse=True):
+        if largest[name] >= 0.01:
+            title = f"a token: share of {name}"
+            rows.append(row(title, "", lambda p, n=name: f"{profiles[p].get(n, 0):.1%}"))
     rows += [
         row("identical tokens", "", lambda p: f"{exports[p]['token_agreement']:.1%}"),
         row("error of the first logits", "", lambda p: f"{exports[p]['logit_error']:.1g}"),
@@ -246,7 +285,12 @@ def _gb(count: float) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks.random_blip2
-    commands = {"checkpoint": write_checkpoint, "caption": caption, "bandwidth": bandwidth}
+    commands = {
+        "checkpoint": write_checkpoint,
+        "caption": caption,
+        "bandwidth": bandwidth,
+        "profile": profile,
+    }
     if sys.argv[1:2] and sys.argv[1] in commands:
         commands[sys.argv[1]](*sys.argv[2:])
     else:
