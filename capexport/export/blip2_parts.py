@@ -182,12 +182,12 @@ class PartConfig(OnnxConfig):
         named after a sum of others.
         """
         model = onnx.load(model_path, load_external_data=False)
+        fuse_skip_connections(model.graph)  # which compares shapes: before their names change
         axes = {**self.inputs, **self.outputs}
         for value in (*model.graph.input, *model.graph.output):
             for axis, name in axes[value.name].items():
                 value.type.tensor_type.shape.dim[axis].dim_param = name
         strip_traces(model)
-        fuse_skip_connections(model.graph)
         onnx.save(model, model_path)
 
 

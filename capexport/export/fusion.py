@@ -2,8 +2,8 @@
 
 While a model is traced its modules' own arithmetic is replaced: attention, its key/value cache
 included, becomes onnxruntime's `MultiHeadAttention`, and a linear layer a product with its weight
-as it is stored. What then stands side by side (biases, skip connections, layer norms) onnxruntime
-fuses by itself when it loads the graph.
+as it is stored. Patterns that onnxruntime knows (a quantised product and its bias, the parts of
+T5's norm) it fuses by itself when it loads the graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer
-from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 
 @contextmanager
@@ -33,6 +33,7 @@ def fused_modules() -> Iterator[None]:
         OPTAttention: _opt_attention,
         OPTDecoderLayer: _opt_layer,
         T5Attention: _t5_attention,
+        T5LayerNorm: _t5_layer_norm,
         NewGELUActivation: lambda _, inputs: nn.functional.gelu(inputs, approximate="tanh"),
     }
     with ExitStack() as stack:
@@ -143,6 +144,12 @@ def _t5_attention(
     return self.o(context), position_bias
 
 
+def _t5_layer_norm(self: T5LayerNorm, inputs: Tensor) -> Tensor:
+    # onnxruntime knows a norm by its quotient, but the original multiplies by the reciprocal.
+    root = (inputs.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+    return self.weight * (inputs / root).to(self.weight.dtype)
+
+
 def fuse_skip_connections(graph: onnx.GraphProto) -> None:
     """Make one `SkipLayerNormalization` of each sum and the layer norm behind it.
 
@@ -153,7 +160,8 @@ def fuse_skip_connections(graph: onnx.GraphProto) -> None:
     sums = {
         node.output[0]: node
         for node in graph.node
-        if node.op_type == "Add" and len({str(shapes.get(name)) for name in node.input}) == 1
+        if node.op_type == "Add"
+        and all(name in shapes and shapes[name] == shapes[node.input[0]] for name in node.input)
     }
     for norm in [node for node in graph.node if node.op_type == "LayerNormalization"]:
         if (total := sums.pop(norm.input[0], None)) is None:
