@@ -19,9 +19,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tqdm import tqdm
 
@@ -80,17 +82,18 @@ def _run(options: argparse.Namespace, folder: Path) -> str:
         for precision in tqdm(options.precisions, "exporting")
     }
     runs: dict[str, list[dict[str, Any]]] = {"torch": [], **{name: [] for name in exports}}
-    bandwidth = 0.0
     for _ in tqdm(range(options.turns), "captioning"):
-        bandwidth = max(bandwidth, _process("bandwidth")["bytes_per_second"])
         for path, outcomes in runs.items():
             model = checkpoint if path == "torch" else folder / path
-            outcomes.append(_process("caption", path, model))
+            # On a shared machine it changes within minutes, and a token's time with it.
+            bandwidth = _process("bandwidth")["bytes_per_second"]
+            outcomes.append({**_process("caption", path, model), "bandwidth": bandwidth})
     measured = {
         path: {key: statistics.median(run[key] for run in outcomes) for key in outcomes[0]}
         for path, outcomes in runs.items()
     }
-    return _report(options.dims, exports, measured, bandwidth)
+    profiles = {path: _process("profile", folder / path) for path in exports}
+    return _report(options.dims, exports, measured, profiles)
 
 
 def _export(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
@@ -165,6 +168,35 @@ def caption(path: str, model: str) -> None:
     print(json.dumps(result))
 
 
+def profile(model: str) -> None:
+    """The shares of operators in the time of decoding steps, as onnxruntime itself counts them."""
+    import onnxruntime
+
+    plain = onnxruntime.SessionOptions
+
+    def profiled() -> Any:
+        options = plain()
+        options.enable_profiling = True
+        options.profile_file_prefix = f"{folder}/profile"
+        return options
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(onnxruntime, "SessionOptions", profiled),
+    ):
+        captioner = Captioner.load(model)
+        captioner.caption(sample_photos()[:1], max_tokens=1 + STEPS, min_tokens=1 + STEPS)
+        events = json.loads(Path(captioner.decoder._step.end_profiling()).read_text())
+        del captioner
+    _, *steps = [event for event in events if event["name"] == "model_run"]
+    total = sum(step["dur"] for step in steps)
+    shares: Counter[str] = Counter()
+    for event in events:
+        if event["name"].endswith("_kernel_time") and event["ts"] >= steps[0]["ts"]:
+            shares[event["args"]["op_name"]] += event["dur"] / total
+    print(json.dumps(dict(shares.most_common())))
+
+
 def _torch_captioner(folder: Path) -> Any:
     import torch
 
@@ -177,7 +209,8 @@ def _torch_captioner(folder: Path) -> Any:
 
 
 def bandwidth() -> None:
-    """Bytes a second that all cores together read from memory: the floor of a decoding step."""
+    """Bytes a second that all cores together read from memory: the floor of a decoding step. A
+    median, as all times are."""
     import torch
 
     block = torch.ones(2**29)
@@ -186,14 +219,14 @@ def bandwidth() -> None:
         began = time.perf_counter()
         block.sum()
         seconds.append(time.perf_counter() - began)
-    print(json.dumps({"bytes_per_second": block.nbytes / min(seconds)}))
+    print(json.dumps({"bytes_per_second": block.nbytes / statistics.median(seconds)}))
 
 
 def _report(
     dims: str,
     exports: dict[str, dict[str, Any]],
     measured: dict[str, dict[str, float]],
-    bandwidth: float,
+    profiles: dict[str, dict[str, float]],
 ) -> str:
     reference = measured["torch"]
     exact = exports.get("fp32", {}).get("step_bytes")
@@ -201,8 +234,9 @@ def _report(
     def row(title: str, torch: str, cell: Callable[[str], str]) -> tuple[str, ...]:
         return (title, torch, *map(cell, exports))
 
-    def floor(bytes_read: float | None, seconds: float) -> str:
-        return f"{bytes_read / bandwidth / seconds:.2f}" if bytes_read else ""
+    def floor(bytes_read: float | None, path: str) -> str:
+        outcome = measured[path]
+        return f"{bytes_read / outcome['bandwidth'] / outcome['token']:.2f}" if bytes_read else ""
 
     rows = [
         ("", "PyTorch fp32", *(f"ONNX {precision}" for precision in exports)),
@@ -212,7 +246,8 @@ def _report(
     ]
     for key, title, unit in (
         ("load", "load (s)", 1), ("encode", "image encoder (ms)", 1e3),
-        ("prefill", "prefill (ms)", 1e3), ("token", "a token (ms)", 1e3),
+        ("prefill", "prefill (ms)", 1e3),
+        ("bandwidth", "memory bandwidth at that time (GB/s)", 1e-9), ("token", "a token (ms)", 1e3),
         ("anonymous", "running: peak anonymous memory (GB)", 1e-9),
     ):  # fmt: skip
         values = {path: f"{unit * outcome[key]:.1f}" for path, outcome in measured.items()}
@@ -224,17 +259,23 @@ def _report(
             rows.append(
                 row(
                     "  share of the floor",
-                    floor(exact, reference["token"]),
-                    lambda p: floor(exports[p]["step_bytes"], measured[p]["token"]),
+                    floor(exact, "torch"),
+                    lambda p: floor(exports[p]["step_bytes"], p),
                 )
             )
+    operators = {name for shares in profiles.values() for name in shares} - {"seconds", "anonymous"}
+    largest = {name: max(shares.get(name, 0) for shares in profiles.values()) for name in operators}
+    for name in sorted(operators, key=largest.__getitem__, reverse=True):
+        if largest[name] >= 0.01:
+            title = f"a token: share of {name}"
+            rows.append(row(title, "", lambda p, n=name: f"{profiles[p].get(n, 0):.1%}"))
     rows += [
         row("identical tokens", "", lambda p: f"{exports[p]['token_agreement']:.1%}"),
         row("error of the first logits", "", lambda p: f"{exports[p]['logit_error']:.1g}"),
     ]
     return (
-        f"{dims}, random weights, batch 1, {cpu_model()}, {available_cores()} cores, "
-        f"{bandwidth / 1e9:.1f} GB/s of memory bandwidth; {datetime.date.today()}\n\n{table(rows)}"
+        f"{dims}, random weights, batch 1, {cpu_model()}, {available_cores()} cores; "
+        f"{datetime.date.today()}\n\n{table(rows)}"
     )
 
 
@@ -244,7 +285,12 @@ def _gb(count: float) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks.random_blip2
-    commands = {"checkpoint": write_checkpoint, "caption": caption, "bandwidth": bandwidth}
+    commands = {
+        "checkpoint": write_checkpoint,
+        "caption": caption,
+        "bandwidth": bandwidth,
+        "profile": profile,
+    }
     if sys.argv[1:2] and sys.argv[1] in commands:
         commands[sys.argv[1]](*sys.argv[2:])
     else:

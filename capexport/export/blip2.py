@@ -26,6 +26,7 @@ from capexport.artifact import Manifest, new_artifact, record_files
 from capexport.captioner import load_blip2
 from capexport.errors import ParityError
 from capexport.export.blip2_parts import PartConfig, Plan, plan_parts
+from capexport.export.fusion import fused_modules
 from capexport.export.graph import OPSET, versions
 from capexport.export.parity import IMAGES, relative_error, seeded_images, token_agreement
 from capexport.export.quantize import quantize_graph
@@ -53,12 +54,6 @@ MAX_TOKENS = 20  # the default of `generate()`
 _VALIDATED = 10**9
 
 
-def _linear_on_rows(linear: nn.Linear, inputs: Tensor) -> Tensor:
-    rows = inputs if inputs.ndim == 2 else inputs.reshape(-1, inputs.shape[-1])
-    outputs = nn.functional.linear(rows, linear.weight, linear.bias)
-    return outputs if inputs.ndim == 2 else outputs.view(*inputs.shape[:-1], -1)
-
-
 @contextlib.contextmanager
 def export_patches() -> Iterator[None]:
     """What must be otherwise while Optimum exports, and is as before afterwards."""
@@ -73,11 +68,12 @@ def export_patches() -> Iterator[None]:
             else tree_map(lambda _: {0: free, 2: free}, value)  # the cache
             for name, value in inputs.items()
         }
-        export(
-            model, (), f, kwargs=inputs, input_names=options["input_names"],
-            output_names=options["output_names"], opset_version=options["opset_version"],
-            dynamic_shapes=dynamic, dynamo=True, external_data=True, verbose=False,
-        )  # fmt: skip
+        with fused_modules():
+            export(
+                model, (), f, kwargs=inputs, input_names=options["input_names"],
+                output_names=options["output_names"], opset_version=options["opset_version"],
+                dynamic_shapes=dynamic, dynamo=True, external_data=True, verbose=False,
+            )  # fmt: skip
 
     with (
         # Optimum asks for the TorchScript exporter, which holds the weights two to four times.
@@ -86,8 +82,6 @@ def export_patches() -> Iterator[None]:
         mock.patch.object(convert, "check_model_uses_external_data", lambda model: False),
         # It would look for a tokenizer and the like, and copy them.
         mock.patch.object(convert, "maybe_save_preprocessors", lambda *_, **__: None),
-        # A product of three-dimensional inputs is exported with its weights transposed: a copy.
-        mock.patch.object(nn.Linear, "forward", _linear_on_rows),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

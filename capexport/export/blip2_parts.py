@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from capexport.export.fusion import fuse_skip_connections
 from capexport.export.graph import strip_traces
 
 # By name of an input or output, its free axes.
@@ -181,6 +182,7 @@ class PartConfig(OnnxConfig):
         named after a sum of others.
         """
         model = onnx.load(model_path, load_external_data=False)
+        fuse_skip_connections(model.graph)  # which compares shapes: before their names change
         axes = {**self.inputs, **self.outputs}
         for value in (*model.graph.input, *model.graph.output):
             for axis, name in axes[value.name].items():

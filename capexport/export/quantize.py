@@ -1,4 +1,4 @@
-"""Weight-only quantisation of an exported graph: its `Gemm` nodes become `MatMulNBits`.
+"""Weight-only quantisation of an exported graph: its `FusedMatMul` nodes become `MatMulNBits`.
 
 The arithmetic is onnxruntime's own (`MatMulNBitsQuantizer`, QOperator format); what is added here
 is that one weight at a time is read from the external data and written to the new ones, where
@@ -41,7 +41,7 @@ def quantize_graph(source: Path, target: Path, bits: int) -> None:
     model = onnx.load(source, load_external_data=False)
     graph = model.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    products = [node for node in graph.node if node.op_type == "Gemm" and node.input[1] in stored]
+    products = [node for node in graph.node if node.op_type == "FusedMatMul"]
     by_weight = {node.input[1]: node for node in products}
     with _external_data(source) as data, _data_file(target).open("wb") as out:
         del graph.initializer[:]
@@ -62,7 +62,6 @@ def quantize_graph(source: Path, target: Path, bits: int) -> None:
             _replace(node, list(parts), values.shape, width)
     if len(by_weight) != len(products):
         raise NotImplementedError(f"{source}: products that share a weight")
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, target)
 
 
@@ -77,10 +76,9 @@ def _root_logger_kept() -> Iterator[None]:
 
 
 def _replace(node: onnx.NodeProto, weights: list[str], shape: tuple[int, ...], bits: int) -> None:
-    bias = list(node.input[2:])
     new = helper.make_node(
         "MatMulNBits",
-        [node.input[0], *weights, *(["", *bias] if bias else [])],
+        [node.input[0], *weights],
         list(node.output),
         node.name,
         domain="com.microsoft",

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -208,6 +209,34 @@ def test_graphs_have_the_documented_inputs_and_outputs(language: str, blip2_expo
     assert b"site-packages" not in content
 
 
+@pytest.mark.parametrize("kind", ["opt", "opt-old", "t5", "t5-tied"])
+def test_attention_norms_and_activations_are_one_node_each(kind: str, blip2_export: Make):
+    def count(name: str) -> Counter[str]:
+        graph = onnx.load(blip2_export(kind) / f"{name}.onnx", load_external_data=False).graph
+        return Counter(node.op_type for node in graph.node)
+
+    vision, step = count("vision_encoder"), count("decoder_model_merged")
+    assert vision["MultiHeadAttention"] == 2
+    assert vision["SkipLayerNormalization"] >= 2 * 2
+    assert (
+        vision["Softmax"] == 3
+    )  # the Q-Former's, of 4 queries: two layers, one of cross-attention
+    assert vision["Gelu"] == 4
+    graphs = [step]
+    if kind.startswith("opt"):
+        assert step["MultiHeadAttention"] == 2
+        assert step["SkipLayerNormalization"] == 4
+        assert step["LayerNormalization"] == 1  # behind the sum with the positions
+    else:
+        assert step["MultiHeadAttention"] == 4  # of itself and of the encoder
+        graphs.append(count("encoder_model"))
+        assert graphs[1]["MultiHeadAttention"] == 2
+    for counts in graphs:
+        assert not {"Softmax", "Gemm", "Tanh", "Reciprocal"} & set(counts)
+        # Keys and values are neither transposed nor joined to the past outside of the attention.
+        assert counts["Concat"] + counts["Transpose"] < 8
+
+
 def test_every_weight_is_stored_once(blip2_export: Make, blip2_checkpoint: Make):
     """But for OPT's embedding, which is also its projection to the vocabulary."""
     for language, twice in (("opt", 340 * 32 * 4), ("t5", 0)):
@@ -273,7 +302,7 @@ def test_quantised_graphs_hold_what_their_precision_says(blip2_export: Make):
         found = {}
         for name in ("vision_encoder", "decoder_model_merged"):
             graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
-            assert "Gemm" not in {node.op_type for node in graph.node}
+            assert "FusedMatMul" not in {node.op_type for node in graph.node}
             products = [node for node in graph.node if node.op_type == "MatMulNBits"]
             found[name] = {
                 node.output[0]: {a.name: a.i for a in node.attribute}["bits"] for node in products
