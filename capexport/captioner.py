@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -197,20 +197,25 @@ class Captioner:
         if prompts is not None and len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
         captions: list[Caption] = []
-        with ThreadPoolExecutor(self.threads) as pool:
-            for start in range(0, len(images), batch_size):
-                began = time.perf_counter()
-                part = slice(start, start + batch_size)
-                apply = pool.map if len(images[part]) > 1 else map  # one is not worth a thread
-                pixels = np.stack(list(apply(self.preprocess, images[part])))
-                seconds = time.perf_counter() - began
-                captions += self.caption_pixels(
-                    pixels,
-                    prompts=prompts and prompts[part],
-                    changes=changes,
-                    preprocess_seconds=seconds,
-                )
+        for start in range(0, len(images), batch_size):
+            began = time.perf_counter()
+            batch = images[start : start + batch_size]
+            pixels = np.empty((len(batch), 3, self.image.crop, self.image.crop), np.float32)
+            apply = self._pool.map if len(batch) > 1 else map  # one is not worth a thread
+            for _ in apply(self.preprocess, batch, pixels):
+                pass
+            seconds = time.perf_counter() - began
+            captions += self.caption_pixels(
+                pixels,
+                prompts=prompts and prompts[start : start + batch_size],
+                changes=changes,
+                preprocess_seconds=seconds,
+            )
         return captions
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads)
 
     def preprocess(self, image: ImageSource, out: FloatArray | None = None) -> FloatArray:
         """One image, made ready for `caption_pixels`: float32 (3, height, width).
@@ -256,7 +261,9 @@ class Captioner:
         self, prompts: Sequence[str] | None, batch: int, changes: Mapping[str, float]
     ) -> tuple[Prompts | None, DecodingOptions]:
         """The prompts as ids, and the options of this call, held to the room behind them."""
-        options = dataclasses.replace(self.options, **changes)  # type: ignore[arg-type]
+        options = self.options
+        if changes:
+            options = dataclasses.replace(options, **changes)  # type: ignore[arg-type]
         if isinstance(self.vocabulary, Vocabulary):
             if prompts is not None:
                 raise ValueError("a CNN-LSTM takes no prompt")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,13 +59,9 @@ class Decoder(Protocol):
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
         """The state of `rows` alone, in that order: finished rows leave, beams are reordered."""
 
-
-@runtime_checkable
-class LoopDecoder(Protocol):
-    """A decoder that can also run the whole greedy loop in one go."""
-
     def greedy(self, features: Features, options: DecodingOptions) -> list[Hypothesis] | None:
-        """The captions; None where these options need single steps."""
+        """Whole captions in one go, where the decoder holds the loop; None where it must step."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -112,11 +108,8 @@ def greedy(
     prompts: Prompts | None = None,
 ) -> list[Hypothesis]:
     """Take the likeliest token at every step, in one go where the decoder can."""
-    if isinstance(decoder, LoopDecoder):
-        whole = decoder.greedy(features, options)
-        if whole is not None:
-            return whole
-    return greedy_by_steps(decoder, features, options, prompts)
+    whole = decoder.greedy(features, options)
+    return greedy_by_steps(decoder, features, options, prompts) if whole is None else whole
 
 
 def greedy_by_steps(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from capexport.decoding import DecodingOptions, Hypothesis, Prompts, TokenArray
+from capexport.decoding import Decoder, DecodingOptions, Hypothesis, Prompts, TokenArray
 from capexport.errors import ArtifactError, DeviceError, MissingExtraError
 from capexport.preprocessing import FloatArray
 
@@ -127,7 +127,7 @@ class OnnxEncoder:
         return dict(zip(self._outputs, values, strict=True))
 
 
-class OnnxLstmDecoder:
+class OnnxLstmDecoder(Decoder):
     """`decoder_step.onnx`, a token and the state to logits and the next state, and
     `decoder_loop.onnx`, the state after the image to whole captions.
 
@@ -217,7 +217,7 @@ class CacheState:
     mask: TokenArray
 
 
-class OnnxCacheDecoder:
+class OnnxCacheDecoder(Decoder):
     """BLIP-2's language model: `embed_tokens.onnx` and `decoder_model_merged.onnx`, with
     `encoder_model.onnx` in front where it is an encoder-decoder.
 

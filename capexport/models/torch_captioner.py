@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from capexport.captioner import Captioner
-from capexport.decoding import DecodingOptions, TokenArray
+from capexport.decoding import Decoder, DecodingOptions, TokenArray
 from capexport.errors import DeviceError
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm, LstmState
@@ -40,7 +40,7 @@ class TorchEncoder:
         )
 
 
-class TorchDecoder:
+class TorchDecoder(Decoder):
     """One step of the LSTM at a time."""
 
     def __init__(self, model: CnnLstm, device: str) -> None:

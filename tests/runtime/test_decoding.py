@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from capexport.decoding import DecodingOptions, Prompts, greedy
+from capexport.decoding import Decoder, DecodingOptions, Prompts, greedy
 
 END = 2
 
 
-class Scripted:
+class Scripted(Decoder):
     """Row r says script[r] one token a step; the state is (row, position) pairs."""
 
     def __init__(self, script: list[list[int]]) -> None:
