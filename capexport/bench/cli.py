@@ -27,6 +27,8 @@ from capexport.export.metrics import read_references, score
 from capexport.graphs import require_provider
 from capexport.preprocessing import load_image
 
+# What a decoding step reads, all but the embeddings of other words.
+_DECODER_WEIGHTS = {"cnn-lstm": "decoder.data", "blip2": "decoder_model_merged.onnx.data"}
 # Photographs among the sample images of scikit-image.
 _SAMPLES = (
     "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"
@@ -184,6 +186,7 @@ def _benchmark(options: argparse.Namespace) -> int:
                 captions = captioner.caption(photos, batch_size=32)
                 said = {path.name: c.text for path, c in zip(paths, captions, strict=True)}
                 result["metrics"][name] = score(said, references)
+        bandwidth = result["environment"]["memory_gb_per_second"] * 1e9
         for size in options.batch_sizes:
             variants, chosen = {}, {}
             variants["PyTorch"], chosen["PyTorch"] = pair.fastest(photos, size)
@@ -195,6 +198,11 @@ def _benchmark(options: argparse.Namespace) -> int:
                     variants[name] = variant
                 chosen[name] = candidates[variant]
             run = measure.alternate(chosen, photos, size, options.repeats, clocks)
+            for name, (folder, manifest) in artifacts.items():
+                path = run["paths"][name]
+                weights = (folder / _DECODER_WEIGHTS[manifest.family]).stat().st_size
+                milliseconds = path["steps"] * weights / bandwidth * 1e3
+                path["share_of_floor"] = milliseconds / path["milliseconds"]["decode"]["p50"]
             result["runs"].append({**run, "variants": variants})
         models = {"PyTorch": pair.folder}
         models.update({name: folder for name, (folder, _) in artifacts.items()})

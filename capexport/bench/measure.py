@@ -20,8 +20,10 @@ from capexport.captioner import Caption, Captioner
 from capexport.graphs import open_session
 from capexport.preprocessing import load_image
 
-# Each turn begins with an untimed batch: caches and threads are the other captioner's until then.
-_TURN = 5
+_TURN = 5  # batches
+# Seconds of untimed batches at the beginning of each turn: caches and threads are the other
+# captioner's until then, and cores that were idle take a moment to come up to speed.
+_WARM_UP = 0.05
 # Both runtimes' worker threads keep spinning for a moment after a call; the pause lets them sleep,
 # so that neither is timed against the other's.
 _PAUSE = 0.03
@@ -80,8 +82,9 @@ def alternate(
         clocks: of captioners whose graphs they have opened.
     Returns:
         By captioner: milliseconds a batch for each stage (mean, p50, p90, p99), captions and
-        tokens a second at the median, the share of its captions that are the first captioner's,
-        and with a clock the share of decoding, from features to text, spent outside the graphs.
+        tokens a second at the median, decoding steps a batch, the share of its captions that are
+        the first captioner's, and with a clock the share of decoding, from features to text, spent
+        outside the graphs.
     """
     clocks = clocks or {}
     stream = itertools.cycle(photos)
@@ -97,7 +100,11 @@ def alternate(
     for number, turn in enumerate(tqdm(turns, title, leave=False, disable=None)):
         for name in names:
             time.sleep(_PAUSE)
-            captioners[name].caption(turn[0], batch_size=batch_size)
+            began = time.perf_counter()
+            for batch in itertools.cycle(turn):
+                captioners[name].caption(batch, batch_size=batch_size)
+                if time.perf_counter() - began > _WARM_UP:
+                    break
             for batch in turn if number else ():
                 clocked = clocks[name].seconds if name in clocks else 0.0
                 began = time.perf_counter()
@@ -116,9 +123,12 @@ def alternate(
     paths = {}
     for name, stages in times.items():
         statistics = {stage: _statistics(values) for stage, values in stages.items()}
-        tokens = sum(len(caption.tokens) + 1 for caption in captions[name])  # + 1: the end token
+        lengths = [len(caption.tokens) + 1 for caption in captions[name]]  # + 1: the end token
+        tokens = sum(lengths)
+        longest = [max(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size)]
         paths[name] = {
             "milliseconds": statistics,
+            "steps": float(np.mean(longest)),
             "captions_per_second": 1e3 * batch_size / statistics["total"]["p50"],
             "tokens_per_second": 1e3 * tokens / repeats / statistics["decode"]["p50"],
             "identical_captions": _identical(captions[next(iter(captioners))], captions[name]),
