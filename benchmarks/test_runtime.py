@@ -1,19 +1,24 @@
-"""Micro-benchmarks of the runtime's stages: `pytest benchmarks`, on the bundled captioner."""
+"""Micro-benchmarks of the runtime's stages, on the bundled CNN-LSTM and on a small random BLIP-2:
+`pytest benchmarks`."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.blip2_full_size import DIMENSIONS
+from benchmarks.random_blip2 import blip2_config, save_checkpoint
 from capexport import Captioner
 from capexport.bench.cli import sample_photos
 from capexport.cli import bundled_checkpoint
-from capexport.decoding import greedy
-from capexport.preprocessing import preprocess
+from capexport.decoding import greedy, greedy_by_steps
+from capexport.preprocessing import load_image, preprocess
 
 
-@pytest.fixture(scope="session")
-def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
+@pytest.fixture(scope="session", params=["fp32", "int8"])
+def captioner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    if request.param == "int8":
+        return Captioner.load()
     from capexport.export.cnn_lstm import export_cnn_lstm
     from capexport.models.checkpoint import load_checkpoint
 
@@ -22,15 +27,30 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
     return Captioner.load(out)
 
 
-@pytest.fixture(params=[1, 8], ids="batch {}".format)
+@pytest.fixture(params=[1, 32], ids="batch {}".format)
 def pixels(request: pytest.FixtureRequest, captioner: Captioner) -> np.ndarray:
-    photos = (sample_photos() * 2)[: request.param]
-    return np.stack([preprocess(photo, captioner.image) for photo in photos])
+    photos = (sample_photos() * 6)[: request.param]
+    return np.stack([captioner.preprocess(photo) for photo in photos])
 
 
-def test_preprocess(benchmark, captioner: Captioner):
+@pytest.fixture(scope="session")
+def blip2(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
+    from capexport.export.blip2 import export_blip2
+
+    folder = tmp_path_factory.mktemp("blip2")
+    save_checkpoint(folder / "checkpoint", blip2_config("opt", queries=32, **DIMENSIONS["small"]))
+    export_blip2(folder / "checkpoint", folder / "out", "int8")
+    return Captioner.load(folder / "out")
+
+
+def test_read(benchmark):
     content = Path(sample_photos()[-1]).read_bytes()
-    assert benchmark(preprocess, content, captioner.image).shape == (3, 224, 224)
+    assert benchmark(load_image, content).mode == "RGB"
+
+
+def test_preprocess(benchmark):
+    image = np.asarray(load_image(sample_photos()[-1]))
+    assert benchmark(preprocess, image, Captioner.load().image).shape == (3, 224, 224)
 
 
 def test_encoder(benchmark, captioner: Captioner, pixels: np.ndarray):
@@ -44,7 +64,20 @@ def test_step(benchmark, captioner: Captioner, pixels: np.ndarray):
     assert logits.shape == (len(pixels), len(captioner.vocabulary))
 
 
-def test_loop(benchmark, captioner: Captioner, pixels: np.ndarray):
+@pytest.mark.parametrize("decode", [greedy, greedy_by_steps], ids=["loop", "steps"])
+def test_decode(benchmark, captioner: Captioner, pixels: np.ndarray, decode):
     state = captioner.encoder(pixels)
-    hypotheses = benchmark(greedy, captioner.decoder, state, captioner.options)
+    hypotheses = benchmark(decode, captioner.decoder, state, captioner.options)
     assert all(hypothesis.tokens for hypothesis in hypotheses)
+
+
+def test_blip2_image(benchmark, blip2: Captioner):
+    pixels = blip2.preprocess(sample_photos()[0])[None]
+    benchmark(blip2.encoder, pixels)
+
+
+def test_blip2_step(benchmark, blip2: Captioner):
+    features = blip2.encoder(blip2.preprocess(sample_photos()[0])[None])
+    _, state = blip2.decoder.start(features, blip2.vocabulary.prompts(None, 1))
+    logits, _ = benchmark(blip2.decoder.step, np.array([5]), state)
+    assert logits.shape[0] == 1

@@ -328,10 +328,12 @@ def load_cnn_lstm(
     # The activations of more images than two a core spill from its cache: a batch of 32 in parts
     # of four takes two cores three quarters of the time that it takes them as a whole.
     at_once = 2 * (threads or available_cores()) if device == "cpu" else None
-    encoder = OnnxEncoder(manifest.file(path, "encoder.onnx"), state, open_graph, at_once)
+    bound_to = None if device == "cpu" else device
+    graph = manifest.file(path, "encoder.onnx")
+    encoder = OnnxEncoder(graph, state, open_graph, at_once=at_once, bound_to=bound_to)
     step = manifest.file(path, "decoder_step.onnx")
     loop = path / "decoder_loop.onnx" if "decoder_loop.onnx" in manifest.files else None
-    decoder = OnnxLstmDecoder(step, loop, state, start_token, options, open_graph)
+    decoder = OnnxLstmDecoder(step, loop, state, start_token, options, open_graph, bound_to)
     return Captioner(encoder, decoder, vocabulary, manifest.image, options, threads)
 
 

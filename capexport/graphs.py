@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,9 +19,16 @@ if TYPE_CHECKING:
     import onnxruntime
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# TensorFloat-32, CUDA's default, would be faster than float32 but not the same; an exhaustive
+# search for convolutions, another, takes seconds for every new batch size.
+PROVIDER_OPTIONS = {
+    "cpu": {},
+    "cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
+}
 
-# The decoder's state by the names of the step graph's inputs: float32 (batch, hidden_size) each.
-LstmState: TypeAlias = dict[str, FloatArray]
+# The decoder's state by the names of the step graph's inputs, float32 (batch, hidden_size) each:
+# arrays, or on a GPU onnxruntime's own values.
+LstmState: TypeAlias = dict[str, Any]
 OpenGraph: TypeAlias = "Callable[[Path], onnxruntime.InferenceSession]"
 
 
@@ -94,7 +101,9 @@ def open_session(
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.enable_mem_pattern = options.enable_cpu_mem_arena = False
     try:
-        session = onnxruntime.InferenceSession(path, options, [provider])
+        session = onnxruntime.InferenceSession(
+            path, options, [(provider, PROVIDER_OPTIONS[device])]
+        )
     except Exception as error:  # onnxruntime's own exceptions share no narrower base
         raise ArtifactError(f"{path}: onnxruntime cannot load this graph: {error}") from error
     if session.get_providers()[0] != provider:
@@ -109,15 +118,26 @@ class OnnxEncoder:
     """`encoder.onnx`: images to the decoder's state after the image."""
 
     def __init__(
-        self, path: Path, state: Mapping[str, str], open_graph: OpenGraph, at_once: int | None
+        self,
+        path: Path,
+        state: Mapping[str, str],
+        open_graph: OpenGraph,
+        *,
+        at_once: int | None = None,
+        bound_to: str | None = None,
     ) -> None:
-        """`at_once`: how many images the graph is given together, all by default."""
+        """`at_once`: how many images the graph is given together, all by default; `bound_to`: the
+        device on which the state stays, by default none, and the state is arrays."""
         self._session = open_graph(path)
         self._outputs = list(state)
         self._at_once = at_once
+        self._bound_to = bound_to
         _expect_names(path, self._session, {"images"}, set(state))
 
     def __call__(self, images: FloatArray) -> LstmState:
+        if self._bound_to:
+            outputs = dict.fromkeys(self._outputs, self._bound_to)
+            return _run_bound(self._session, {"images": images}, {}, outputs)
         step = self._at_once or len(images)
         parts = [
             self._session.run(self._outputs, {"images": images[start : start + step]})
@@ -144,7 +164,9 @@ class OnnxLstmDecoder(Decoder):
         start_token: int,
         options: DecodingOptions,
         open_graph: OpenGraph,
+        bound_to: str | None = None,
     ) -> None:
+        self._bound_to = bound_to
         self._step_path, self._loop_path = step, loop
         self._state = list(state)
         self._outputs = ["logits", *state.values()]
@@ -168,25 +190,38 @@ class OnnxLstmDecoder(Decoder):
         return session
 
     def start(self, features: LstmState, prompts: object = None) -> tuple[FloatArray, LstmState]:
-        batch = len(features[self._state[0]])
+        state = features[self._state[0]]
+        batch = state.shape()[0] if self._bound_to else len(state)
         return self.step(np.full(batch, self._start_token, np.int64), features)
 
     def step(self, tokens: TokenArray, state: LstmState) -> tuple[FloatArray, LstmState]:
-        feeds: dict[str, NDArray[Any]] = {"tokens": tokens, **state}
-        logits, *values = self._step.run(self._outputs, feeds)
+        if self._bound_to:
+            places = dict.fromkeys(self._outputs, self._bound_to) | {"logits": "cpu"}
+            logits, *values = _run_bound(self._step, {"tokens": tokens}, state, places).values()
+            return logits.numpy(), dict(zip(self._state, values, strict=True))
+        logits, *values = self._step.run(self._outputs, {"tokens": tokens, **state})
         return logits, dict(zip(self._state, values, strict=True))
 
     def select(self, state: LstmState, rows: NDArray[np.intp]) -> LstmState:
+        if device := self._bound_to:
+            return {name: _on_device(v.numpy()[rows], device) for name, v in state.items()}
         return {name: values[rows] for name, values in state.items()}
 
     def greedy(self, features: LstmState, options: DecodingOptions) -> list[Hypothesis] | None:
         fixed = (options.end_tokens, options.suppress_tokens)
         if self._loop_path is None or options.repetition_penalty != 1 or fixed != self._fixed:
             return None
-        feeds: dict[str, NDArray[Any]] = {f"first_{name}": features[name] for name in self._state}
-        feeds["max_tokens"] = np.array(options.max_tokens)
-        feeds["min_tokens"] = np.array(options.min_tokens)
-        words, log_probabilities = self._loop.run(["words", "log_probabilities"], feeds)
+        states = {f"first_{name}": features[name] for name in self._state}
+        limits = {
+            "max_tokens": np.array(options.max_tokens),
+            "min_tokens": np.array(options.min_tokens),
+        }
+        outputs = ["words", "log_probabilities"]
+        if self._bound_to:
+            values = _run_bound(self._loop, limits, states, dict.fromkeys(outputs, "cpu"))
+            words, log_probabilities = (value.numpy() for value in values.values())
+        else:
+            words, log_probabilities = self._loop.run(outputs, {**limits, **states})
         [end] = options.end_tokens
         hypotheses = []
         for row, log_probability in zip(words.T.tolist(), log_probabilities.tolist(), strict=True):
@@ -272,13 +307,13 @@ class OnnxCacheDecoder(Decoder):
         batch = len(prompts.tokens)
         if self._encoder is not None:
             inputs = {"inputs_embeds": embeddings, "attention_mask": prompts.mask}
-            outputs = self._run(self._encoder, inputs, {}, self._encoded)
-            state.cache = dict(zip(self._encoded, outputs, strict=True))
+            places = dict.fromkeys(self._encoded, self._device)
+            state.cache = _run_bound(self._encoder, inputs, {}, places)
             embeddings = self._embed_tokens(np.full((batch, 1), self._start_token, np.int64))
         for name in self._cache:
             _, heads, _, width = self._inputs[name].shape
             kind = np.float16 if self._inputs[name].type == "tensor(float16)" else np.float32
-            state.cache[name] = self._on_device(np.empty((batch, heads, 0, width), kind))
+            state.cache[name] = _on_device(np.empty((batch, heads, 0, width), kind), self._device)
         return self._advance(embeddings, state)
 
     def step(self, tokens: TokenArray, state: CacheState) -> tuple[FloatArray, CacheState]:
@@ -289,7 +324,8 @@ class OnnxCacheDecoder(Decoder):
 
     def select(self, state: CacheState, rows: NDArray[np.intp]) -> CacheState:
         # Through the host, but only when a caption ends: steps leave the cache where it is.
-        cache = {name: self._on_device(value.numpy()[rows]) for name, value in state.cache.items()}
+        device = self._device
+        cache = {name: _on_device(v.numpy()[rows], device) for name, v in state.cache.items()}
         return CacheState(cache, state.mask[rows])
 
     def _embed_tokens(self, tokens: TokenArray) -> NDArray[Any]:
@@ -300,30 +336,32 @@ class OnnxCacheDecoder(Decoder):
         self, embeddings: NDArray[Any], state: CacheState
     ) -> tuple[FloatArray, CacheState]:
         inputs = {"inputs_embeds": embeddings, self._mask_input: state.mask}
-        outputs = self._run(self._step, inputs, state.cache, ["logits", *self._cache.values()])
-        moved = dict(zip(self._cache, outputs[1:], strict=True))
-        return outputs[0].numpy(), CacheState({**state.cache, **moved}, state.mask)
+        places = {"logits": "cpu", **dict.fromkeys(self._cache.values(), self._device)}
+        logits, *values = _run_bound(self._step, inputs, state.cache, places).values()
+        moved = dict(zip(self._cache, values, strict=True))
+        return logits.numpy(), CacheState({**state.cache, **moved}, state.mask)
 
-    def _run(
-        self,
-        session: onnxruntime.InferenceSession,
-        arrays: Mapping[str, NDArray[Any]],
-        values: Mapping[str, onnxruntime.OrtValue],
-        outputs: Iterable[str],
-    ) -> list[onnxruntime.OrtValue]:
-        binding = session.io_binding()
-        for name, array in arrays.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in outputs:
-            binding.bind_output(name, "cpu" if name == "logits" else self._device)
-        session.run_with_iobinding(binding)
-        results: list[onnxruntime.OrtValue] = binding.get_outputs()
-        return results
 
-    def _on_device(self, array: NDArray[Any]) -> onnxruntime.OrtValue:
-        return _import_onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device)
+def _run_bound(
+    session: onnxruntime.InferenceSession,
+    arrays: Mapping[str, NDArray[Any]],
+    values: Mapping[str, onnxruntime.OrtValue],
+    outputs: Mapping[str, str],
+) -> dict[str, onnxruntime.OrtValue]:
+    """Run a graph whose outputs stay on the devices that `outputs` names."""
+    binding = session.io_binding()
+    for name, array in arrays.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(array))
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    for name, device in outputs.items():
+        binding.bind_output(name, device)
+    session.run_with_iobinding(binding)
+    return dict(zip(outputs, binding.get_outputs(), strict=True))
+
+
+def _on_device(array: NDArray[Any], device: str) -> onnxruntime.OrtValue:
+    return _import_onnxruntime().OrtValue.ortvalue_from_numpy(array, device)
 
 
 def _expect_names(

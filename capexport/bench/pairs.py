@@ -12,7 +12,7 @@ from capexport.bench import measure
 from capexport.bench.measure import AnyCaptioner, Photo
 from capexport.bench.openvino import openvino_captioner
 from capexport.captioner import Captioner, is_hub_id
-from capexport.errors import MissingExtraError
+from capexport.errors import DeviceError, MissingExtraError
 
 # Opens the variants of which the fastest counts.
 Opener: TypeAlias = Callable[[], Mapping[str, AnyCaptioner]]
@@ -163,4 +163,14 @@ class Blip2:
         def not_wired() -> Mapping[str, AnyCaptioner]:
             raise NotImplementedError("its key/value cache is bound to onnxruntime's own values")
 
-        return {f"OpenVINO {precision}": not_wired for precision in artifacts}
+        def half() -> Mapping[str, AnyCaptioner]:
+            if self._device != "cuda":
+                raise DeviceError("a CPU computes float16 no faster than float32")
+            from torch import float16
+
+            from capexport.models.blip2 import HuggingFaceCaptioner
+
+            return {"generate()": HuggingFaceCaptioner.load(self.folder, self._device, float16)}
+
+        peers: dict[str, Opener] = {"PyTorch fp16": half}
+        return {**peers, **{f"OpenVINO {precision}": not_wired for precision in artifacts}}

@@ -208,10 +208,12 @@ class HuggingFaceCaptioner:
         model.language_projection.register_forward_hook(self._stamp)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> HuggingFaceCaptioner:
+    def load(
+        cls, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> HuggingFaceCaptioner:
         """The checkpoint in `folder`, loaded by Transformers itself."""
         config = read_config(folder)
-        model = Blip2ForConditionalGeneration.from_pretrained(folder)
+        model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         return cls(model, read_processor(folder, config), device)
 
     def _stamp(self, *_: object) -> None:

@@ -1,3 +1,5 @@
+import copy
+import functools
 import json
 import shutil
 import subprocess
@@ -17,7 +19,14 @@ from capexport import (
     ImageError,
     MissingExtraError,
 )
-from capexport.artifact import sha256_of
+from capexport.artifact import Manifest, sha256_of
+from capexport.graphs import (
+    PROVIDER_OPTIONS,
+    PROVIDERS,
+    OnnxEncoder,
+    OnnxLstmDecoder,
+    open_session,
+)
 from capexport.vocabulary import Vocabulary
 
 
@@ -140,6 +149,31 @@ def test_devices_that_are_not_there(artifact: Path):
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         with pytest.raises(DeviceError, match=r"capexport\[gpu\]"):
             Captioner.load(artifact, device="cuda")
+
+
+def test_cuda_computes_in_float32():
+    assert PROVIDER_OPTIONS["cuda"]["use_tf32"] == "0"
+    assert set(PROVIDER_OPTIONS) == set(PROVIDERS)
+
+
+@pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 1.3}])
+def test_a_state_that_stays_on_its_device(
+    artifact: Path, captioner: Captioner, photos: list[Path], changes: dict
+):
+    """What CUDA does, on the device that is here: rows of different length leave the batch."""
+    manifest = Manifest.read(artifact)
+    files = [artifact / f"{name}.onnx" for name in ("encoder", "decoder_step", "decoder_loop")]
+    open_graph = functools.partial(open_session, device="cpu", threads=1)
+    bound = copy.copy(captioner)
+    bound.encoder = OnnxEncoder(files[0], manifest.state, open_graph, bound_to="cpu")
+    start_token = manifest.decoding["start_token"]
+    bound.decoder = OnnxLstmDecoder(
+        *files[1:], manifest.state, start_token, captioner.options, open_graph, bound_to="cpu"
+    )
+    wanted = captioner.caption(photos, **changes)
+    assert len({len(caption.tokens) for caption in wanted}) > 1
+    got = bound.caption(photos, **changes)
+    assert [c.tokens for c in got] == [c.tokens for c in wanted]
 
 
 def test_without_onnxruntime_both_extras_are_named(artifact: Path, monkeypatch: pytest.MonkeyPatch):

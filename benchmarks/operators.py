@@ -1,0 +1,98 @@
+"""Where a captioner's graphs spend their time, operator by operator: onnxruntime's own profile."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import onnxruntime
+
+from capexport import Captioner
+from capexport.artifact import replace_file
+from capexport.bench.cli import sample_photos
+from capexport.bench.report import cpu_model, table
+from capexport.captioner import BUNDLED_ARTIFACT
+from capexport.cli import run_command, teaching
+
+RUNS = 30
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="operators.py",
+        **teaching(
+            "Print the operators that a captioner's encoder and decoder spend their time in.",
+            "python benchmarks/operators.py                             # the bundled one",
+            "python benchmarks/operators.py artifacts/first --batch-size 32 --markdown operators.md",
+        ),
+    )
+    parser.add_argument("artifact", nargs="?", type=Path, default=BUNDLED_ARTIFACT)
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables")
+    options = parser.parse_args(argv)
+    return run_command("operators.py", lambda: _profile(options))
+
+
+def _profile(options: argparse.Namespace) -> int:
+    plain = onnxruntime.SessionOptions
+    with tempfile.TemporaryDirectory() as folder:
+
+        def profiled() -> Any:
+            settings = plain()
+            settings.enable_profiling = True
+            settings.profile_file_prefix = f"{folder}/profile"
+            return settings
+
+        with mock.patch.object(onnxruntime, "SessionOptions", profiled):
+            captioner = Captioner.load(options.artifact, threads=options.threads)
+            photos = (sample_photos() * options.batch_size)[: options.batch_size]
+            for _ in range(RUNS):
+                captioner.caption(photos, batch_size=options.batch_size)
+        decoder: Any = captioner.decoder
+        sessions = {
+            "encoder": captioner.encoder._session,  # type: ignore[attr-defined]
+            "decoder": decoder._loop if hasattr(decoder, "_loop") else decoder._step,
+        }
+        events = {
+            name: json.loads(Path(session.end_profiling()).read_text())
+            for name, session in sessions.items()
+        }
+    title = f"{options.artifact.name}, batch {options.batch_size}, {options.threads} threads, "
+    parts = [title + cpu_model()]
+    for name, found in events.items():
+        parts.append(table(_rows(name, found)))
+    text = "\n\n".join(parts)
+    if options.markdown:
+        replace_file(options.markdown, text + "\n")
+    print(text)
+    return 0
+
+
+def _rows(graph: str, events: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Operators of at least a hundredth of the time, without the loop around its own steps."""
+    spent: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in events:
+        if event["name"].endswith("_kernel_time") and event["args"]["op_name"] != "Loop":
+            spent[event["args"]["op_name"]] += event["dur"]
+            calls[event["args"]["op_name"]] += 1
+    total = sum(spent.values())
+    return [
+        (graph, "microseconds a batch", "share", "calls a batch"),
+        *(
+            (name, f"{us / RUNS:.0f}", f"{us / total:.1%}", f"{calls[name] / RUNS:.0f}")
+            for name, us in spent.most_common()
+            if us >= total / 100
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
