@@ -44,8 +44,9 @@ bench: $(VENV)/ready
 		--picture benchmarks/ratios.png
 	$(BIN)/python benchmarks/bulk.py --photos $(FLICKR8K)/Images --threads 2 \
 		--markdown benchmarks/bulk.md
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python benchmarks/operators.py --markdown benchmarks/operators.md
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m pytest benchmarks
 
 clean:
 	rm -rf $(VENV) artifacts/demo dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         **teaching(
             "Print the operators that a captioner's encoder and decoder spend their time in.",
             "python benchmarks/operators.py                             # the bundled one",
-            "python benchmarks/operators.py artifacts/first --batch-size 32 --markdown operators.md",
+            "python benchmarks/operators.py artifacts/first --batch-size 32 --markdown FILE",
         ),
     )
     parser.add_argument("artifact", nargs="?", type=Path, default=BUNDLED_ARTIFACT)

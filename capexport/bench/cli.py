@@ -10,14 +10,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
 
 from capexport.artifact import Manifest, replace_file
 from capexport.bench import measure, report, sheet
-from capexport.bench.measure import AnyCaptioner
+from capexport.bench.measure import AnyCaptioner, Photo
 from capexport.bench.pairs import Pair, open_pair
 from capexport.bulk import find_images
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner, available_cores, load_cnn_lstm
@@ -27,6 +27,9 @@ from capexport.export.metrics import read_references, score
 from capexport.graphs import require_provider
 from capexport.preprocessing import load_image
 
+# By the names of their columns: each artifact, and each contender's variants.
+Artifacts: TypeAlias = dict[str, tuple[Path, Manifest]]
+Contenders: TypeAlias = dict[str, Mapping[str, AnyCaptioner]]
 # What a decoding step reads, all but the embeddings of other words.
 _DECODER_WEIGHTS = {"cnn-lstm": "decoder.data", "blip2": "decoder_model_merged.onnx.data"}
 # Photographs among the sample images of scikit-image.
@@ -147,28 +150,11 @@ def _benchmark(options: argparse.Namespace) -> int:
             pair.export(made)
             folders = [made, *([] if options.checkpoint else [BUNDLED_ARTIFACT])]
         artifacts = _by_precision(folders, pair)
-        clocks = {}
-        exported: dict[str, AnyCaptioner] = {}
-        for name, (folder, manifest) in artifacts.items():
-            if manifest.family == "cnn-lstm":
-                clock = clocks[name] = measure.Clock(options.device, threads)
-                exported[name] = load_cnn_lstm(
-                    folder, manifest, options.device, threads, clock.open_graph
-                )
-            else:
-                exported[name] = Captioner.load(folder, device=options.device, threads=threads)
-        contenders: dict[str, Mapping[str, AnyCaptioner]] = {}
+        exported, clocks = _open_exported(artifacts, options.device, threads)
+        contenders: Contenders = {}
         unavailable: dict[str, str] = {}
         if options.peers:
-            folders = {manifest.precision: folder for folder, manifest in artifacts.values()}
-            for name, opener in tqdm(pair.peers(folders).items(), "peers", leave=False):
-                try:
-                    contenders[name] = opener()
-                    for captioner in contenders[name].values():
-                        captioner.caption(photos[:2], batch_size=2)
-                except Exception as error:  # a compiler or a runtime may throw anything
-                    contenders.pop(name, None)
-                    unavailable[name] = (str(error).splitlines() or [repr(error)])[0]
+            contenders, unavailable = _open_peers(pair, artifacts, photos[:2])
         contenders.update({name: {"": captioner} for name, captioner in exported.items()})
         result: dict[str, Any] = {
             "model": pair.title,
@@ -188,21 +174,13 @@ def _benchmark(options: argparse.Namespace) -> int:
                 result["metrics"][name] = score(said, references)
         bandwidth = result["environment"]["memory_gb_per_second"] * 1e9
         for size in options.batch_sizes:
-            variants, chosen = {}, {}
-            variants["PyTorch"], chosen["PyTorch"] = pair.fastest(photos, size)
-            for name, candidates in contenders.items():
-                variant = next(iter(candidates))
-                if len(candidates) > 1:
-                    variant = measure.fastest(candidates, photos, size, "total")
-                if variant:
-                    variants[name] = variant
-                chosen[name] = candidates[variant]
+            variants, chosen = _fastest(pair, contenders, photos, size)
             run = measure.alternate(chosen, photos, size, options.repeats, clocks)
-            for name, (folder, manifest) in artifacts.items():
+            for name, (_, manifest) in artifacts.items():
                 path = run["paths"][name]
-                weights = (folder / _DECODER_WEIGHTS[manifest.family]).stat().st_size
-                milliseconds = path["steps"] * weights / bandwidth * 1e3
-                path["share_of_floor"] = milliseconds / path["milliseconds"]["decode"]["p50"]
+                if weights := manifest.files.get(_DECODER_WEIGHTS[manifest.family]):
+                    floor = 1e3 * path["steps"] * weights.bytes / bandwidth
+                    path["share_of_floor"] = floor / path["milliseconds"]["decode"]["p50"]
             result["runs"].append({**run, "variants": variants})
         models = {"PyTorch": pair.folder}
         models.update({name: folder for name, (folder, _) in artifacts.items()})
@@ -228,9 +206,8 @@ def _benchmark(options: argparse.Namespace) -> int:
     return 0
 
 
-def _by_precision(folders: Sequence[Path], pair: Pair) -> dict[str, tuple[Path, Manifest]]:
-    """The artifacts of the pair's checkpoint, by the names of their columns."""
-    artifacts: dict[str, tuple[Path, Manifest]] = {}
+def _by_precision(folders: Sequence[Path], pair: Pair) -> Artifacts:
+    artifacts: Artifacts = {}
     for folder in folders:
         manifest = Manifest.read(folder)
         name = f"ONNX {manifest.precision}"
@@ -240,6 +217,55 @@ def _by_precision(folders: Sequence[Path], pair: Pair) -> dict[str, tuple[Path, 
             raise ValueError(f"{folder}: a second artifact in {manifest.precision}")
         artifacts[name] = (folder, manifest)
     return artifacts
+
+
+def _open_exported(
+    artifacts: Artifacts, device: str, threads: int
+) -> tuple[dict[str, AnyCaptioner], dict[str, measure.Clock]]:
+    """Their captioners, and the clocks of those whose graphs can be timed apart."""
+    exported: dict[str, AnyCaptioner] = {}
+    clocks = {}
+    for name, (folder, manifest) in artifacts.items():
+        if manifest.family == "cnn-lstm" and device == "cpu":
+            clock = clocks[name] = measure.Clock(device, threads)
+            exported[name] = load_cnn_lstm(folder, manifest, device, threads, clock.open_graph)
+        else:
+            exported[name] = Captioner.load(folder, device=device, threads=threads)
+    return exported, clocks
+
+
+def _open_peers(
+    pair: Pair, artifacts: Artifacts, photos: Sequence[Photo]
+) -> tuple[Contenders, dict[str, str]]:
+    """The peers that can caption `photos`, and why the others cannot."""
+    peers: Contenders = {}
+    unavailable = {}
+    folders = {manifest.precision: folder for folder, manifest in artifacts.values()}
+    for name, opener in tqdm(pair.peers(folders).items(), "peers", leave=False, disable=None):
+        try:
+            variants = opener()
+            for captioner in variants.values():
+                captioner.caption(photos, batch_size=len(photos))
+            peers[name] = variants
+        except Exception as error:  # a compiler or a runtime may throw anything
+            unavailable[name] = (str(error).splitlines() or [repr(error)])[0]
+    return peers, unavailable
+
+
+def _fastest(
+    pair: Pair, contenders: Contenders, photos: Sequence[Photo], batch_size: int
+) -> tuple[dict[str, str], dict[str, AnyCaptioner]]:
+    """Of each contender the quickest variant: what it is where there are several, and itself."""
+    variants, chosen = {}, {}
+    variants["PyTorch"], chosen["PyTorch"] = pair.fastest(photos, batch_size)
+    for name, candidates in contenders.items():
+        variant = next(iter(candidates))
+        if len(candidates) > 1:
+            variant = measure.fastest(candidates, photos, batch_size, "total")
+        if variant:
+            variants[name] = variant
+        chosen[name] = candidates[variant]
+    return variants, chosen
 
 
 def _write_sheet(

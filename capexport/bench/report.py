@@ -64,6 +64,10 @@ def _rows(result: dict[str, Any]) -> list[Row]:
         for stage in STAGES:
             times = {name: path["milliseconds"][stage] for name, path in paths.items()}
             compared(f"{title}{stage} (ms)", {name: time["p50"] for name, time in times.items()})
+            if stage == "total" and "PyTorch as usual" in times:
+                usual = times["PyTorch as usual"]["p50"]
+                cells = (f"{usual / times[n]['p50']:.2f}x" if n in times else "" for n in names)
+                rows.append(("  against PyTorch as usual", *cells))
             for statistic in ("p90", "p99", "mean") if stage == "total" else ():
                 values = {name: time[statistic] for name, time in times.items()}
                 row(f"{title}{stage}, {statistic} (ms)", values, ".2f")

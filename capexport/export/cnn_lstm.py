@@ -101,6 +101,9 @@ def export_cnn_lstm(
         raise ValueError("int8, and int8 alone, needs calibration photos: a hundred or so")
     require_provider("cpu")  # parity needs it, at the very end
     images = list(photos) or list(seeded_images())
+    names = [Path(image_name(image)).name for image in images]
+    if missing := [name for name in names if references and name not in references]:
+        raise ValueError(f"{len(missing)} photos without human captions, {missing[0]} for one")
     reference = torch_captioner(checkpoint)
     with new_artifact(out) as draft, torch.no_grad():
         _export_graphs(checkpoint, draft)
@@ -147,7 +150,6 @@ def export_cnn_lstm(
             parity["int8"] = _compare_quantized(exported, Captioner.load(draft), wanted, images)
         if references:
             said = {"PyTorch": wanted, precision: Captioner.load(draft).caption(images)}
-            names = [Path(image_name(image)).name for image in images]
             parity["metrics"] = {
                 name: score(
                     {photo: caption.text for photo, caption in zip(names, captions, strict=True)},

@@ -150,3 +150,16 @@ def test_calibration_goes_with_int8_alone(checkpoint: Checkpoint, tmp_path: Path
     draw_photo(0).save(photo)
     assert main([*arguments, "--calibration", str(photo)]) == 2
     assert "int8 alone" in capsys.readouterr().err
+
+
+def test_every_photo_needs_its_human_captions(checkpoint: Checkpoint, tmp_path: Path, capsys):
+    references = tmp_path / "captions.txt"
+    references.write_text("image,caption\n0.png,a dog\n")
+    photos = [tmp_path / f"{seed}.png" for seed in range(16)]
+    for seed, photo in enumerate(photos):
+        draw_photo(seed).save(photo)
+    arguments = ["lstm", checkpoint.training["folder"], "--out", str(tmp_path / "out")]
+    arguments += ["--photos", *map(str, photos), "--references", str(references)]
+    assert main(arguments) == 2
+    assert "15 photos without human captions, 1.png for one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,76 @@
+"""Write benchmarks/README.md from what the last runs left: `python benchmarks/readme.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from capexport.artifact import replace_file
+
+FOLDER = Path(__file__).parent
+# Heading, the command behind it, a word on reading it, and the file that the command wrote.
+SECTIONS = (
+    (
+        "CNN-LSTM: PyTorch, other runtimes, and ONNX",
+        "make bench FLICKR8K=flickr8k",
+        "Whole captions from decoded photo to text; all contenders in turn in one process. "
+        "`PyTorch` is the fastest of its memory formats and LSTM calls, `PyTorch as usual` what "
+        "most people write (default memory format, `nn.LSTM`), `torch.compile` the better of both "
+        "formats compiled, OpenVINO runs the same graphs through the same captioner, its decoder "
+        "as the loop or step by step, whichever is faster. BLEU, METEOR and CIDEr are those of the "
+        "test split's photos. A share of the memory floor above 1 says that the decoder's weights "
+        "stay in the processor's cache.\n\n![ratios and stages](ratios.png)",
+        "results.md",
+    ),
+    (
+        "CNN-LSTM: the operators behind a caption",
+        "python benchmarks/operators.py",
+        "What remains at batch 1 in int8: convolutions and matrix products, which read their "
+        "weights from the caches of two cores. Profiling itself adds 1 to 3 microseconds a call.",
+        "operators.md",
+    ),
+    (
+        "CNN-LSTM: many files",
+        "python benchmarks/bulk.py --photos flickr8k/Images --threads 2",
+        "`capexport caption FOLDER` against PyTorch with a `DataLoader` of as many workers, and "
+        "against each stage alone with all cores to itself.",
+        "bulk.md",
+    ),
+    (
+        "BLIP-2 at its full size",
+        "python benchmarks/blip2_full_size.py",
+        "Random weights of blip2-opt-2.7b's dimensions. The floor is the time in which the bytes "
+        "of the language model's weights can be read from memory, at the bandwidth measured right "
+        "before; a CPU multiplies float16 as float32 and so reads twice what is stored.",
+        "blip2_full_size.md",
+    ),
+)
+OWED = """\
+## Owed: CUDA
+
+No figure here comes from a GPU. The code for it exists (provider without TF32, state and
+key/value cache bound to the device, fp16 for BLIP-2); its choice, options and refusals are tested,
+and the bound state on the CPU. On a GPU, run
+
+    capbench --device cuda --peers --batch-sizes 1 32
+    capbench Salesforce/blip2-opt-2.7b --artifact DIR --device cuda --peers --batch-sizes 1
+
+for what is owed: the CNN-LSTM at batch 1 against PyTorch; BLIP-2 in fp16 against `generate()` in
+fp16 (`--peers` measures both), and its token against the floor of the GPU's memory. CUDA graphs
+are not used: the encoder computes shapes on the host, the loop and the growing cache have none
+that are static.
+"""
+
+
+def main() -> None:
+    parts = [
+        "# Benchmarks\n\nWritten by `python benchmarks/readme.py` from the runs named here. "
+        "Machines are shared and differ: times are one machine's own, the ratios travel better."
+    ]
+    for heading, command, text, file in SECTIONS:
+        measured = (FOLDER / file).read_text(encoding="utf-8").strip()
+        parts.append(f"## {heading}\n\n    {command}\n\n{text}\n\n{measured}")
+    replace_file(FOLDER / "README.md", "\n\n".join([*parts, OWED]))
+
+
+if __name__ == "__main__":
+    main()
