@@ -25,7 +25,7 @@ demo: $(VENV)/ready
 	$(BIN)/capexport lstm --out artifacts/demo
 	$(BIN)/capexport caption --model artifacts/demo \
 		$$($(BIN)/python -c "from capexport.bench.cli import sample_photos; print(*sample_photos())")
-	$(BIN)/capbench --artifact artifacts/demo --repeats 20
+	$(BIN)/capbench --artifact artifacts/demo capexport/default --repeats 20
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest

@@ -7,7 +7,7 @@ import pytest
 from conftest import CAPTIONS, draw_photo, kaggle
 
 from capexport.vocabulary import Vocabulary
-from train.data import DatasetError, Flickr8k, build_vocabulary, clean, read_flickr8k
+from train.data import DatasetError, Flickr8k, build_vocabulary, clean, main, read_flickr8k
 
 
 def original(folder: Path, count: int = 20) -> Path:
@@ -104,3 +104,12 @@ def test_cleaning():
 def test_vocabulary_keeps_frequent_words_in_a_fixed_order():
     captions = [["dog", "runs"], ["dog", "cat"], ["cat", "dog", "sits"]]
     assert build_vocabulary(captions, 2).words == (*Vocabulary.SPECIALS, "dog", "cat")
+
+
+def test_the_photos_of_a_split_as_a_list(tmp_path: Path, capsys):
+    folder = kaggle(tmp_path / "flickr8k")
+    wanted = read_flickr8k(folder, 0.1, 0.1, seed=3).splits["test"]
+    assert main(["--data", str(folder), "--seed", "3"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(photo.path) for photo in wanted]
+    assert main(["--data", str(tmp_path / "nowhere")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
