@@ -23,12 +23,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from tqdm import tqdm
 
 from capexport.artifact import replace_file
 from capexport.bench.cli import sample_photos
+from capexport.bench.measure import memory_bandwidth
 from capexport.bench.report import cpu_model, table
 from capexport.captioner import Captioner, Timing, available_cores
 
@@ -170,24 +170,12 @@ def caption(path: str, model: str) -> None:
 
 def profile(model: str) -> None:
     """The shares of operators in the time of decoding steps, as onnxruntime itself counts them."""
-    import onnxruntime
+    from benchmarks.operators import profile as profiled
 
-    plain = onnxruntime.SessionOptions
-
-    def profiled() -> Any:
-        options = plain()
-        options.enable_profiling = True
-        options.profile_file_prefix = f"{folder}/profile"
-        return options
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(onnxruntime, "SessionOptions", profiled),
-    ):
-        captioner = Captioner.load(model)
+    def caption(captioner: Captioner) -> None:
         captioner.caption(sample_photos()[:1], max_tokens=1 + STEPS, min_tokens=1 + STEPS)
-        events = json.loads(Path(captioner.decoder._step.end_profiling()).read_text())
-        del captioner
+
+    events = profiled(Path(model), caption)["decoder"]
     _, *steps = [event for event in events if event["name"] == "model_run"]
     total = sum(step["dur"] for step in steps)
     shares: Counter[str] = Counter()
@@ -209,17 +197,7 @@ def _torch_captioner(folder: Path) -> Any:
 
 
 def bandwidth() -> None:
-    """Bytes a second that all cores together read from memory: the floor of a decoding step. A
-    median, as all times are."""
-    import torch
-
-    block = torch.ones(2**29)
-    seconds = []
-    for _ in range(7):
-        began = time.perf_counter()
-        block.sum()
-        seconds.append(time.perf_counter() - began)
-    print(json.dumps({"bytes_per_second": block.nbytes / statistics.median(seconds)}))
+    print(json.dumps({"bytes_per_second": memory_bandwidth()}))
 
 
 def _report(

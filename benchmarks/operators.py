@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from capexport.bench.cli import sample_photos
 from capexport.bench.report import cpu_model, table
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import run_command, teaching
+from capexport.graphs import OnnxLstmDecoder
 
 RUNS = 30
 
@@ -41,6 +43,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
+    photos = (sample_photos() * options.batch_size)[: options.batch_size]
+
+    def caption(captioner: Captioner) -> None:
+        for _ in range(RUNS):
+            captioner.caption(photos, batch_size=options.batch_size)
+
+    title = f"{options.artifact.name}, batch {options.batch_size}, {options.threads} threads, "
+    found = profile(options.artifact, caption, options.threads)
+    parts = [title + cpu_model(), *(table(_rows(name, events)) for name, events in found.items())]
+    text = "\n\n".join(parts)
+    if options.markdown:
+        replace_file(options.markdown, text + "\n")
+    print(text)
+    return 0
+
+
+def profile(
+    artifact: Path, caption: Callable[[Captioner], object], threads: int | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The events that onnxruntime records, of the encoder and the decoder, while an artifact's
+    captioner goes through `caption`."""
     plain = onnxruntime.SessionOptions
     with tempfile.TemporaryDirectory() as folder:
 
@@ -51,28 +74,19 @@ def _profile(options: argparse.Namespace) -> int:
             return settings
 
         with mock.patch.object(onnxruntime, "SessionOptions", profiled):
-            captioner = Captioner.load(options.artifact, threads=options.threads)
-            photos = (sample_photos() * options.batch_size)[: options.batch_size]
-            for _ in range(RUNS):
-                captioner.caption(photos, batch_size=options.batch_size)
+            captioner = Captioner.load(artifact, threads=threads)
+            caption(captioner)
+        encoder: Any = captioner.encoder
         decoder: Any = captioner.decoder
+        looped = isinstance(decoder, OnnxLstmDecoder)
         sessions = {
-            "encoder": captioner.encoder._session,  # type: ignore[attr-defined]
-            "decoder": decoder._loop if hasattr(decoder, "_loop") else decoder._step,
+            "encoder": encoder._session,
+            "decoder": decoder._loop if looped else decoder._step,
         }
-        events = {
+        return {
             name: json.loads(Path(session.end_profiling()).read_text())
             for name, session in sessions.items()
         }
-    title = f"{options.artifact.name}, batch {options.batch_size}, {options.threads} threads, "
-    parts = [title + cpu_model()]
-    for name, found in events.items():
-        parts.append(table(_rows(name, found)))
-    text = "\n\n".join(parts)
-    if options.markdown:
-        replace_file(options.markdown, text + "\n")
-    print(text)
-    return 0
 
 
 def _rows(graph: str, events: list[dict[str, Any]]) -> list[tuple[str, ...]]:

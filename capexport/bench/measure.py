@@ -156,8 +156,8 @@ def fastest(
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that PyTorch's threads read from memory together: the floor of a decoding
-    step whose weights stay in no cache."""
+    """Bytes a second that PyTorch's threads read from memory together, the median of a few times:
+    the floor of a decoding step whose weights stay in no cache."""
     import torch
 
     block = torch.ones(2**28)
@@ -166,7 +166,7 @@ def memory_bandwidth() -> float:
         began = time.perf_counter()
         block.sum()
         seconds.append(time.perf_counter() - began)
-    return block.nbytes / min(seconds)
+    return block.nbytes / float(np.median(seconds))
 
 
 def footprint(
