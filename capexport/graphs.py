@@ -213,8 +213,8 @@ class OnnxLstmDecoder(Decoder):
             return None
         states = {f"first_{name}": features[name] for name in self._state}
         limits = {
-            "max_tokens": np.array(options.max_tokens),
-            "min_tokens": np.array(options.min_tokens),
+            "max_tokens": np.array(options.max_tokens, np.int64),
+            "min_tokens": np.array(options.min_tokens, np.int64),
         }
         outputs = ["words", "log_probabilities"]
         if self._bound_to:

@@ -161,7 +161,7 @@ def _benchmark(options: argparse.Namespace) -> int:
             "device": options.device,
             "photos": len(photos),
             "repeats": options.repeats,
-            "environment": report.environment(threads),
+            "environment": report.environment(threads, options.device),
             "runs": [],
             "metrics": {},
             "unavailable": unavailable,

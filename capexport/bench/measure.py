@@ -155,16 +155,16 @@ def fastest(
     return min(candidates, key=lambda name: float(paths[name]["milliseconds"][stage]["p50"]))
 
 
-def memory_bandwidth() -> float:
-    """Bytes a second that PyTorch's threads read from memory together, the median of a few times:
-    the floor of a decoding step whose weights stay in no cache."""
+def memory_bandwidth(device: str = "cpu") -> float:
+    """Bytes a second that PyTorch's threads, or a GPU, read from memory, the median of a few
+    times: the floor of a decoding step whose weights stay in no cache."""
     import torch
 
-    block = torch.ones(2**28)
+    block = torch.ones(2**28, device=device)
     seconds = []
     for _ in range(7):
         began = time.perf_counter()
-        block.sum()
+        block.sum().item()  # which waits for a GPU
         seconds.append(time.perf_counter() - began)
     return block.nbytes / float(np.median(seconds))
 

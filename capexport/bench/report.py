@@ -146,12 +146,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     """The machine and the versions that a measurement depends on."""
     return {
         "cpu": cpu_model(),
         "threads": threads,
-        "memory_gb_per_second": memory_bandwidth() / 1e9,
+        "memory_gb_per_second": memory_bandwidth(device) / 1e9,
         "versions": {
             "Python": platform.python_version(),
             **_versions("capexport", "torch", "numpy", "pillow", "openvino"),

@@ -202,7 +202,7 @@ def _quantize(draft: Path, exported: Captioner, calibration: Sequence[ImageSourc
             state = exported.encoder(**feeds)
             [hypothesis] = greedy(exported.decoder, state, exported.options)
             for token in (Vocabulary.START, *hypothesis.tokens):
-                tokens = np.array([token])
+                tokens = np.array([token], np.int64)
                 yield {"tokens": tokens, **state}
                 _, state = exported.decoder.step(tokens, state)
 
