@@ -93,6 +93,7 @@ def export_cnn_lstm(
     Raises:
         OutputExistsError: `out` is there already.
         ParityError: the graphs do not reproduce the model.
+        ValueError: calibration photos without int8 or the reverse, or photos without references.
         MissingExtraError: `references` without pycocoevalcap.
     """
     if photos and len(photos) < IMAGES:
