@@ -9,10 +9,8 @@ regard to each other, which takes a third off the error of the image feature.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from capexport.export.quantize import root_logger_kept
 from capexport.graphs import open_session
 
 # The stem and the first block, whose channels differ most in range, stay in float32: quantised,
@@ -111,7 +110,7 @@ def quantize_static(path: Path, inputs: Iterable[Mapping[str, NDArray[np.generic
     Args:
         inputs: what the graph is fed to see the ranges of its activations.
     """
-    with _root_logger_kept():
+    with root_logger_kept():
         from onnxruntime import quantization
 
         class Reader(quantization.CalibrationDataReader):
@@ -145,18 +144,3 @@ def quantize_static(path: Path, inputs: Iterable[Mapping[str, NDArray[np.generic
 
 def _convolutions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "Conv"]
-
-
-@contextmanager
-def _root_logger_kept() -> Iterator[None]:
-    """onnxruntime's quantiser configures logging for everybody, and advises what gains nothing
-    here: a pass over the graph before quantisation."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    root.handlers[:] = [logging.NullHandler()]
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)

@@ -32,7 +32,7 @@ def quantize_graph(source: Path, target: Path, bits: int) -> None:
     Both keep their tensors in a file of their own beside them, `<name>.data`. The projection to
     the vocabulary stays at 8 bits: it decides between tokens.
     """
-    with _root_logger_kept():
+    with root_logger_kept():
         from onnxruntime.quantization.matmul_nbits_quantizer import (
             DefaultWeightOnlyQuantConfig,
             DefaultWeightOnlyQuantizer,
@@ -66,13 +66,18 @@ def quantize_graph(source: Path, target: Path, bits: int) -> None:
 
 
 @contextmanager
-def _root_logger_kept() -> Iterator[None]:
-    """onnxruntime's module configures logging for everybody when it is imported."""
+def root_logger_kept() -> Iterator[None]:
+    """onnxruntime's quantisers configure logging for everybody when they are imported, and advise
+    what gains nothing here: a pass over the graph before quantisation."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    root.handlers[:] = [logging.NullHandler()]
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _replace(node: onnx.NodeProto, weights: list[str], shape: tuple[int, ...], bits: int) -> None:
