@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from capexport.artifact import Manifest, replace_file, replacing_file
-from capexport.captioner import Captioner
+from capexport.captioner import Captioner, open_artifact
 from capexport.errors import ImageError, ImageNotFoundError, OutputExistsError
 from capexport.preprocessing import FloatArray
 from capexport.vocabulary import Vocabulary
@@ -272,8 +272,9 @@ def open_captioner(model: Path, device: str = "cpu", threads: int | None = None)
     all stages never waits for another one. A larger model takes one batch at a time, with all
     threads: of its activations and caches, one batch's is enough to hold.
     """
-    alone = device == "cpu" and Manifest.read(model).family == "cnn-lstm"
-    return Captioner.load(model, device=device, threads=1 if alone else threads)
+    manifest = Manifest.read(model)
+    alone = device == "cpu" and manifest.family == "cnn-lstm"
+    return open_artifact(model, manifest, device, 1 if alone else threads)
 
 
 def default_batch_size(captioner: Captioner) -> int:

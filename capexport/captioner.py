@@ -25,7 +25,6 @@ from capexport.vocabulary import PromptSpec, PromptTokenizer, Vocabulary
 if TYPE_CHECKING:
     from capexport.graphs import OpenGraph
 
-
 # A CNN-LSTM for Flickr8k in int8; artifacts/README.md says how it was made.
 BUNDLED_ARTIFACT = Path(__file__).parent / "default"
 
@@ -110,17 +109,7 @@ class Captioner:
             DownloadError: a Hugging Face id cannot be downloaded.
         """
         path = BUNDLED_ARTIFACT if folder is None else local_folder(folder)
-        manifest = Manifest.read(path)
-        try:
-            if manifest.family == "cnn-lstm":
-                return load_cnn_lstm(path, manifest, device, threads)
-            if manifest.family == "blip2":
-                return load_blip2(path, manifest, device, threads)
-            raise ArtifactError(f"{path}: unknown model family {manifest.family!r}")
-        except (ArtifactError, FileNotFoundError):
-            raise
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{path}: incomplete artifact: {error!r}; export again") from error
+        return open_artifact(path, Manifest.read(path), device, threads)
 
     @overload  # a str is a Sequence too, but counts as one path
     def caption(  # type: ignore[overload-overlap]
@@ -309,6 +298,20 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def open_artifact(path: Path, manifest: Manifest, device: str, threads: int | None) -> Captioner:
+    """What `Captioner.load` does once the manifest has been read, and with it every file hashed."""
+    try:
+        if manifest.family == "cnn-lstm":
+            return load_cnn_lstm(path, manifest, device, threads)
+        if manifest.family == "blip2":
+            return load_blip2(path, manifest, device, threads)
+        raise ArtifactError(f"{path}: unknown model family {manifest.family!r}")
+    except (ArtifactError, FileNotFoundError):
+        raise
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path}: incomplete artifact: {error!r}; export again") from error
+
+
 def load_cnn_lstm(
     path: Path,
     manifest: Manifest,
@@ -333,7 +336,9 @@ def load_cnn_lstm(
     encoder = OnnxEncoder(graph, state, open_graph, at_once=at_once, bound_to=bound_to)
     step = manifest.file(path, "decoder_step.onnx")
     loop = path / "decoder_loop.onnx" if "decoder_loop.onnx" in manifest.files else None
-    decoder = OnnxLstmDecoder(step, loop, state, start_token, options, open_graph, bound_to)
+    decoder = OnnxLstmDecoder(
+        step, loop, state, start_token, len(vocabulary), options, open_graph, bound_to
+    )
     return Captioner(encoder, decoder, vocabulary, manifest.image, options, threads)
 
 

@@ -162,6 +162,7 @@ class OnnxLstmDecoder(Decoder):
         loop: Path | None,
         state: Mapping[str, str],
         start_token: int,
+        vocabulary_size: int,
         options: DecodingOptions,
         open_graph: OpenGraph,
         bound_to: str | None = None,
@@ -171,6 +172,7 @@ class OnnxLstmDecoder(Decoder):
         self._state = list(state)
         self._outputs = ["logits", *state.values()]
         self._start_token = start_token
+        self._vocabulary_size = vocabulary_size
         self._fixed = (options.end_tokens, options.suppress_tokens)
         self._open = open_graph
         _ = self._loop if loop else self._step
@@ -179,6 +181,12 @@ class OnnxLstmDecoder(Decoder):
     def _step(self) -> onnxruntime.InferenceSession:
         session = self._open(self._step_path)
         _expect_names(self._step_path, session, {"tokens", *self._state}, set(self._outputs))
+        width = {node.name: node.shape for node in session.get_outputs()}["logits"][-1]
+        if width != self._vocabulary_size:
+            raise ArtifactError(
+                f"{self._step_path}: {self._vocabulary_size} words, but logits for {width}; "
+                "export again"
+            )
         return session
 
     @cached_property

@@ -20,7 +20,7 @@ from capexport.bench import measure, report, sheet
 from capexport.bench.measure import AnyCaptioner, Photo
 from capexport.bench.pairs import Pair, open_pair
 from capexport.bulk import find_images
-from capexport.captioner import BUNDLED_ARTIFACT, Captioner, available_cores, load_cnn_lstm
+from capexport.captioner import BUNDLED_ARTIFACT, available_cores, load_cnn_lstm, open_artifact
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
 from capexport.errors import ArtifactError, ImageNotFoundError
 from capexport.export.metrics import read_references, score
@@ -193,7 +193,12 @@ def _benchmark(options: argparse.Namespace) -> int:
                 "disk_mb": measure.folder_size(folder),
             }
         if options.sheet:
-            _write_sheet(options, [folder for folder, _ in artifacts.values()], paths, threads)
+            shown = [(*artifacts[name], captioner) for name, captioner in exported.items()]
+            for folder in options.beside:
+                manifest = Manifest.read(folder)
+                captioner = open_artifact(folder, manifest, options.device, threads)
+                shown.append((folder, manifest, captioner))
+            _write_sheet(options.sheet, _columns(shown, photos), paths, references)
     table = report.render(result)
     if options.json:
         replace_file(options.json, json.dumps(result, indent=1) + "\n")
@@ -230,7 +235,7 @@ def _open_exported(
             clock = clocks[name] = measure.Clock(device, threads)
             exported[name] = load_cnn_lstm(folder, manifest, device, threads, clock.open_graph)
         else:
-            exported[name] = Captioner.load(folder, device=device, threads=threads)
+            exported[name] = open_artifact(folder, manifest, device, threads)
     return exported, clocks
 
 
@@ -268,29 +273,33 @@ def _fastest(
     return variants, chosen
 
 
-def _write_sheet(
-    options: argparse.Namespace,
-    folders: Sequence[Path],
-    photos: Sequence[Path],
-    threads: int,
-) -> None:
-    """`captions.png` and `captions.html` in the folder `--sheet`."""
-    references = read_references(options.references) if options.references else {}
+def _columns(
+    shown: Sequence[tuple[Path, Manifest, AnyCaptioner]], photos: Sequence[Photo]
+) -> dict[str, list[str]]:
+    """What each captioner says of the photos, by the title of its column."""
     columns: dict[str, list[str]] = {}
-    for folder in (*folders, *options.beside):
-        manifest = Manifest.read(folder)
+    for folder, manifest, captioner in shown:
         title = f"{manifest.family} {manifest.precision}"
         if title in columns:
             title += f" ({folder.name})"
-        captioner = Captioner.load(folder, device=options.device, threads=threads)
         columns[title] = [caption.text for caption in captioner.caption(photos, batch_size=8)]
+    return columns
+
+
+def _write_sheet(
+    folder: Path,
+    columns: Mapping[str, Sequence[str]],
+    photos: Sequence[Path],
+    references: Mapping[str, Sequence[str]],
+) -> None:
+    """`captions.png` and `captions.html` in `folder`."""
     entries = [
         sheet.Entry(photo, dict(zip(columns, texts, strict=True)), references.get(photo.name, ()))
         for photo, texts in zip(photos, zip(*columns.values(), strict=True), strict=True)
     ]
-    options.sheet.mkdir(parents=True, exist_ok=True)
-    sheet.draw_sheet(entries, options.sheet / "captions.png")
-    sheet.write_page(entries, options.sheet / "captions.html")
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet.draw_sheet(entries, folder / "captions.png")
+    sheet.write_page(entries, folder / "captions.html")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from capexport.errors import DeviceError, MissingExtraError
 @dataclass(frozen=True)
 class _Node:
     name: str
+    shape: Sequence[int | None]
 
 
 class _Session:
@@ -33,8 +34,16 @@ class _Session:
         }
         model = core.compile_model(core.read_model(path), "CPU", settings)
         self._request = model.create_infer_request()
-        self._inputs = [_Node(node.any_name) for node in model.inputs]
-        self._outputs = [_Node(node.any_name) for node in model.outputs]
+        self._inputs, self._outputs = (
+            [
+                _Node(
+                    node.any_name,
+                    [None if size.is_dynamic else size.get_length() for size in node.partial_shape],
+                )
+                for node in nodes
+            ]
+            for nodes in (model.inputs, model.outputs)
+        )
 
     def get_inputs(self) -> list[_Node]:
         return self._inputs

@@ -141,6 +141,23 @@ def test_a_manifest_that_is_no_json_and_a_folder_without_one(copied: Path, tmp_p
         Captioner.load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("looped", [False, True])
+def test_a_vocabulary_of_another_size(copied: Path, photos: list[Path], looped: bool):
+    """Found at load; beside a loop, which has no logits to count, when steps are first taken."""
+    words = json.loads((copied / "vocabulary.json").read_text(encoding="utf-8"))
+    (copied / "vocabulary.json").write_text(json.dumps([*words, "more"]), encoding="utf-8")
+    if not looped:
+        (copied / "decoder_loop.onnx").unlink()
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in copied.iterdir()
+        if file.name != "manifest.json"
+    }
+    edit_manifest(copied, files=files)
+    with pytest.raises(ArtifactError, match=f"{len(words) + 1} words, but logits for {len(words)}"):
+        Captioner.load(copied).caption(photos[0], repetition_penalty=1.5)
+
+
 def test_devices_that_are_not_there(artifact: Path):
     import onnxruntime
 
@@ -168,7 +185,13 @@ def test_a_state_that_stays_on_its_device(
     bound.encoder = OnnxEncoder(files[0], manifest.state, open_graph, bound_to="cpu")
     start_token = manifest.decoding["start_token"]
     bound.decoder = OnnxLstmDecoder(
-        *files[1:], manifest.state, start_token, captioner.options, open_graph, bound_to="cpu"
+        *files[1:],
+        manifest.state,
+        start_token,
+        len(captioner.vocabulary),
+        captioner.options,
+        open_graph,
+        bound_to="cpu",
     )
     wanted = captioner.caption(photos, **changes)
     assert len({len(caption.tokens) for caption in wanted}) > 1
