@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from capexport.bench.sheet import new_figure, save_figure
 
 
 def draw_curves(history: Sequence[dict[str, float]], path: Path) -> None:
@@ -14,7 +15,7 @@ def draw_curves(history: Sequence[dict[str, float]], path: Path) -> None:
     epochs = [epoch["epoch"] for epoch in history]
     validation = [epoch["validation_loss"] for epoch in history]
     best = min(range(len(history)), key=validation.__getitem__)
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
     axes = figure.add_subplot(
         title="CNN-LSTM captioner", xlabel="epoch", ylabel="cross-entropy (nats a token)"
     )
@@ -24,6 +25,4 @@ def draw_curves(history: Sequence[dict[str, float]], path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    draft = path.with_name(path.name + ".partial")
-    figure.savefig(draft, dpi=100, format="png")
-    draft.replace(path)
+    save_figure(figure, path)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from capexport.bench.measure import STAGES, memory_bandwidth
-from capexport.errors import MissingExtraError
+from capexport.bench.sheet import new_figure, save_figure
 from capexport.graphs import runtime_version
 
 Row = tuple[str, ...]
@@ -49,25 +49,23 @@ def _rows(result: dict[str, Any]) -> list[Row]:
         cells = (values.get(name) for name in names)
         rows.append((label, *("" if cell is None else format(cell, form) for cell in cells)))
 
+    def against(reference: str, values: Mapping[str, float]) -> None:
+        ratios = (f"{values[reference] / values[n]:.2f}x" if n in values else "" for n in names)
+        rows.append((f"  against {reference}", *ratios))
+
     def compared(label: str, values: Mapping[str, float]) -> None:
         row(label, values, ".2f")
-        rows.append(
-            (
-                "  against PyTorch",
-                *(f"{values['PyTorch'] / values[n]:.2f}x" if n in values else "" for n in names),
-            )
-        )
+        against("PyTorch", values)
 
     for run in result["runs"]:
         title = f"batch {run['batch_size']}: "
         paths = run["paths"]
         for stage in STAGES:
             times = {name: path["milliseconds"][stage] for name, path in paths.items()}
-            compared(f"{title}{stage} (ms)", {name: time["p50"] for name, time in times.items()})
-            if stage == "total" and "PyTorch as usual" in times:
-                usual = times["PyTorch as usual"]["p50"]
-                cells = (f"{usual / times[n]['p50']:.2f}x" if n in times else "" for n in names)
-                rows.append(("  against PyTorch as usual", *cells))
+            medians = {name: time["p50"] for name, time in times.items()}
+            compared(f"{title}{stage} (ms)", medians)
+            if stage == "total" and "PyTorch as usual" in medians:
+                against("PyTorch as usual", medians)
             for statistic in ("p90", "p99", "mean") if stage == "total" else ():
                 values = {name: time[statistic] for name, time in times.items()}
                 row(f"{title}{stage}, {statistic} (ms)", values, ".2f")
@@ -100,13 +98,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("drawing needs `pip install 'capexport[export]'`") from error
     runs = result["runs"]
     names = list(runs[0]["paths"])[::-1]  # the first on top
-    figure = Figure(figsize=(11, (0.8 + 0.4 * len(names)) * len(runs)), layout="constrained")
+    figure = new_figure(11, (0.8 + 0.4 * len(names)) * len(runs))
     figure.suptitle(f"{result['model']} on {result['environment']['cpu']}")
     grid = figure.subplots(len(runs), 2, squeeze=False)
     for (ratios, stages), run in zip(grid, runs, strict=True):
@@ -127,9 +121,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             left += widths
         stages.set(title="milliseconds a batch", yticks=[])
         stages.legend()
-    draft = path.with_name(path.name + ".partial")
-    figure.savefig(draft, dpi=110, format="png")
-    draft.replace(path)
+    save_figure(figure, path, dpi=110)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from capexport.artifact import replace_file
 from capexport.errors import MissingExtraError
@@ -33,13 +34,9 @@ def draw_sheet(entries: Sequence[Entry], path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("drawing needs `pip install 'capexport[export]'`") from error
     rows = -(-len(entries) // _COLUMNS)
     lines = max(len(entry.captions) for entry in entries)
-    figure = Figure(figsize=(3.6 * _COLUMNS, (4.6 + 0.6 * lines) * rows), layout="constrained")
+    figure = new_figure(3.6 * _COLUMNS, (4.6 + 0.6 * lines) * rows)
     grid = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for axes in grid:
         axes.set(xticks=[], yticks=[], frame_on=False)
@@ -53,8 +50,26 @@ def draw_sheet(entries: Sequence[Entry], path: Path) -> None:
         axes.set_title(title, fontsize=11, fontweight="bold")
         references = (textwrap.fill(textwrap.shorten(r, 90), 50) for r in entry.references[:2])
         axes.set_xlabel("\n".join(references), fontsize=8)
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("drawing needs `pip install 'capexport[export]'`") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 100) -> None:
+    """Write a PNG so that `path` holds the old or the new picture, never part of it."""
     draft = path.with_name(path.name + ".partial")
-    figure.savefig(draft, dpi=100, format="png")
+    figure.savefig(draft, dpi=dpi, format="png")
     draft.replace(path)
 
 

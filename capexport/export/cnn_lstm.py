@@ -42,8 +42,6 @@ log = logging.getLogger("capexport")
 
 # Each state input of the step graph, and the output that holds its next value.
 STATE = {"hidden": "next_hidden", "cell": "next_cell"}
-
-
 # Largest error of an 8-bit graph's outputs. Unrelated numbers would err by 1.4, zeros by 1.
 INT8_TOLERANCE = 0.5
 
@@ -130,7 +128,7 @@ def export_cnn_lstm(
         )
         manifest.write(draft)
         log.info("checking parity with PyTorch")
-        exported = Captioner.load(draft)
+        exported = made = Captioner.load(draft)
         wanted = reference.caption(images)
         parity = {
             "inputs": "photos" if photos else "seeded images",
@@ -148,9 +146,10 @@ def export_cnn_lstm(
                 provenance={**manifest.provenance, "calibration_photos": len(calibration)},
             )
             manifest.write(draft)
-            parity["int8"] = _compare_quantized(exported, Captioner.load(draft), wanted, images)
+            made = Captioner.load(draft)
+            parity["int8"] = _compare_quantized(exported, made, wanted, images)
         if references:
-            said = {"PyTorch": wanted, precision: Captioner.load(draft).caption(images)}
+            said = {"PyTorch": wanted, precision: made.caption(images)}
             parity["metrics"] = {
                 name: score(
                     {photo: caption.text for photo, caption in zip(names, captions, strict=True)},

@@ -76,10 +76,11 @@ def compare_captions(
         ParityError: a caption differs.
     """
     difference = 0.0
-    in_loop = exported.caption(images, batch_size=8)
+    in_loop: list[Caption] = []
     by_steps: list[Hypothesis] = []
     for start in range(0, len(images), 8):
         pixels = np.stack([exported.preprocess(image) for image in images[start : start + 8]])
+        in_loop += exported.caption_pixels(pixels)
         features = exported.encoder(pixels)
         by_steps += greedy_by_steps(exported.decoder, features, exported.options)
     for image, expected, looped, stepped in zip(images, wanted, in_loop, by_steps, strict=True):
