@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace, folder: Path) -> str:
 
 
 def _export(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
-    command = ["-m", "capexport.cli", "blip2", "--model", str(checkpoint), "--out", str(out)]
+    command = ["-m", "capexport", "blip2", "--model", str(checkpoint), "--out", str(out)]
     outcome = _measured([*command, "--precision", precision])
     manifest = json.loads((out / "manifest.json").read_text())
     files = manifest["files"]

@@ -308,7 +308,7 @@ def memory(
         files.mkdir()
         for number, photo in enumerate(itertools.islice(itertools.cycle(photos), size)):
             (files / f"{number:06}{photo.suffix}").symlink_to(photo.resolve())
-        command = [sys.executable, "-m", "capexport.cli", "caption", "-m", artifact, files]
+        command = [sys.executable, "-m", "capexport", "caption", "-m", artifact, files]
         command += ["--format", "jsonl", "--out", folder / f"{size} files.jsonl"]
         command += ["--threads", threads, "--batch-size", batch_size]
         resident = _resident_megabytes([str(word) for word in command], folder / "errors")

@@ -12,6 +12,7 @@ from capexport.errors import (
     ImageError,
     ImageNotFoundError,
     MissingExtraError,
+    OptionError,
     OutputExistsError,
     ParityError,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "ImageNotFoundError",
     "ImageSpec",
     "MissingExtraError",
+    "OptionError",
     "OutputExistsError",
     "ParityError",
     "Timing",

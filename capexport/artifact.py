@@ -6,19 +6,31 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from types import NoneType, UnionType
+from typing import Any, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from capexport.errors import ArtifactError, ArtifactNotFoundError, OutputExistsError
+from capexport.decoding import DecodingOptions
+from capexport.errors import (
+    ArtifactError,
+    ArtifactNotFoundError,
+    DownloadError,
+    OutputExistsError,
+)
 from capexport.preprocessing import ImageSpec
 
 FILE_NAME = "manifest.json"
 SCHEMA = 1
 _ALWAYS_HASHED = 256 * 10**6  # bytes: what takes about a second
+# Fields of manifests written before, which nothing reads any more.
+_RETIRED = {"PromptSpec": {"padding_side"}}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,24 +40,155 @@ class FileRecord:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        if self.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"no size and SHA-256 of a file: {self.bytes}, {self.sha256!r}")
+
+
+@dataclass(frozen=True)
+class Decoding(DecodingOptions):
+    """The default options, and the token that begins captions where the decoder needs one."""
+
+    start_token: int | None = None
+
+    @property
+    def options(self) -> DecodingOptions:
+        names = [item.name for item in dataclasses.fields(DecodingOptions)]
+        return DecodingOptions(**{name: getattr(self, name) for name in names})
+
+    def check(self, path: Path, vocabulary_size: int, *more: int) -> None:
+        """Hold all tokens, and `more`, to the vocabulary.
+
+        Raises:
+            ArtifactError: one lies outside of it.
+        """
+        start = () if self.start_token is None else (self.start_token,)
+        for token in (*start, *self.end_tokens, *self.suppress_tokens, *more):
+            if not 0 <= token < vocabulary_size:
+                raise ArtifactError(
+                    f"{path}: token {token} lies outside the vocabulary of {vocabulary_size}; "
+                    "export again"
+                )
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """How prompts are framed, as `Blip2Processor` and `generate()` of Transformers do.
+
+    Attributes:
+        image_token: the id whose places the image's features take.
+        query_tokens: how many places those are, before everything else.
+        bos_token: what follows them where there is no prompt.
+        pad_token: what brings the prompts of a batch to one length.
+        start_token: the first id of an encoder-decoder's caption; None for a decoder alone.
+        max_positions: the longest prompt and caption together, where the model has a limit.
+        clean_up_spaces: whether decoding draws punctuation to the word before it.
+    """
+
+    image_token: int
+    query_tokens: int
+    bos_token: int
+    pad_token: int
+    start_token: int | None
+    max_positions: int | None
+    clean_up_spaces: bool
+
+    def __post_init__(self) -> None:
+        tokens = (self.image_token, self.bos_token, self.pad_token, self.start_token or 0)
+        if min(tokens) < 0 or self.query_tokens < 1:
+            raise ValueError("token ids must be at least 0, query_tokens at least 1")
+        if self.max_positions is not None and self.max_positions <= self.query_tokens:
+            raise ValueError(f"{self.max_positions} positions hold no image and caption")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the artifact was made of and with.
+
+    Attributes:
+        checkpoint_sha256: of the checkpoint's weights, by file name where there are several.
+        versions: of the packages that took part.
+        training, metrics: how the checkpoint was trained and what it scored, as far as it says.
+        source, revision, licence: where it was downloaded.
+        calibration_photos: how many photos the ranges of int8 were seen on.
+    """
+
+    checkpoint_sha256: str | dict[str, str]
+    opset: int
+    exporter: str
+    versions: dict[str, str]
+    training: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
+    source: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    calibration_photos: int | None = None
+
+
+@dataclass(frozen=True)
+class CaptionParity:
+    """How captions compare with PyTorch's: of `images` or `compared` ones, how many are
+    identical, and how many of PyTorch's are distinct."""
+
+    identical: int
+    distinct: int
+    images: int | None = None
+    compared: int | None = None
+    max_log_probability_difference: float | None = None
+    token_agreement: float | None = None
+    logit_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the comparison with PyTorch in float32 found before the artifact was written.
+
+    Attributes:
+        inputs: what it was compared on.
+        tolerance: the largest difference of a graph that passes.
+        max_difference, relative_error: each graph's: the largest of a value, or the root mean
+            square as a share of the output's own.
+        int8: what 8 bits lose: errors by graph, shares of captions and tokens that stay.
+        metrics: caption metrics by captioner, where human captions were given.
+    """
+
+    inputs: str
+    tolerance: float
+    captions: CaptionParity
+    max_difference: dict[str, float] | None = None
+    relative_error: dict[str, float] | None = None
+    int8: dict[str, float] | None = None
+    metrics: dict[str, dict[str, float | str]] | None = None
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`, field by field as artifacts/README.md describes it."""
+    """`manifest.json`, field by field as artifacts/README.md describes it.
+
+    `parity` is missing from a draft alone.
+    """
 
     family: str
     precision: str
     image: ImageSpec
-    decoding: dict[str, Any]
+    decoding: Decoding
     state: dict[str, str]
     files: dict[str, FileRecord]
-    provenance: dict[str, Any]
-    parity: dict[str, Any]
-    prompt: dict[str, Any] | None = None
+    provenance: Provenance
+    parity: Parity | None = None
+    prompt: PromptSpec | None = None
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is not a plain file name")
+
+    def to_json(self) -> str:
+        return json.dumps(_plain(self), indent=1)
+
     def write(self, folder: Path) -> None:
-        replace_file(folder / FILE_NAME, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        replace_file(folder / FILE_NAME, self.to_json() + "\n")
 
     @classmethod
     def read(cls, folder: Path, *, thorough: bool = False) -> Manifest:
@@ -56,7 +199,8 @@ class Manifest:
 
         Raises:
             ArtifactNotFoundError: no manifest, or a file is missing.
-            ArtifactError: a schema that this version doesn't know, or a file was altered.
+            ArtifactError: a schema that this version doesn't know, a field that is missing or of
+                another type or range, or a file that was altered.
         """
         path = folder / FILE_NAME
         if not path.is_file():
@@ -64,21 +208,18 @@ class Manifest:
                 f"{folder}: no {FILE_NAME} there; pass the folder that a capexport export wrote"
             )
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if document["schema"] != SCHEMA:
+            document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+            if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+                schema = document.get("schema") if isinstance(document, dict) else None
                 raise ArtifactError(
-                    f"{path}: schema {document['schema']!r}, but this capexport reads schema "
-                    f"{SCHEMA}; upgrade capexport, or export the model again"
+                    f"{path}: schema {schema!r}, but this capexport reads schema {SCHEMA}; "
+                    "upgrade capexport, or export the model again"
                 )
-            document["image"] = image_spec_from_json(document["image"])
-            document["files"] = {
-                name: FileRecord(**record) for name, record in document["files"].items()
-            }
-            manifest = cls(**document)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ArtifactError):
-                raise
-            raise ArtifactError(f"{path}: damaged manifest: {error!r}; export again") from error
+            manifest = typed(cls, document)
+        except ArtifactError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{path}: damaged manifest: {error}; export again") from error
         manifest.check_files(folder, thorough)
         return manifest
 
@@ -91,8 +232,6 @@ class Manifest:
     def check_files(self, folder: Path, thorough: bool) -> None:
         for name, record in self.files.items():
             file = folder / name
-            if Path(name).name != name:
-                raise ArtifactError(f"{folder / FILE_NAME}: {name!r} is not a plain file name")
             if not file.is_file():
                 raise ArtifactNotFoundError(f"{file}: missing; export or copy the folder again")
             hashed = thorough or record.bytes <= _ALWAYS_HASHED
@@ -100,6 +239,101 @@ class Manifest:
                 raise ArtifactError(
                     f"{file}: altered or damaged since the export; export or copy it again"
                 )
+
+
+def typed(kind: type[T], value: Any, name: str = "") -> T:
+    """`value`, as JSON gives it, as a `kind`: a dataclass, or one of the types in its fields.
+
+    Raises:
+        ValueError: a field is missing, unknown, of another type or out of range; it is named.
+    """
+    return _typed(kind, value, name)  # type: ignore[no-any-return]
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _dataclass(kind, value, name)
+    if origin in (Union, UnionType):
+        simple = [choice for choice in arguments if choice is type(value)]
+        choices = simple or [choice for choice in arguments if choice is not NoneType]
+        return _typed(choices[-1 if isinstance(value, dict) else 0], value, name)
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    if origin is tuple and isinstance(value, list):
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(value) == len(arguments):
+            return tuple(map(_typed, arguments, value, [name] * len(value)))
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is Any or type(value) is kind:
+        return value
+    raise ValueError(f"{name or 'it'} is no {getattr(kind, '__name__', kind)}: {value!r}")
+
+
+def _dataclass(kind: Any, values: dict[str, Any], name: str) -> Any:
+    prefix = f"{name}." if name else ""
+    hints = get_type_hints(kind)
+    values = {k: v for k, v in values.items() if k not in _RETIRED.get(kind.__name__, ())}
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise ValueError(f"unknown field {prefix}{unknown[0]}")
+    for item in dataclasses.fields(kind):
+        needed = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if needed and item.name not in values:
+            raise ValueError(f"{prefix}{item.name} is missing")
+    parts = {key: _typed(hints[key], value, prefix + key) for key, value in values.items()}
+    try:
+        return kind(**parts)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from error
+
+
+def _plain(value: Any) -> Any:
+    """What `typed` reads back: dataclasses as dicts, without fields that say nothing."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {item.name: (item, getattr(value, item.name)) for item in dataclasses.fields(value)}
+    kept = {k: v for k, (item, v) in fields.items() if v is not None or item.default is not None}
+    return {
+        name: {key: _plain(item) for key, item in v.items()} if isinstance(v, dict) else _plain(v)
+        for name, v in kept.items()
+    }
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no number")
+
+
+def is_hub_id(name: str) -> bool:
+    """Can this be `owner/name` on the Hugging Face hub, and not a slip in a path?"""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).parent.exists()
+
+
+def local_folder(folder: str | os.PathLike[str]) -> Path:
+    """`folder`, or the local copy of what it names on the Hugging Face hub.
+
+    Raises:
+        ArtifactNotFoundError, DownloadError: it is an id, but cannot be downloaded.
+    """
+    path = Path(folder)
+    if path.exists() or not is_hub_id(os.fspath(folder)):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ArtifactNotFoundError(
+            f"{folder}: no such folder; if it is a Hugging Face id, first "
+            "`pip install 'capexport[tokenizers]'`"
+        ) from error
+    try:
+        return Path(snapshot_download(os.fspath(folder)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DownloadError(
+            f"{folder}: no such folder, nor one that can be downloaded from the Hugging Face hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextmanager
@@ -124,12 +358,6 @@ def new_artifact(out: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def image_spec_from_json(document: Mapping[str, Any]) -> ImageSpec:
-    """An `ImageSpec` from its JSON form, where tuples have become lists."""
-    values: dict[str, Any] = dict(document)
-    return ImageSpec(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-
-
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
@@ -143,7 +371,7 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     return {
         file.name: FileRecord(file.stat().st_size, sha256_of(file))
         for file in sorted(folder.iterdir())
-        if file.name != FILE_NAME
+        if file.is_file() and file.name != FILE_NAME
     }
 
 

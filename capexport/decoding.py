@@ -1,4 +1,4 @@
-"""The loop that every captioner shares, and the two protocols that it runs on.
+"""The loop that every captioner shares, the protocols that it runs on, and its options.
 
 ONNX and PyTorch both implement `Encoder` and `Decoder`; a difference between their captions, or
 their times, can therefore only come from the graphs.
@@ -6,19 +6,23 @@ their times, can therefore only come from the graphs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capexport.errors import OptionError
 from capexport.preprocessing import FloatArray
 
 TokenArray: TypeAlias = NDArray[np.int64]
-# What a decoder carries from step to step. Its owner alone looks inside: arrays, tensors, or
-# values that stay on the device; batch is axis 0 of each.
-State: TypeAlias = Any
+# What a decoder carries from step to step: tensors by name, batch on axis 0 of each. They are
+# arrays, torch tensors, or values that stay on a device; their owner alone looks inside.
+State: TypeAlias = Mapping[str, Any]
 Features: TypeAlias = Any
 
 
@@ -37,15 +41,24 @@ class Prompts:
         tokens: int64 (batch, length), with a place for each of the image's features.
         mask: int64 (batch, length), 0 for padding.
         context: int64 (batch, n), the ids that the repetition penalty counts as said already.
+        room: int64 (batch,), how many tokens the model has positions for behind each row's own
+            prompt; None where it has no limit.
     """
 
     tokens: TokenArray
     mask: TokenArray
     context: TokenArray
+    room: TokenArray | None = None
 
 
 class Decoder(Protocol):
-    """Runs once for every token."""
+    """Runs once for every token.
+
+    Attributes:
+        constant: the names in its state that stay as they are from step to step.
+    """
+
+    constant: frozenset[str] = frozenset()
 
     def start(self, features: Features, prompts: Prompts | None) -> tuple[FloatArray, State]:
         """Logits of the first word, float32 (batch, vocabulary), and the state behind them.
@@ -64,6 +77,28 @@ class Decoder(Protocol):
         return None
 
 
+class Text(Protocol):
+    """Prompts to token ids, and token ids to captions; its length is the number of ids."""
+
+    def __len__(self) -> int: ...
+
+    def frame(self, prompts: Sequence[str] | None, batch: int, needed: int) -> Prompts | None:
+        """One prompt for each image of a batch, or none for any, as the decoder takes them.
+
+        `needed` tokens at least must have room behind each.
+
+        Raises:
+            OptionError: a prompt doesn't suit the model.
+        """
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, special ones left out."""
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class DecodingOptions:
     """How captions are decoded; the artifact's manifest holds the defaults.
@@ -71,25 +106,59 @@ class DecodingOptions:
     The numbers mean what they mean in Transformers' `generate()`. `max_tokens` (there
     `max_new_tokens`) bounds a caption, the end token not counted; before `min_tokens` no end token
     is chosen; `repetition_penalty` above 1 makes words less likely that were said before (Keskar et
-    al. 2019, section 4.1). `suppress_tokens` are never chosen (padding, start and unknown words:
-    nothing that a reader should see).
+    al. 2019, section 4.1). A caption ends with one of `end_tokens`; `suppress_tokens` are never
+    chosen (padding, start and unknown words: nothing that a reader should see).
+
+    Raises:
+        OptionError: a value is of another type, or out of range.
     """
 
     end_tokens: tuple[int, ...]
-    max_tokens: int = 30
-    min_tokens: int = 0
-    repetition_penalty: float = 1.0
+    max_tokens: int = _option(30, "longest caption, in tokens")
+    min_tokens: int = _option(0, "shortest caption, in tokens")
+    repetition_penalty: float = _option(1.0, "above 1: words said before become less likely")
     suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "min_tokens"):
+            _require(name, getattr(self, name), numbers.Integral, "a whole number")
+        _require("repetition_penalty", self.repetition_penalty, numbers.Real, "a number")
+        for name in ("end_tokens", "suppress_tokens"):
+            tokens = getattr(self, name)
+            _require(name, tokens, tuple, "a tuple of token ids")
+            for token in tokens:
+                _require(name, token, numbers.Integral, "a tuple of token ids")
+                if token < 0:
+                    raise OptionError(f"{name} must be at least 0, got {token}")
         if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+            raise OptionError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not 0 <= self.min_tokens <= self.max_tokens:
-            raise ValueError(
+            raise OptionError(
                 f"min_tokens must lie in 0..max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise OptionError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+
+
+class DecodingKeywords(TypedDict, total=False):
+    """The fields of `DecodingOptions` as keywords of a call; None stands for the default."""
+
+    end_tokens: tuple[int, ...] | None
+    max_tokens: int | None
+    min_tokens: int | None
+    repetition_penalty: float | None
+    suppress_tokens: tuple[int, ...] | None
+
+
+def changed(options: DecodingOptions, given: DecodingKeywords) -> DecodingOptions:
+    """`options`, but for what is given."""
+    values = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(options, **values) if values else options  # type: ignore[arg-type]
+
+
+def _require(name: str, value: object, kind: type, what: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise OptionError(f"{name} must be {what}, got {value!r}")
 
 
 @dataclass
@@ -122,6 +191,9 @@ def greedy_by_steps(
     logits, state = decoder.start(features, prompts)
     hypotheses = [Hypothesis([]) for _ in range(len(logits))]
     said = prompts.context if prompts else np.zeros((len(logits), 0), np.int64)
+    limits = np.full(len(logits), options.max_tokens)
+    if prompts and prompts.room is not None:
+        limits = np.minimum(limits, prompts.room)
     running: Sequence[Hypothesis] = hypotheses
     for length in range(1, options.max_tokens + 1):  # every running row has the same length
         _adjust(logits, said, options, length)
@@ -133,12 +205,12 @@ def greedy_by_steps(
             hypothesis.log_probability += log_probability
             if not end:
                 hypothesis.tokens.append(token)
-        rows = np.flatnonzero(~ended)
-        if len(rows) == 0 or length == options.max_tokens:
+        rows = np.flatnonzero(~ended & (length < limits))
+        if len(rows) == 0:
             break
         if len(rows) < len(running):
             state = decoder.select(state, rows)
-            tokens, said = tokens[rows], said[rows]
+            tokens, said, limits = tokens[rows], said[rows], limits[rows]
             running = [running[row] for row in rows.tolist()]
         said = np.concatenate([said, tokens[:, None]], axis=1)
         logits, state = decoder.step(tokens, state)

@@ -33,6 +33,10 @@ class ParityError(CapexportError, ArithmeticError):
     """An exported graph does not reproduce its PyTorch model."""
 
 
+class OptionError(CapexportError, ValueError):
+    """An argument is of a wrong type, out of range, or doesn't suit the model."""
+
+
 class DeviceError(CapexportError, RuntimeError):
     """The requested device, or its execution provider, is not available."""
 

@@ -118,7 +118,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
     from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig
     from capexport.preprocessing import ImageSpec, preprocess
-    from capexport.vocabulary import Vocabulary
+    from capexport.families.cnn_lstm import Vocabulary
 
     torch.manual_seed(1)
     vocabulary = Vocabulary((*Vocabulary.SPECIALS, *WORDS))

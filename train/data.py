@@ -14,7 +14,7 @@ from pathlib import Path
 
 from capexport.cli import run_command, teaching
 from capexport.errors import CapexportError
-from capexport.vocabulary import Vocabulary
+from capexport.families.cnn_lstm import Vocabulary
 
 SPLITS = ("train", "validation", "test")
 

@@ -36,12 +36,12 @@ import capexport
 from capexport.artifact import replace_file
 from capexport.bench.sheet import Entry, draw_sheet
 from capexport.errors import CheckpointError, MissingExtraError, OutputExistsError
-from capexport.export.metrics import format_scores, score
+from capexport.families.cnn_lstm import Vocabulary
+from capexport.metrics import format_scores, score
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
 from capexport.models.torch_captioner import require_torch_device, torch_captioner
 from capexport.preprocessing import ImageSpec, load_image
-from capexport.vocabulary import Vocabulary
 from train import figures
 from train.config import TrainConfig
 from train.data import DatasetError, Flickr8k, Photo, build_vocabulary, clean, read_flickr8k

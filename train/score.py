@@ -14,7 +14,7 @@ from capexport import Captioner
 from capexport.artifact import FILE_NAME, replace_file
 from capexport.cli import run_command, teaching
 from capexport.errors import MissingExtraError
-from capexport.export.metrics import format_scores, score
+from capexport.metrics import format_scores, score
 from train.data import SPLITS, Photo, read_flickr8k
 
 

@@ -23,8 +23,8 @@ from capexport.bulk import find_images
 from capexport.captioner import BUNDLED_ARTIFACT, available_cores, load_cnn_lstm, open_artifact
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
 from capexport.errors import ArtifactError, ImageNotFoundError
-from capexport.export.metrics import read_references, score
 from capexport.graphs import require_provider
+from capexport.metrics import read_references, score
 from capexport.preprocessing import load_image
 
 # By the names of their columns: each artifact, and each contender's variants.

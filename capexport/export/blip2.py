@@ -22,15 +22,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import Blip2Config, Blip2Processor
 
-from capexport.artifact import Manifest, new_artifact, record_files
-from capexport.captioner import load_blip2
+from capexport.artifact import (
+    CaptionParity,
+    Decoding,
+    Manifest,
+    Parity,
+    PromptSpec,
+    Provenance,
+)
 from capexport.errors import ParityError
 from capexport.export.blip2_parts import PartConfig, Plan, plan_parts
+from capexport.export.draft import Draft, draft_artifact
 from capexport.export.fusion import fused_modules
 from capexport.export.graph import OPSET, versions
 from capexport.export.parity import IMAGES, relative_error, seeded_images, token_agreement
 from capexport.export.quantize import quantize_graph
-from capexport.graphs import open_session, require_provider
 from capexport.models.blip2 import (
     HuggingFaceCaptioner,
     Weights,
@@ -39,7 +45,7 @@ from capexport.models.blip2 import (
     read_processor,
 )
 from capexport.preprocessing import ImageSource, ImageSpec, image_name
-from capexport.vocabulary import PromptSpec, PromptTokenizer
+from capexport.sessions import CPU, Graph, Target
 
 log = logging.getLogger("capexport")
 
@@ -108,11 +114,11 @@ def export_blip2(
         OutputExistsError: `out` is there already.
         ParityError: the graphs do not reproduce the model.
     """
-    require_provider("cpu")  # parity needs it, at the very end
+    CPU.require_provider()  # parity needs it, at the very end
     config = read_config(folder)
     processor = read_processor(folder, config)
-    with new_artifact(out) as draft, torch.no_grad():
-        scratch = draft / "scratch"
+    with draft_artifact(out) as draft:
+        scratch = draft.folder / "scratch"
         scratch.mkdir()
         weights = Weights(folder, scratch)
         plans = plan_parts(config, precision)
@@ -120,48 +126,33 @@ def export_blip2(
         for number, plan in enumerate(plans, 1):
             title = f"[{number}/{len(plans)}] {plan.name}.onnx"
             errors[f"{plan.name}.onnx"] = _export_part(
-                config, weights, plan, precision, draft, title
+                config, weights, plan, precision, draft.folder, title
             )
-        (draft / "tokenizer.json").write_text(
+        (draft.folder / "tokenizer.json").write_text(
             processor.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8"
         )
+        provenance = Provenance(
+            **(source or {"source": folder.name}),
+            licence=_licence(folder),
+            checkpoint_sha256=weights.sha256(),
+            opset=OPSET,
+            exporter="optimum.exporters.onnx over torch.onnx.export(dynamo=True)",
+            versions=versions("transformers", "optimum", "optimum-onnx"),
+        )
+        draft.manifest = _manifest(config, processor, plans, precision, provenance)
         log.info("comparing captions with generate()")
         shutil.rmtree(scratch)
-        manifest = Manifest(
-            family="blip2",
-            precision=precision,
-            image=_image_spec(processor),
-            decoding={
-                "end_tokens": np.atleast_1d(config.text_config.eos_token_id).tolist(),
-                "max_tokens": MAX_TOKENS,
-                "suppress_tokens": (),
-            },
-            state=_wiring(config, plans),
-            files=record_files(draft),
-            provenance={
-                **(source or {"source": folder.name}),
-                "licence": _licence(folder),
-                "checkpoint_sha256": weights.sha256(),
-                "opset": OPSET,
-                "exporter": "optimum.exporters.onnx over torch.onnx.export(dynamo=True)",
-                "versions": versions("transformers", "optimum", "optimum-onnx"),
-            },
-            parity={},
-            prompt=dataclasses.asdict(_prompt_spec(config, processor)),
-        )
-        manifest.write(draft)
         scratch.mkdir()
-        captions = _compare_captions(config, processor, weights, draft, manifest, photos)
+        captions = _compare_captions(config, processor, weights, draft, photos)
         shutil.rmtree(scratch)
-        parity = {
-            "tolerance": TOLERANCES[precision],
-            "relative_error": errors,
-            "inputs": "photos" if photos else "seeded images",
-            "captions": captions,
-        }
-        manifest = dataclasses.replace(manifest, parity=parity)
-        manifest.write(draft)
-    return manifest
+        parity = Parity(
+            inputs="photos" if photos else "seeded images",
+            tolerance=TOLERANCES[precision],
+            relative_error=errors,
+            captions=captions,
+        )
+        draft.manifest = dataclasses.replace(draft.manifest, parity=parity)
+    return draft.manifest
 
 
 def _export_part(
@@ -190,10 +181,9 @@ def _export_part(
             (scratch / file).replace(draft / file)
     if plan.dtype != torch.float32:
         part, _ = _filled(config, weights, plan, torch.float32)
-    session = open_session(draft / name, "cpu", None, mapped=True, folded=precision != "fp16")
+    graph = _target(precision).open(draft / name, mapped=True)
     return max(
-        _compare(name, part, part_config, session, TOLERANCES[precision], *shape)
-        for shape in SHAPES
+        _compare(name, part, part_config, graph, TOLERANCES[precision], *shape) for shape in SHAPES
     )
 
 
@@ -209,7 +199,7 @@ def _filled(
 
 
 def _compare(
-    name: str, part: nn.Module, config: PartConfig, session: Any, tolerance: float, *shape: int
+    name: str, part: nn.Module, config: PartConfig, graph: Graph, tolerance: float, *shape: int
 ) -> float:
     """The largest `relative_error` of an output."""
     inputs = config.examples(*shape)
@@ -221,8 +211,9 @@ def _compare(
     with config.patch_model_for_export(part):
         expected = part(**inputs)
     worst = 0.0
-    results = session.run(list(expected), feeds)
-    for (key, wanted), got in zip(expected.items(), results, strict=True):
+    results = graph.run(feeds, expected)
+    for key, wanted in expected.items():
+        got = results[key]
         if tuple(wanted.shape) != got.shape:
             raise ParityError(f"{name}: {key} is {got.shape}, PyTorch's {tuple(wanted.shape)}")
         error = relative_error(wanted.numpy(), got)
@@ -239,16 +230,15 @@ def _compare_captions(
     config: Blip2Config,
     processor: Blip2Processor,
     weights: Weights,
-    draft: Path,
-    manifest: Manifest,
+    draft: Draft,
     photos: Sequence[ImageSource],
-) -> dict[str, Any]:
+) -> CaptionParity:
     """Captions and answers of the artifact against those of `generate()` in float32.
 
     Raises:
         ParityError: in fp32 a token differs; otherwise, logits do by more than the tolerance.
     """
-    precision = manifest.precision
+    precision = draft.manifest.precision
     images = list(photos[:IMAGES]) or seeded_images(4)
     prompts = list(itertools.islice(itertools.cycle(_PROMPTS), len(images)))
     model = meta_model(config)
@@ -258,13 +248,12 @@ def _compare_captions(
     for prompt in (None, prompts):
         wanted += reference.caption(images, prompt=prompt)
         wanted_logits.append(reference.first_logits)
-    exported = load_blip2(draft, manifest, "cpu", None, folded=precision != "fp16")
-    assert isinstance(exported.vocabulary, PromptTokenizer)
+    exported = draft.captioner(_target(precision))
     got, got_logits = [], []
     for prompt in (None, prompts):
         got += exported.caption(images, prompt=prompt)
         pixels = np.stack([exported.preprocess(image) for image in images])
-        framed = exported.vocabulary.prompts(prompt, len(images))
+        framed = exported.text.frame(prompt and prompts, len(images), 1)
         got_logits.append(exported.decoder.start(exported.encoder(pixels), framed)[0])
     expected, actual = np.concatenate(wanted_logits), np.concatenate(got_logits)
     error = relative_error(expected, actual)
@@ -280,13 +269,40 @@ def _compare_captions(
             f"{image_name(images[index % len(images)])}: captioned {got[index].text!r}, but by "
             f"PyTorch {wanted[index].text!r}"
         )
-    return {
-        "compared": len(same),
-        "identical": sum(same),
-        "distinct": len({caption.tokens for caption in wanted}),
-        "token_agreement": token_agreement(wanted, got),
-        "logit_error": error,
-    }
+    return CaptionParity(
+        compared=len(same),
+        identical=sum(same),
+        distinct=len({caption.tokens for caption in wanted}),
+        token_agreement=token_agreement(wanted, got),
+        logit_error=error,
+    )
+
+
+def _target(precision: str) -> Target:
+    """A CPU, without the memory for float16 weights in float32."""
+    return dataclasses.replace(CPU, folded=precision != "fp16")
+
+
+def _manifest(
+    config: Blip2Config,
+    processor: Blip2Processor,
+    plans: Sequence[Plan],
+    precision: str,
+    provenance: Provenance,
+) -> Manifest:
+    return Manifest(
+        family="blip2",
+        precision=precision,
+        image=_image_spec(processor),
+        decoding=Decoding(
+            end_tokens=tuple(np.atleast_1d(config.text_config.eos_token_id).tolist()),
+            max_tokens=MAX_TOKENS,
+        ),
+        state=_wiring(config, plans),
+        files={},
+        provenance=provenance,
+        prompt=_prompt_spec(config, processor),
+    )
 
 
 def _wiring(config: Blip2Config, plans: Sequence[Plan]) -> dict[str, str]:
@@ -311,7 +327,6 @@ def _prompt_spec(config: Blip2Config, processor: Blip2Processor) -> PromptSpec:
         query_tokens=config.num_query_tokens,
         bos_token=text.bos_token_id,
         pad_token=tokenizer.pad_token_id,
-        padding_side=tokenizer.padding_side,
         start_token=text.decoder_start_token_id if text.is_encoder_decoder else None,
         # T5 counts distances, not positions.
         max_positions=None if text.is_encoder_decoder else text.max_position_embeddings,

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from capexport.artifact import Manifest, new_artifact, record_files
+from capexport.artifact import Manifest, Parity, Provenance
 from capexport.captioner import Caption, Captioner
 from capexport.decoding import greedy
-from capexport.errors import ParityError
+from capexport.errors import OptionError, ParityError
+from capexport.export.draft import draft_artifact
 from capexport.export.graph import OPSET, export_graph, versions
 from capexport.export.int8 import quantize_static, round_convolutions
 from capexport.export.loop import loop_graph
-from capexport.export.metrics import score
 from capexport.export.parity import (
     IMAGES,
     TOLERANCE,
@@ -31,17 +31,15 @@ from capexport.export.parity import (
     seeded_images,
     token_agreement,
 )
-from capexport.graphs import require_provider
+from capexport.metrics import score
 from capexport.models.checkpoint import Checkpoint
-from capexport.models.cnn_lstm import CnnLstm
-from capexport.models.torch_captioner import decoding_defaults, torch_captioner
-from capexport.preprocessing import ImageSource, image_name, preprocess
-from capexport.vocabulary import Vocabulary
+from capexport.models.cnn_lstm import CnnLstm, State
+from capexport.models.torch_captioner import DECODING, torch_captioner
+from capexport.preprocessing import ImageSource, image_name
+from capexport.sessions import CPU
 
 log = logging.getLogger("capexport")
 
-# Each state input of the step graph, and the output that holds its next value.
-STATE = {"hidden": "next_hidden", "cell": "next_cell"}
 # Largest error of an 8-bit graph's outputs. Unrelated numbers would err by 1.4, zeros by 1.
 INT8_TOLERANCE = 0.5
 
@@ -53,22 +51,20 @@ class _EncoderGraph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> State:
         return self.model.start(images)
 
 
 class _StepGraph(nn.Module):
-    """A token and the state to logits and the next state."""
+    """A token and the state to logits and what changes of the state."""
 
     def __init__(self, model: CnnLstm) -> None:
         super().__init__()
         self.decoder = model.decoder
 
-    def forward(
-        self, tokens: Tensor, hidden: Tensor, cell: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logits, (hidden, cell) = self.decoder.step(tokens, (hidden, cell))
-        return logits, hidden, cell
+    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        logits, state = self.decoder.step(tokens, state)
+        return logits, {k: v for k, v in state.items() if k not in self.decoder.constant}
 
 
 def export_cnn_lstm(
@@ -91,95 +87,115 @@ def export_cnn_lstm(
     Raises:
         OutputExistsError: `out` is there already.
         ParityError: the graphs do not reproduce the model.
-        ValueError: calibration photos without int8 or the reverse, or photos without references.
+        OptionError: calibration photos without int8 or the reverse, too few photos, or photos
+            without references.
         MissingExtraError: `references` without pycocoevalcap.
     """
-    if photos and len(photos) < IMAGES:
-        raise ParityError(f"parity takes at least {IMAGES} photos, got {len(photos)}")
-    if (precision == "int8") != bool(calibration):
-        raise ValueError("int8, and int8 alone, needs calibration photos: a hundred or so")
-    require_provider("cpu")  # parity needs it, at the very end
     images = list(photos) or list(seeded_images())
     names = [Path(image_name(image)).name for image in images]
-    if missing := [name for name in names if references and name not in references]:
-        raise ValueError(f"{len(missing)} photos without human captions, {missing[0]} for one")
+    _check(names, precision, calibration, references)
+    CPU.require_provider()  # parity needs it, at the very end
     reference = torch_captioner(checkpoint)
-    with new_artifact(out) as draft, torch.no_grad():
-        _export_graphs(checkpoint, draft)
-        (draft / "vocabulary.json").write_text(
-            json.dumps(checkpoint.vocabulary.words, ensure_ascii=False, indent=0), encoding="utf-8"
-        )
-        manifest = Manifest(
-            family="cnn-lstm",
-            precision="fp32",
-            image=checkpoint.image,
-            decoding={"start_token": Vocabulary.START, **decoding_defaults()},
-            state=STATE,
-            files=record_files(draft),
-            provenance={
-                "checkpoint_sha256": checkpoint.sha256,
-                "training": checkpoint.training,
-                "metrics": checkpoint.metrics,
-                "opset": OPSET,
-                "exporter": "torch.onnx.export(dynamo=True)",
-                "versions": versions(),
-            },
-            parity={},
-        )
-        manifest.write(draft)
+    with draft_artifact(out) as draft:
+        state = _export_graphs(checkpoint, draft.folder)
+        words = json.dumps(checkpoint.vocabulary.words, ensure_ascii=False, indent=0)
+        (draft.folder / "vocabulary.json").write_text(words, encoding="utf-8")
+        draft.manifest = _manifest(checkpoint, state)
         log.info("checking parity with PyTorch")
-        exported = made = Captioner.load(draft)
+        exported = made = draft.captioner()
         wanted = reference.caption(images)
-        parity = {
-            "inputs": "photos" if photos else "seeded images",
-            "tolerance": TOLERANCE,
-            "max_difference": _compare_graphs(checkpoint, exported, images),
-            "captions": compare_captions(wanted, exported, images),
-        }
+        parity = Parity(
+            inputs="photos" if photos else "seeded images",
+            tolerance=TOLERANCE,
+            max_difference=_compare_graphs(reference, exported, images),
+            captions=compare_captions(wanted, exported, images),
+        )
         if precision == "int8":
             log.info("quantising, calibrated on %d photos", len(calibration))
-            _quantize(draft, exported, calibration)
-            manifest = dataclasses.replace(
-                manifest,
-                precision=precision,
-                files=record_files(draft),
-                provenance={**manifest.provenance, "calibration_photos": len(calibration)},
+            _quantize(draft.folder, state, exported, calibration)
+            calibrated = dataclasses.replace(
+                draft.manifest.provenance, calibration_photos=len(calibration)
             )
-            manifest.write(draft)
-            made = Captioner.load(draft)
-            parity["int8"] = _compare_quantized(exported, made, wanted, images)
+            draft.manifest = dataclasses.replace(
+                draft.manifest, precision=precision, provenance=calibrated
+            )
+            made = draft.captioner()
+            lost = _compare_quantized(exported, made, wanted, images)
+            parity = dataclasses.replace(parity, int8=lost)
         if references:
             said = {"PyTorch": wanted, precision: made.caption(images)}
-            parity["metrics"] = {
-                name: score(
-                    {photo: caption.text for photo, caption in zip(names, captions, strict=True)},
-                    references,
-                )
-                for name, captions in said.items()
-            }
-        manifest = dataclasses.replace(manifest, parity=parity)
-        manifest.write(draft)
-    return manifest
+            metrics = {k: _score(names, captions, references) for k, captions in said.items()}
+            parity = dataclasses.replace(parity, metrics=metrics)
+        draft.manifest = dataclasses.replace(draft.manifest, parity=parity)
+    return draft.manifest
 
 
-def _export_graphs(checkpoint: Checkpoint, draft: Path) -> None:
+def _check(
+    names: Sequence[str],
+    precision: str,
+    calibration: Sequence[ImageSource],
+    references: Mapping[str, Sequence[str]] | None,
+) -> None:
+    """Refuse what the arguments alone tell."""
+    if len(names) < IMAGES:
+        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(names)}")
+    if (precision == "int8") != bool(calibration):
+        raise OptionError("int8, and int8 alone, needs calibration photos: a hundred or so")
+    if missing := [name for name in names if references and name not in references]:
+        raise OptionError(f"{len(missing)} photos without human captions, {missing[0]} for one")
+
+
+def _manifest(checkpoint: Checkpoint, state: Mapping[str, str]) -> Manifest:
+    return Manifest(
+        family="cnn-lstm",
+        precision="fp32",
+        image=checkpoint.image,
+        decoding=DECODING,
+        state=dict(state),
+        files={},
+        provenance=Provenance(
+            checkpoint_sha256=checkpoint.sha256,
+            training=checkpoint.training,
+            metrics=checkpoint.metrics,
+            opset=OPSET,
+            exporter="torch.onnx.export(dynamo=True)",
+            versions=versions(),
+        ),
+    )
+
+
+def _score(
+    names: Sequence[str], captions: Sequence[Caption], references: Mapping[str, Sequence[str]]
+) -> dict[str, float | str]:
+    return score({n: c.text for n, c in zip(names, captions, strict=True)}, references)
+
+
+def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:
+    """Write the graphs.
+
+    Returns:
+        Each state input of the step graph that changes, and the output that holds its next value.
+    """
     model = checkpoint.model.cpu().eval()
     log.info("exporting encoder.onnx")
     size = checkpoint.image.crop
     example = torch.zeros(2, 3, size, size)
-    export_graph(_EncoderGraph(model), [example], ["images"], list(STATE), draft / "encoder.onnx")
+    names = list(state := model.start(example))
+    export_graph(_EncoderGraph(model), [example], ["images"], names, draft / "encoder.onnx")
     log.info("exporting decoder_step.onnx and decoder_loop.onnx")
+    following = {name: f"next_{name}" for name in names if name not in model.decoder.constant}
     export_graph(
         _StepGraph(model),
-        [torch.zeros(2, dtype=torch.int64), *model.start(example)],
-        ["tokens", *STATE],
-        ["logits", *STATE.values()],
+        [torch.zeros(2, dtype=torch.int64), state],
+        ["tokens", *names],
+        ["logits", *following.values()],
         draft / "decoder_step.onnx",
     )
-    _add_loop(draft)
+    _add_loop(draft, following)
+    return following
 
 
-def _add_loop(draft: Path) -> None:
+def _add_loop(draft: Path, state: Mapping[str, str]) -> None:
     """`decoder_loop.onnx` beside the step graph, and the weights of both in `decoder.data`."""
     path = draft / "decoder_step.onnx"
     step = onnx.load(path)
@@ -187,13 +203,15 @@ def _add_loop(draft: Path) -> None:
     onnx.save(step, path, save_as_external_data=True, location="decoder.data")
     (draft / "decoder.data").chmod(path.stat().st_mode)  # onnx lets nobody else read it
     step = onnx.load(path, load_external_data=False)
-    defaults = decoding_defaults()
-    [end_token] = defaults["end_tokens"]
-    loop = loop_graph(step, STATE, Vocabulary.START, end_token, defaults["suppress_tokens"])
+    assert DECODING.start_token is not None
+    [end_token] = DECODING.end_tokens
+    loop = loop_graph(step, state, DECODING.start_token, end_token, DECODING.suppress_tokens)
     onnx.save(loop, draft / "decoder_loop.onnx")
 
 
-def _quantize(draft: Path, exported: Captioner, calibration: Sequence[ImageSource]) -> None:
+def _quantize(
+    draft: Path, state: Mapping[str, str], exported: Captioner, calibration: Sequence[ImageSource]
+) -> None:
     """Turn the graphs of `draft`, which `exported` runs in float32, into 8-bit ones."""
     images = [{"images": exported.preprocess(image)[None]} for image in calibration]
 
@@ -201,7 +219,7 @@ def _quantize(draft: Path, exported: Captioner, calibration: Sequence[ImageSourc
         for feeds in images:
             state = exported.encoder(**feeds)
             [hypothesis] = greedy(exported.decoder, state, exported.options)
-            for token in (Vocabulary.START, *hypothesis.tokens):
+            for token in (DECODING.start_token, *hypothesis.tokens):
                 tokens = np.array([token], np.int64)
                 yield {"tokens": tokens, **state}
                 _, state = exported.decoder.step(tokens, state)
@@ -210,34 +228,36 @@ def _quantize(draft: Path, exported: Captioner, calibration: Sequence[ImageSourc
     round_convolutions(encoder, tqdm(images, "rounding weights", leave=False, disable=None))
     quantize_static(encoder, images)
     quantize_static(draft / "decoder_step.onnx", steps())
-    _add_loop(draft)
+    _add_loop(draft, state)
 
 
 def _compare_graphs(
-    checkpoint: Checkpoint, exported: Captioner, images: Sequence[ImageSource]
+    reference: Captioner, exported: Captioner, images: Sequence[ImageSource]
 ) -> dict[str, float]:
     """The largest difference of a value from PyTorch's, by graph."""
-    model, decoder = checkpoint.model, exported.decoder
-    pixels = np.stack([preprocess(image, checkpoint.image) for image in images[:IMAGES]])
+    pixels = np.stack([reference.preprocess(image) for image in images[:IMAGES]])
     rng = np.random.default_rng(0)
     worst = {"encoder.onnx": 0.0, "decoder_step.onnx": 0.0}
     for batch in (1, 3, IMAGES):
-        hidden, cell = model.start(torch.from_numpy(pixels[:batch]))
-        state = exported.encoder(pixels[:batch])
-        expected = dict(zip(STATE, (hidden, cell), strict=True))
-        difference = compare_outputs("encoder.onnx", expected, state)
+        wanted = _arrays(reference.encoder(pixels[:batch]))
+        difference = compare_outputs("encoder.onnx", wanted, exported.encoder(pixels[:batch]))
         worst["encoder.onnx"] = max(worst["encoder.onnx"], difference)
         # Both steps start from PyTorch's state, so the second graph is judged alone.
-        tokens = rng.integers(len(checkpoint.vocabulary), size=batch)
-        logits, (hidden, cell) = model.decoder.step(torch.from_numpy(tokens), (hidden, cell))
-        actual, state = decoder.step(tokens, {k: v.numpy() for k, v in expected.items()})
+        tokens = rng.integers(len(reference.text), size=batch)
+        tensors = {name: torch.from_numpy(value) for name, value in wanted.items()}
+        logits, following = reference.decoder.step(tokens, tensors)
+        actual, state = exported.decoder.step(tokens, wanted)
         difference = compare_outputs(
             "decoder_step.onnx",
-            {"logits": logits, "hidden": hidden, "cell": cell},
+            {"logits": logits, **_arrays(following)},
             {"logits": actual, **state},
         )
         worst["decoder_step.onnx"] = max(worst["decoder_step.onnx"], difference)
     return worst
+
+
+def _arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in state.items()}
 
 
 def _compare_quantized(
@@ -254,8 +274,9 @@ def _compare_quantized(
     pixels = np.stack([exact.preprocess(image) for image in images[:IMAGES]])
     state = exact.encoder(pixels)
     logits, _ = exact.decoder.start(state, None)
+    errs = quantized.encoder(pixels)
     errors = {
-        "encoder.onnx": relative_error(state["hidden"], quantized.encoder(pixels)["hidden"]),
+        "encoder.onnx": max(relative_error(values, errs[name]) for name, values in state.items()),
         "decoder_step.onnx": relative_error(logits, quantized.decoder.start(state, None)[0]),
     }
     for graph, error in errors.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from capexport.graphs import runtime_version
+from capexport.sessions import runtime_version
 
 OPSET = 20
 
@@ -31,17 +31,18 @@ def strip_traces(model: onnx.ModelProto) -> None:
 
 def export_graph(
     module: nn.Module,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | Mapping[str, Tensor]],
     input_names: Sequence[str],
     output_names: Sequence[str],
     path: Path,
 ) -> None:
     """Export `module` with axis 0 of every input a free batch size.
 
-    `inputs` are examples with a batch of two or more: the exporter would take a batch of one for
-    a constant (torch.export documentation, "0/1 specialization").
+    `input_names` and `output_names` count the tensors in a dict one by one.
+    `inputs` are examples with a batch of two or more: the exporter would take a batch of one for a
+    constant (torch.export documentation, "0/1 specialization").
     """
-    batch = torch.export.Dim("batch")
+    batch = {0: torch.export.Dim("batch")}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -50,7 +51,10 @@ def export_graph(
             tuple(inputs),
             input_names=list(input_names),
             output_names=list(output_names),
-            dynamic_shapes=[{0: batch}] * len(inputs),
+            dynamic_shapes=[
+                batch if isinstance(value, Tensor) else dict.fromkeys(value, batch)
+                for value in inputs
+            ],
             opset_version=OPSET,
             dynamo=True,
             verbose=False,

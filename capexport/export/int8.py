@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from capexport.export.quantize import root_logger_kept
-from capexport.graphs import open_session
+from capexport.sessions import CPU
 
 # The stem and the first block, whose channels differ most in range, stay in float32: quantised,
 # they take most of the features' accuracy, and on their large maps they are no faster.
@@ -66,9 +66,9 @@ def _values(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "watched.onnx")
         onnx.save(watched, path)
-        session = open_session(path, "cpu", None)
+        graph = CPU.open(path)
         for feeds in inputs:
-            yield dict(zip(names, session.run(names, feeds), strict=True))
+            yield graph.run(feeds, names)
 
 
 def _patches(images: NDArray[Any], node: onnx.NodeProto, shape: Sequence[int]) -> NDArray[Any]:

@@ -5,7 +5,8 @@ A caption is then two calls, encoder and loop, and nothing between the steps lea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from onnx import numpy_helper, parser
 # have ended go on unnoticed: their log-probability no longer grows, their words are cut off.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
-decoder_loop (int64 max_tokens, int64 min_tokens, {first_states})
+decoder_loop (int64 max_tokens, int64 min_tokens, {all_states})
     => (int64[steps, batch] words, float[batch] log_probabilities)
 {{
     rows = Shape <start = 0, end = 1> ({first_state})
@@ -59,40 +60,54 @@ def loop_graph(
 
     Args:
         step: the step graph; its initializers, external ones too, become the new graph's.
-        state: each state input of `step` and the output that holds its next value.
+        state: each input of `step` that changes from step to step, and the output that holds its
+            next value. Its other inputs, but for `tokens`, are constant: the loop's body takes
+            them from outside.
     Returns:
-        A graph of `max_tokens` and `min_tokens`, int64 scalars, and `first_<state>`, float32
-        (batch, size) each, to `words`, int64 (steps, batch), and `log_probabilities`, float32
-        (batch,). A row's words count up to its first `end_token`.
+        A graph of `max_tokens` and `min_tokens`, int64 scalars, `first_<name>` of each state, and
+        the constant inputs as they are, to `words`, int64 (steps, batch), and `log_probabilities`,
+        float32 (batch,). A row's words count up to its first `end_token`.
     """
-    widths = {node.name: _width(node) for node in (*step.graph.input, *step.graph.output)}
+    values = {node.name: node for node in (*step.graph.input, *step.graph.output)}
+    constant = [v.name for v in step.graph.input if v.name not in ("tokens", *state)]
 
-    def typed(names: Sequence[str], prefix: str = "") -> str:
-        return ", ".join(f"float[batch, {widths[name]}] {prefix}{name}" for name in names)
+    def typed(names: Iterable[str], prefix: str = "") -> list[str]:
+        return [_typed(values[name], prefix + name) for name in names]
 
     inputs, outputs = list(state), list(state.values())
     model = parser.parse_model(
         _GRAPH.format(
             ir_version=step.ir_version,
             opset=next(item.version for item in step.opset_import if not item.domain),
-            first_states=typed(inputs, "first_"),
+            all_states=", ".join(typed(inputs, "first_") + typed(constant)),
             first_state=f"first_{inputs[0]}",
             first_names=", ".join(f"first_{name}" for name in inputs),
             last_states=", ".join(f"last_{name}" for name in inputs),
-            states=typed(inputs),
-            next_states=typed(outputs),
+            states=", ".join(typed(inputs)),
+            next_states=", ".join(typed(outputs)),
         )
     )
     [body] = [node.attribute[0].g for node in model.graph.node if node.op_type == "Loop"]
     choosing = list(body.node)
     del body.node[:]
     body.node.extend([*step.graph.node, *choosing])
+    width = values["logits"].type.tensor_type.shape.dim[-1].dim_value
+    constants = _constants(width, start_token, end_token, suppress_tokens)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()
+    )
+    model.graph.initializer.extend(step.graph.initializer)
+    return model
 
-    never = np.zeros(widths["logits"], np.float32)
+
+def _constants(
+    width: int, start_token: int, end_token: int, suppress_tokens: Sequence[int]
+) -> dict[str, Any]:
+    never = np.zeros(width, np.float32)
     never[list(suppress_tokens)] = -np.inf
     not_yet = never.copy()
     not_yet[end_token] = -np.inf
-    constants = {
+    return {
         "start_token": np.int64(start_token),
         "end_token": np.int64(end_token),
         "never": never,
@@ -102,12 +117,11 @@ def loop_graph(
         "yes": np.bool_(True),
         "last_axis": np.array([1]),
     }
-    model.graph.initializer.extend(
-        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()
-    )
-    model.graph.initializer.extend(step.graph.initializer)
-    return model
 
 
-def _width(node: onnx.ValueInfoProto) -> int:
-    return node.type.tensor_type.shape.dim[-1].dim_value
+def _typed(value: onnx.ValueInfoProto, name: str) -> str:
+    """An input or output with its type, in the syntax of ONNX's parser; axis 0 is the batch."""
+    tensor = value.type.tensor_type
+    axes = [dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim]
+    kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    return f"{kind}[{', '.join(['batch', *axes[1:]])}] {name}"

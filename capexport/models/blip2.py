@@ -23,8 +23,8 @@ from transformers import (
     BlipImageProcessor,
 )
 
-from capexport.artifact import sha256_of
-from capexport.captioner import Caption, Timing, is_hub_id
+from capexport.artifact import is_hub_id, sha256_of
+from capexport.captioner import Caption, Timing
 from capexport.errors import CheckpointError, DownloadError
 from capexport.preprocessing import ImageSource, load_image
 

@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from capexport.artifact import image_spec_from_json, replace_file, sha256_of
+from capexport.artifact import replace_file, sha256_of, typed
 from capexport.errors import CheckpointError
+from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig
 from capexport.preprocessing import ImageSpec
-from capexport.vocabulary import Vocabulary
 
 FILE_NAME = "checkpoint.json"
 SCHEMA = 1
@@ -107,7 +107,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         checkpoint = Checkpoint(
             model=CnnLstm(CnnLstmConfig(**document["config"])),
             vocabulary=Vocabulary(tuple(document["vocabulary"])),
-            image=image_spec_from_json(document["image"]),
+            image=typed(ImageSpec, document["image"], "image"),
             training=document["training"],
             metrics=document["metrics"],
             sha256=document["weights"]["sha256"],

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torchvision.models import mobilenet_v2
 
-# hidden and cell, float32 (batch, hidden_size) each
-LstmState: TypeAlias = tuple[Tensor, Tensor]
+# By name: hidden and cell, float32 (batch, hidden_size) each.
+State: TypeAlias = dict[str, Tensor]
 
 BACKBONE_CHANNELS = 1280
 
@@ -56,11 +56,13 @@ class ImageEncoder(nn.Module):
 class CaptionDecoder(nn.Module):
     """Word embedding, one LSTM layer, and the projection to the vocabulary.
 
+    `constant` are the names in its state that stay as they are from step to step.
     `step_by_module` takes single steps through `nn.LSTM` instead of the call behind
     `nn.LSTMCell`: the same arithmetic, and on some machines and batch sizes the faster one.
     """
 
     step_by_module = False
+    constant: frozenset[str] = frozenset()
 
     def __init__(self, config: CnnLstmConfig) -> None:
         super().__init__()
@@ -69,23 +71,25 @@ class CaptionDecoder(nn.Module):
         self.lstm = nn.LSTM(config.embed_size, config.hidden_size, batch_first=True)
         self.output = nn.Linear(config.hidden_size, config.vocabulary_size)
 
-    def start(self, feature: Tensor) -> LstmState:
+    def start(self, feature: Tensor) -> State:
         """The state after the image feature, (batch, embed_size)."""
         zeros = feature.new_zeros(feature.shape[0], self.hidden_size)
-        return self._advance(feature, (zeros, zeros))
+        return self._advance(feature, {"hidden": zeros, "cell": zeros})
 
-    def step(self, tokens: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """One word: int64 (batch,) to logits (batch, vocabulary) and the next state."""
-        hidden, cell = self._advance(self.embedding(tokens), state)
-        return self.output(hidden), (hidden, cell)
+        state = self._advance(self.embedding(tokens), state)
+        return self.output(state["hidden"]), state
 
-    def _advance(self, inputs: Tensor, state: LstmState) -> LstmState:
+    def _advance(self, inputs: Tensor, state: State) -> State:
+        before = state["hidden"], state["cell"]
         if self.step_by_module:
-            _, (hidden, cell) = self.lstm(inputs[:, None], (state[0][None], state[1][None]))
-            return hidden[0], cell[0]
-        # This exports as two Gemm nodes and the gates, nn.LSTM as an LSTM node amid reshapes.
-        hidden, cell = torch.lstm_cell(inputs, state, *self.lstm.all_weights[0])
-        return hidden, cell
+            _, after = self.lstm(inputs[:, None], tuple(value[None] for value in before))
+            hidden, cell = (value[0] for value in after)
+        else:
+            # This exports as two Gemm nodes and the gates, nn.LSTM as an LSTM node amid reshapes.
+            hidden, cell = torch.lstm_cell(inputs, before, *self.lstm.all_weights[0])
+        return {"hidden": hidden, "cell": cell}
 
     def forward(self, feature: Tensor, captions: Tensor, lengths: Tensor) -> PackedSequence:
         """All steps at once, for training.
@@ -125,6 +129,6 @@ class CnnLstm(nn.Module):
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
-    def start(self, images: Tensor) -> LstmState:
+    def start(self, images: Tensor) -> State:
         """float32 (batch, 3, height, width) to the decoder's state before `<SOS>`."""
         return self.decoder.start(self.encoder(images))

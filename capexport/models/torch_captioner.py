@@ -7,21 +7,30 @@ host but the logits that choosing the next token needs.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from capexport.artifact import Decoding
 from capexport.captioner import Captioner
-from capexport.decoding import Decoder, DecodingOptions, TokenArray
+from capexport.decoding import Decoder, TokenArray
 from capexport.errors import DeviceError
+from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.checkpoint import Checkpoint
-from capexport.models.cnn_lstm import CnnLstm, LstmState
+from capexport.models.cnn_lstm import CnnLstm, State
 from capexport.preprocessing import FloatArray
-from capexport.vocabulary import Vocabulary
 
-MAX_TOKENS = 30  # Flickr8k's longest captions but for one in a thousand
+# What the manifest of a CNN-LSTM says of decoding.
+DECODING = Decoding(
+    end_tokens=(Vocabulary.END,),
+    max_tokens=30,  # Flickr8k's longest captions but for one in a thousand
+    suppress_tokens=(Vocabulary.PAD, Vocabulary.START, Vocabulary.UNKNOWN),
+    start_token=Vocabulary.START,
+)
 
 
 class TorchEncoder:
@@ -34,33 +43,38 @@ class TorchEncoder:
         model.encoder.to(memory_format=self._format)  # type: ignore[call-overload]
 
     @torch.inference_mode()
-    def __call__(self, images: FloatArray) -> LstmState:
+    def __call__(self, images: FloatArray) -> State:
         return self._model.start(
             torch.from_numpy(images).to(self._device, memory_format=self._format)
         )
 
 
 class TorchDecoder(Decoder):
-    """One step of the LSTM at a time."""
+    """One step of the model's decoder at a time."""
 
     def __init__(self, model: CnnLstm, device: str) -> None:
         self._model = model
         self._device = device
+        self.constant = model.decoder.constant
 
-    def start(self, features: LstmState, prompts: object = None) -> tuple[FloatArray, LstmState]:
-        batch = len(features[0])
+    def start(
+        self, features: Mapping[str, Tensor], prompts: object = None
+    ) -> tuple[FloatArray, Mapping[str, Tensor]]:
+        batch = len(next(iter(features.values())))
         return self.step(np.full(batch, Vocabulary.START, np.int64), features)
 
     @torch.inference_mode()
-    def step(self, tokens: TokenArray, state: LstmState) -> tuple[FloatArray, LstmState]:
-        logits, state = self._model.decoder.step(torch.from_numpy(tokens).to(self._device), state)
+    def step(
+        self, tokens: TokenArray, state: Mapping[str, Tensor]
+    ) -> tuple[FloatArray, Mapping[str, Tensor]]:
+        ids = torch.from_numpy(tokens).to(self._device)
+        logits, state = self._model.decoder.step(ids, dict(state))
         return logits.cpu().numpy(), state
 
     @torch.inference_mode()
-    def select(self, state: LstmState, rows: NDArray[np.intp]) -> LstmState:
+    def select(self, state: Mapping[str, Tensor], rows: NDArray[np.intp]) -> Mapping[str, Tensor]:
         index = torch.from_numpy(rows).to(self._device)
-        hidden, cell = state
-        return hidden[index], cell[index]
+        return {name: value[index] for name, value in state.items()}
 
 
 def torch_captioner(
@@ -72,7 +86,7 @@ def torch_captioner(
     compiled: bool = False,
     threads: int | None = None,
 ) -> Captioner:
-    """A captioner that runs the checkpoint's own modules.
+    """A captioner that runs a copy of the checkpoint's modules.
 
     `channels_last` is the encoder's memory format, `step_by_module` as in `CaptionDecoder`,
     `compiled` runs encoder and step through `torch.compile`, and `threads` are those of
@@ -82,7 +96,7 @@ def torch_captioner(
         DeviceError: PyTorch has no such device.
     """
     require_torch_device(device)
-    model = checkpoint.model.to(device).eval()
+    model = copy.deepcopy(checkpoint.model).to(device).eval()
     model.decoder.step_by_module = step_by_module
     if compiled:
         model.start = torch.compile(model.start)  # type: ignore[method-assign]
@@ -94,8 +108,10 @@ def torch_captioner(
         TorchDecoder(model, device),
         checkpoint.vocabulary,
         checkpoint.image,
-        DecodingOptions(**decoding_defaults()),
-        threads,
+        DECODING.options,
+        threads=threads,
+        device=device,
+        title="PyTorch",
     )
 
 
@@ -106,12 +122,3 @@ def require_torch_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise DeviceError(f"PyTorch cannot use the device {device!r}: {reason}") from error
-
-
-def decoding_defaults() -> dict[str, Any]:
-    """The `DecodingOptions` of a CNN-LSTM, as its manifest will hold them."""
-    return {
-        "end_tokens": (Vocabulary.END,),
-        "max_tokens": MAX_TOKENS,
-        "suppress_tokens": (Vocabulary.PAD, Vocabulary.START, Vocabulary.UNKNOWN),
-    }

@@ -477,7 +477,7 @@ def test_damaged_checkpoints_are_refused(copied: Path, tmp_path: Path):
 
 def test_a_full_disk_in_mid_export(blip2_checkpoint: Make, tmp_path: Path):
     """A limit on file sizes stands for the disk: the embedding still fits, the decoder doesn't."""
-    command = [sys.executable, "-m", "capexport.cli", "blip2", "--model", blip2_checkpoint("t5")]
+    command = [sys.executable, "-m", "capexport", "blip2", "--model", blip2_checkpoint("t5")]
     outcome = subprocess.run(
         [*map(str, command), "--out", str(tmp_path / "out")],
         capture_output=True,

@@ -202,7 +202,7 @@ def test_without_onnxruntime_nothing_is_begun(checkpoint, tmp_path, monkeypatch,
 def test_kill_in_mid_export(checkpoint: Checkpoint, tmp_path: Path):
     out = tmp_path / "out"
     folder = checkpoint.training["folder"]
-    command = [sys.executable, "-m", "capexport.cli", "lstm", folder, "--out", str(out)]
+    command = [sys.executable, "-m", "capexport", "lstm", folder, "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     draft = tmp_path / ".out.partial" / "encoder.onnx"
     while not draft.exists():

@@ -27,7 +27,7 @@ from capexport.graphs import (
     OnnxLstmDecoder,
     open_session,
 )
-from capexport.vocabulary import Vocabulary
+from capexport.families.cnn_lstm import Vocabulary
 
 
 def test_one_image_and_a_list(captioner: Captioner, photos: list[Path]):

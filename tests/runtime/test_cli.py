@@ -138,7 +138,7 @@ def test_empty_folders_and_existing_outputs(artifact, photos, tmp_path, capsys):
 def test_kill_and_resume(artifact, photos, wanted, tmp_path, capsys):
     out = tmp_path / "captions.jsonl"
     arguments = ["-m", str(artifact), *map(str, photos), "--format", "jsonl", "--out", str(out)]
-    command = [sys.executable, "-m", "capexport.cli", "caption", *arguments, "--batch-size", "1"]
+    command = [sys.executable, "-m", "capexport", "caption", *arguments, "--batch-size", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = tmp_path / "captions.jsonl.journal"
     deadline = time.monotonic() + 120

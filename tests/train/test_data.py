@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import CAPTIONS, draw_photo, kaggle
 
-from capexport.vocabulary import Vocabulary
+from capexport.families.cnn_lstm import Vocabulary
 from train.data import DatasetError, Flickr8k, build_vocabulary, clean, main, read_flickr8k
 
 

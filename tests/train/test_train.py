@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from capexport import Captioner, DownloadError
 from capexport.cli import main as capexport
-from capexport.export.metrics import score
+from capexport.metrics import score
 from capexport.models.checkpoint import load_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
 from capexport.preprocessing import ImageSpec

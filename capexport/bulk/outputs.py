@@ -1,4 +1,4 @@
-"""Caption many files: find them, write what people's tools read, survive interruption.
+"""What people's tools read, written so that an interruption loses nothing.
 
 Results first go line by line into a journal beside the output; the output itself appears in one
 piece at the end. Side-car files need no journal: each is whole or not there.
@@ -7,64 +7,20 @@ piece at the end. Side-car files need no journal: each is whole or not there.
 from __future__ import annotations
 
 import csv
-import glob
 import json
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO, TypeAlias, TypeVar
+from typing import Protocol, TextIO, TypeAlias
 
-import numpy as np
-from PIL import Image
-
-from capexport.artifact import Manifest, replace_file, replacing_file
-from capexport.captioner import Captioner, open_artifact
-from capexport.errors import ImageError, ImageNotFoundError, OutputExistsError
-from capexport.preprocessing import FloatArray
-from capexport.vocabulary import Vocabulary
+from capexport.artifact import replace_file, replacing_file
+from capexport.errors import OutputExistsError
 
 FORMATS = ("text", "jsonl", "csv", "coco", "txt")
 
 # A file's name in the results, and its caption.
 Row: TypeAlias = tuple[str, str]
-# Files, their pixels, and the errors of those that cannot be read; then files and captions.
-_Batch: TypeAlias = tuple[list[Path], FloatArray, list[ImageError]]
-_Captioned: TypeAlias = tuple[list[tuple[Path, str]], list[ImageError]]
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-
-
-def find_images(arguments: Sequence[str], stdin: TextIO) -> list[Path]:
-    """The files behind paths, folders (searched in depth), glob patterns and `-` (a list, one
-    path a line, on `stdin`), each once. A file that doesn't exist stays in: it is reported later.
-
-    Raises:
-        ImageNotFoundError: a folder, pattern or list yields no image at all.
-    """
-    found: list[Path] = []
-    for argument in arguments:
-        path = Path(argument)
-        if argument == "-":
-            paths = [Path(line.rstrip("\r\n")) for line in stdin if line.strip()]
-        elif path.is_dir():
-            Image.init()
-            paths = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in Image.EXTENSION and file.is_file()
-            )
-        elif not path.exists() and glob.has_magic(argument):
-            paths = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
-        else:
-            paths = [path]
-        if not paths:
-            raise ImageNotFoundError(f"{argument}: no image files there")
-        found += paths
-    return list({os.path.abspath(path): path for path in found}.values())
 
 
 def coco_image_id(name: str) -> int | str:
@@ -263,92 +219,3 @@ def _refuse_clashes(paths: Sequence[Path], key: Callable[[Path], str], what: str
 
 def _refuse_clashing_ids(paths: Sequence[Path]) -> None:
     _refuse_clashes(paths, lambda path: str(coco_image_id(path.name)), "COCO image id")
-
-
-def open_captioner(model: Path, device: str = "cpu", threads: int | None = None) -> Captioner:
-    """`Captioner.load`, for `caption_files` with as many workers as `threads` says.
-
-    On a CPU a CNN-LSTM's graphs get one thread each: a core that takes a batch of its own through
-    all stages never waits for another one. A larger model takes one batch at a time, with all
-    threads: of its activations and caches, one batch's is enough to hold.
-    """
-    manifest = Manifest.read(model)
-    alone = device == "cpu" and manifest.family == "cnn-lstm"
-    return open_artifact(model, manifest, device, 1 if alone else threads)
-
-
-def default_batch_size(captioner: Captioner) -> int:
-    """As many as a decoder's step takes in its stride; a large model's caches also need room."""
-    return 32 if isinstance(captioner.vocabulary, Vocabulary) else 8
-
-
-def caption_files(
-    captioner: Captioner,
-    paths: Sequence[Path],
-    output: Output,
-    *,
-    batch_size: int,
-    workers: int = 1,
-    prompt: str | None = None,
-    changes: Mapping[str, float] | None = None,
-) -> Iterator[tuple[int, list[ImageError]]]:
-    """Caption `paths` into `output`, in their order, batch by batch.
-
-    `workers` threads read a batch each and, where the captioner is of one thread, caption it too;
-    a captioner of several threads takes their batches in turn, the next ones being read
-    meanwhile. However many files there are, no more than `2 * workers` batches are read and not
-    yet written. `prompt` and `changes` are as for `Captioner`.
-
-    Yields:
-        After each batch, how many files it took, and the errors of those that cannot be read.
-    """
-
-    def read(batch: Sequence[Path]) -> _Batch:
-        side = captioner.image.crop
-        pixels = np.empty((len(batch), 3, side, side), np.float32)
-        readable: list[Path] = []
-        errors: list[ImageError] = []
-        for path in batch:
-            try:
-                captioner.preprocess(path, pixels[len(readable)])
-                readable.append(path)
-            except ImageError as error:
-                errors.append(error)
-        return readable, pixels[: len(readable)], errors
-
-    def caption(batch: _Batch) -> _Captioned:
-        readable, pixels, errors = batch
-        if not readable:
-            return [], errors
-        prompts = None if prompt is None else [prompt] * len(readable)
-        captions = captioner.caption_pixels(pixels, prompts=prompts, changes=changes)
-        return [(path, c.text) for path, c in zip(readable, captions, strict=True)], errors
-
-    starts = range(0, len(paths), batch_size)
-    batches = (paths[start : start + batch_size] for start in starts)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        if captioner.threads == 1:
-            results = _ahead(pool, lambda batch: caption(read(batch)), batches, 2 * workers)
-        else:
-            results = map(caption, _ahead(pool, read, batches, 2 * workers))
-        for start, (rows, errors) in zip(starts, results, strict=True):
-            if rows:
-                output.write(rows)
-            yield min(batch_size, len(paths) - start), errors
-    finally:
-        pool.shutdown(cancel_futures=True)
-    output.finish()
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterator[_In], ahead: int
-) -> Iterator[_Out]:
-    """`pool.map`, in order, but with no more than `ahead` results begun and not yet taken."""
-    waiting: deque[Future[_Out]] = deque()
-    for item in items:
-        if len(waiting) == ahead:
-            yield waiting.popleft().result()
-        waiting.append(pool.submit(function, item))
-    while waiting:
-        yield waiting.popleft().result()

@@ -1,0 +1,123 @@
+"""The pipeline: many files through one captioner, a batch a core or all cores for a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+import numpy as np
+
+from capexport.artifact import Manifest
+from capexport.bulk.outputs import Output
+from capexport.captioner import Captioner, open_artifact
+from capexport.decoding import DecodingKeywords
+from capexport.errors import ImageError
+from capexport.families import find_family
+from capexport.preprocessing import FloatArray
+from capexport.sessions import Target, targets
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# Files, their pixels, and the errors of those that cannot be read; then files and captions.
+_Batch: TypeAlias = tuple[list[Path], FloatArray, list[ImageError]]
+_Captioned: TypeAlias = tuple[list[tuple[Path, str]], list[ImageError]]
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def open_captioner(model: Path, device: str = "cpu", threads: int | None = None) -> Captioner:
+    """`Captioner.load`, for `caption_files` with as many workers as `threads` says.
+
+    Where the device's row says so, a small model's graphs get one thread each: a core that takes a
+    batch of its own through all stages never waits for another one. A large model takes one batch
+    at a time, with all threads.
+    """
+    manifest = Manifest.read(model)
+    small = find_family(manifest.family).small
+
+    def suited(target: Target) -> Target:
+        alone = small and target.device.core_batches
+        return dataclasses.replace(target, threads=1) if alone else target
+
+    return open_artifact(model, manifest, *map(suited, targets(device, threads)))
+
+
+def caption_files(
+    captioner: Captioner,
+    paths: Sequence[Path],
+    output: Output,
+    *,
+    batch_size: int,
+    workers: int = 1,
+    prompt: str | None = None,
+    **options: Unpack[DecodingKeywords],
+) -> Iterator[tuple[int, list[ImageError]]]:
+    """Caption `paths` into `output`, in their order, batch by batch.
+
+    `workers` threads read a batch each and, where the captioner is of one thread, caption it too;
+    a captioner of several threads takes their batches in turn, the next ones being read
+    meanwhile. However many files there are, no more than `2 * workers` batches are read and not
+    yet written. `prompt` and `options` are as for `Captioner.caption`.
+
+    Yields:
+        After each batch, how many files it took, and the errors of those that cannot be read.
+    """
+
+    def caption(batch: _Batch) -> _Captioned:
+        readable, pixels, errors = batch
+        if not readable:
+            return [], errors
+        prompts = None if prompt is None else [prompt] * len(readable)
+        captions = captioner.caption_pixels(pixels, prompts=prompts, **options)
+        return [(path, c.text) for path, c in zip(readable, captions, strict=True)], errors
+
+    read = partial(_read, captioner)
+    starts = range(0, len(paths), batch_size)
+    batches = (paths[start : start + batch_size] for start in starts)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        if captioner.threads == 1:
+            results = _ahead(pool, lambda batch: caption(read(batch)), batches, 2 * workers)
+        else:
+            results = map(caption, _ahead(pool, read, batches, 2 * workers))
+        for start, (rows, errors) in zip(starts, results, strict=True):
+            if rows:
+                output.write(rows)
+            yield min(batch_size, len(paths) - start), errors
+    finally:
+        pool.shutdown(cancel_futures=True)
+    output.finish()
+
+
+def _read(captioner: Captioner, batch: Sequence[Path]) -> _Batch:
+    side = captioner.image.crop
+    pixels = np.empty((len(batch), 3, side, side), np.float32)
+    readable: list[Path] = []
+    errors: list[ImageError] = []
+    for path in batch:
+        try:
+            captioner.preprocess(path, pixels[len(readable)])
+            readable.append(path)
+        except ImageError as error:
+            errors.append(error)
+    return readable, pixels[: len(readable)], errors
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterator[_In], ahead: int
+) -> Iterator[_Out]:
+    """`pool.map`, in order, but with no more than `ahead` results begun and not yet taken."""
+    waiting: deque[Future[_Out]] = deque()
+    for item in items:
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+        waiting.append(pool.submit(function, item))
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,0 +1,36 @@
+"""The `capexport` command: a module for each subcommand, its parser beside its run."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import metadata
+
+from capexport.cli import blip2, caption, inspect, lstm
+from capexport.cli.command import run_command, show_progress, teaching
+from capexport.cli.lstm import bundled_checkpoint
+
+__all__ = ["bundled_checkpoint", "main", "run_command", "show_progress", "teaching"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit code.
+
+    0: done; 1: some images could not be read; 2: refused, with one line that says why;
+    130: interrupted; 141: nobody reads standard output any more.
+    """
+    options = _parser().parse_args(argv)
+    show_progress()
+    return run_command("capexport", lambda: int(options.run(options)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="capexport", description="Image captioning from training to production."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"capexport {metadata.version('capexport')}"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (lstm, blip2, caption, inspect):
+        command.add_parser(commands)
+    return parser

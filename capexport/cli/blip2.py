@@ -1,0 +1,76 @@
+"""`capexport blip2`"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from capexport.bulk.files import find_images
+from capexport.cli.command import teaching
+from capexport.errors import MissingExtraError
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "blip2",
+        help="export a BLIP-2 checkpoint to ONNX",
+        **teaching(
+            "Export a BLIP-2 checkpoint of Hugging Face, with OPT or Flan-T5 as its language "
+            "model, through Optimum: vision_encoder.onnx, embed_tokens.onnx, "
+            "decoder_model_merged.onnx (the key/value cache in and out), for Flan-T5 "
+            "encoder_model.onnx, tokenizer.json and manifest.json. The folder appears only if the "
+            "graphs give PyTorch's values; in fp32, its captions to the last token.",
+            "capexport blip2 --out artifacts/blip2            # Salesforce/blip2-opt-2.7b",
+            "capexport blip2 --model Salesforce/blip2-flan-t5-xl --precision fp16 --out DIR",
+            "capexport blip2 --model my-checkpoint/ --precision int4 --out artifacts/mine",
+        ),
+    )
+    parser.add_argument(
+        "--model",
+        default="Salesforce/blip2-opt-2.7b",
+        metavar="ID",
+        help="Hugging Face id, or a local folder (default: %(default)s)",
+    )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the id")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8", "int4"),
+        default="fp32",
+        help="fp32: exact (default); fp16: half the size, for CUDA; int8, int4: the language "
+        "model's weights in so many bits, the image part's in 8, for CPU",
+    )
+    parser.add_argument(
+        "--photos",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="photos to compare captions on (default: seeded colour fields)",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        from capexport.export.blip2 import export_blip2
+        from capexport.models.blip2 import find_checkpoint
+    except ImportError as error:
+        raise MissingExtraError(
+            f"exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'` ({error})"
+        ) from error
+    # Without a network it warns of every attempt; the error at the end says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    folder, source = find_checkpoint(options.model, options.revision)
+    photos = find_images(options.photos, sys.stdin) if options.photos else []
+    manifest = export_blip2(folder, options.out, options.precision, source=source, photos=photos)
+    captions = manifest.parity["captions"]
+    size = sum(record.bytes for record in manifest.files.values()) / 1e6
+    print(
+        f"{options.out}: {size:.1f} MB; {captions['identical']} of {captions['compared']} captions "
+        f"identical to generate()'s, {captions['token_agreement']:.0%} of their tokens; error of "
+        f"the first logits {captions['logit_error']:.1g}"
+    )
+    return 0

@@ -1,0 +1,116 @@
+"""`capexport lstm`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from capexport.bulk.files import find_images
+from capexport.cli.command import teaching
+from capexport.errors import CheckpointError, MissingExtraError
+from capexport.metrics import format_scores, read_references
+
+BUNDLED_CHECKPOINT = Path(__file__).parents[2] / "artifacts" / "default"
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "lstm",
+        help="export a CNN-LSTM checkpoint to ONNX",
+        **teaching(
+            "Export a CNN-LSTM checkpoint to a folder that `Captioner.load` reads: encoder.onnx, "
+            "decoder_loop.onnx (whole captions), decoder_step.onnx (single steps, for what the "
+            "loop cannot do), vocabulary.json and manifest.json. The folder appears only if the "
+            "graphs give the same values and captions as PyTorch; int8 graphs are made of such "
+            "ones, and their manifest says what they lose.",
+            "capexport lstm --out artifacts/demo              # the bundled Flickr8k model",
+            "capexport lstm runs/first --out artifacts/first --photos photos/",
+            "capexport lstm runs/first --out artifacts/small --precision int8 \\",
+            "    --calibration training/ --photos test/ --references captions.txt",
+        ),
+    )
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        help="checkpoint or run folder of `python -m train` (default: the bundled one)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    parser.add_argument(
+        "--photos",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="photos to compare captions on, 16 or more (default: seeded colour fields)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "int8"),
+        default="fp32",
+        help="fp32: exact (default); int8: a third of the size, faster on CPU",
+    )
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="photos that show int8 the range of values, a hundred or so of the kind that the "
+        "model was trained on",
+    )
+    parser.add_argument(
+        "--references",
+        type=Path,
+        metavar="CSV",
+        help="human captions of --photos, as Flickr8k's captions.txt: also report BLEU and CIDEr",
+    )
+    parser.set_defaults(run=_run)
+
+
+def bundled_checkpoint() -> Path:
+    if not BUNDLED_CHECKPOINT.is_dir():
+        raise CheckpointError(
+            "the bundled checkpoint comes with a checkout of the repository, not with the package: "
+            "pass a CHECKPOINT folder"
+        )
+    return BUNDLED_CHECKPOINT
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        from capexport.export.cnn_lstm import export_cnn_lstm
+        from capexport.models.checkpoint import load_checkpoint
+    except ImportError as error:
+        raise MissingExtraError(
+            f"exporting needs `pip install 'capexport[cpu,export]'` ({error})"
+        ) from error
+    checkpoint = load_checkpoint(options.checkpoint or bundled_checkpoint())
+    photos, calibration = (
+        find_images(paths, sys.stdin) if paths else []
+        for paths in (options.photos, options.calibration)
+    )
+    manifest = export_cnn_lstm(
+        checkpoint,
+        options.out,
+        photos,
+        precision=options.precision,
+        calibration=calibration,
+        references=read_references(options.references) if options.references else None,
+    )
+    parity = manifest.parity
+    captions = parity["captions"]
+    difference = max(parity["max_difference"].values())
+    size = sum(record.bytes for record in manifest.files.values()) / 1e6
+    print(
+        f"{options.out}: {size:.1f} MB; {captions['identical']} of {captions['images']} captions "
+        f"identical to PyTorch's in fp32, largest difference of a value {difference:.1g}"
+    )
+    if options.precision == "int8":
+        print(
+            f"int8: {parity['int8']['identical_captions']:.1%} of captions and "
+            f"{parity['int8']['token_agreement']:.1%} of tokens identical to PyTorch's"
+        )
+    for name, metrics in parity.get("metrics", {}).items():
+        print(f"{name}: {format_scores(metrics)}")
+    return 0

@@ -1,0 +1,47 @@
+"""How every export is written: as a draft, compared with its model, and then once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from capexport.artifact import Manifest, new_artifact, record_files
+from capexport.captioner import Captioner, open_artifact
+from capexport.sessions import CPU, Target
+
+
+class Draft:
+    """An artifact in the making.
+
+    Attributes:
+        folder: where its files are being written.
+        manifest: what it says of itself so far; its files are recorded by `captioner`.
+    """
+
+    manifest: Manifest
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def captioner(self, target: Target = CPU) -> Captioner:
+        """Record the files that are here now, and open them."""
+        self.manifest = dataclasses.replace(self.manifest, files=record_files(self.folder))
+        return open_artifact(self.folder, self.manifest, target)
+
+
+@contextmanager
+def draft_artifact(out: Path) -> Iterator[Draft]:
+    """A draft that becomes the artifact `out` where the block compares it well with its model.
+
+    Raises:
+        OutputExistsError: `out` is there already.
+    """
+    with new_artifact(out) as folder, torch.no_grad():
+        draft = Draft(folder)
+        yield draft
+        assert draft.manifest.parity is not None, "nothing is written that was not compared"
+        draft.manifest.write(folder)

@@ -1,0 +1,61 @@
+"""What is particular to a family of captioners, without torch: a file for each.
+
+A family's module holds `FAMILY`; it is imported when an artifact of that family is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from capexport.artifact import Manifest
+from capexport.decoding import Decoder, Encoder, Text
+from capexport.errors import ArtifactError
+from capexport.sessions import Target
+
+_MODULES = {"cnn-lstm": "cnn_lstm", "blip2": "blip2"}
+
+
+class Parts(NamedTuple):
+    """An opened artifact: what a `Captioner` is made of."""
+
+    encoder: Encoder
+    decoder: Decoder
+    text: Text
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Attributes:
+        open: opens an artifact's folder on a target.
+        batch_size: how many images of a list go through the graphs together by default.
+        small: whether a core can take a batch of its own through all stages; of a large model,
+            one batch's activations and caches are enough to hold.
+        image_graph: the file of the graph that images go through.
+        step_weights: the file that a decoding step reads from end to end.
+        optional: files that an artifact can do without, at the price of speed.
+    """
+
+    open: Callable[[Path, Manifest, Target], Parts]
+    batch_size: int
+    small: bool
+    image_graph: str
+    step_weights: str
+    optional: tuple[str, ...] = ()
+
+
+def find_family(name: str) -> Family:
+    """
+    Raises:
+        ArtifactError: this version knows no such family.
+    """
+    if name not in _MODULES:
+        raise ArtifactError(
+            f"unknown model family {name!r}: this capexport knows {', '.join(_MODULES)}; upgrade it"
+        )
+    family: Family = import_module(f"{__name__}.{_MODULES[name]}").FAMILY
+    return family

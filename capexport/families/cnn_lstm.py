@@ -1,0 +1,194 @@
+"""The CNN-LSTM in the runtime: its words, its graphs, and how its artifact is opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capexport.artifact import Manifest, typed
+from capexport.decoding import Decoder, DecodingOptions, Hypothesis, Prompts, State, TokenArray
+from capexport.errors import ArtifactError, OptionError
+from capexport.families import Family, Parts
+from capexport.preprocessing import FloatArray
+from capexport.sessions import Graph, Target, available_cores, batch_size
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of a captioner; a word's id is its place in `words`.
+
+    The four special words come first: `<PAD>` fills batches, `<SOS>` and `<EOS>` wrap a caption,
+    `<UNK>` stands for every word that is not in the vocabulary.
+    """
+
+    SPECIALS: ClassVar[tuple[str, ...]] = ("<PAD>", "<SOS>", "<EOS>", "<UNK>")
+    PAD: ClassVar[int] = 0
+    START: ClassVar[int] = 1
+    END: ClassVar[int] = 2
+    UNKNOWN: ClassVar[int] = 3
+
+    words: tuple[str, ...]
+    _ids: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ids", {word: index for index, word in enumerate(self.words)})
+        if self.words[:4] != self.SPECIALS:
+            raise ValueError(f"a vocabulary starts with {', '.join(self.SPECIALS)}")
+        if len(self._ids) != len(self.words):
+            raise ValueError("a vocabulary holds each word once")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, words: Iterable[str]) -> list[int]:
+        """The ids of a caption's words, wrapped in `<SOS>` and `<EOS>`."""
+        ids = (self._ids.get(word, self.UNKNOWN) for word in words)
+        return [self.START, *ids, self.END]
+
+    def frame(self, prompts: Sequence[str] | None, batch: int, needed: int) -> Prompts | None:
+        if prompts is not None:
+            raise OptionError("this captioner takes no prompt")
+        return None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The words of `tokens`, special ones left out, separated by spaces."""
+        return " ".join(self.words[token] for token in tokens if token >= len(self.SPECIALS))
+
+
+class OnnxEncoder:
+    """`encoder.onnx`: images to the decoder's state after the image."""
+
+    def __init__(self, graph: Graph, at_once: int | None = None) -> None:
+        """`at_once`: how many images the graph is given together, all by default."""
+        self._graph = graph
+        self._at_once = at_once
+        graph.expect({"images"}, graph.outputs)
+
+    def __call__(self, images: FloatArray) -> State:
+        step = self._at_once or len(images)
+        parts = [
+            self._graph.run({"images": images[start : start + step]}, self._graph.outputs)
+            for start in range(0, len(images), step)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class OnnxDecoder(Decoder):
+    """`decoder_step.onnx`, a token and the state to logits and the next state, and
+    `decoder_loop.onnx`, the state after the image to whole captions.
+
+    Where there is a loop, the step graph is opened only when options need it.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, target: Target, words: int) -> None:
+        """`words`: how many there are."""
+        self._step_path = manifest.file(folder, "decoder_step.onnx")
+        self._loop_path = folder / "decoder_loop.onnx"
+        self._looped = "decoder_loop.onnx" in manifest.files
+        self._next = manifest.state
+        self._decoding = manifest.decoding
+        self._target = target
+        self._words = words
+        graph = self._loop if self._looped else self._step
+        self.constant = frozenset(graph.inputs) - self._own_inputs
+
+    @property
+    def _own_inputs(self) -> set[str]:
+        """What the graphs take besides the constant part of the state."""
+        limits = {"max_tokens", "min_tokens"}
+        return {"tokens", *limits, *self._next, *(f"first_{name}" for name in self._next)}
+
+    @cached_property
+    def _step(self) -> Graph:
+        graph = self._target.open(self._step_path)
+        constant = set(graph.inputs) - self._own_inputs
+        graph.expect({"tokens", *self._next, *constant}, {"logits", *self._next.values()})
+        width = graph.outputs["logits"].shape[-1]
+        if width != self._words:
+            raise ArtifactError(
+                f"{self._step_path}: {self._words} words, but logits for {width}; export again"
+            )
+        return graph
+
+    @cached_property
+    def _loop(self) -> Graph:
+        graph = self._target.open(self._loop_path)
+        constant = set(graph.inputs) - self._own_inputs
+        first = {f"first_{name}" for name in self._next}
+        graph.expect(
+            {"max_tokens", "min_tokens", *first, *constant}, {"words", "log_probabilities"}
+        )
+        return graph
+
+    def start(self, features: State, prompts: object = None) -> tuple[FloatArray, State]:
+        tokens = np.full(batch_size(features), self._decoding.start_token, np.int64)
+        return self.step(tokens, features)
+
+    def step(self, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
+        feeds = {"tokens": tokens, **state}
+        values = self._step.run(feeds, ["logits", *self._next.values()], host=["logits"])
+        moved = {name: values[output] for name, output in self._next.items()}
+        return values["logits"], {**state, **moved}
+
+    def select(self, state: State, rows: NDArray[np.intp]) -> State:
+        return self._step.select(state, rows)
+
+    def greedy(self, features: State, options: DecodingOptions) -> list[Hypothesis] | None:
+        built = self._decoding
+        fixed = (options.end_tokens, options.suppress_tokens)
+        other = fixed != (built.end_tokens, built.suppress_tokens)
+        if not self._looped or options.repetition_penalty != 1 or other:
+            return None
+        feeds = {n if n in self.constant else f"first_{n}": v for n, v in features.items()}
+        feeds["max_tokens"] = np.array(options.max_tokens, np.int64)
+        feeds["min_tokens"] = np.array(options.min_tokens, np.int64)
+        outputs = ["words", "log_probabilities"]
+        values = self._loop.run(feeds, outputs, host=outputs)
+        [end] = options.end_tokens
+        hypotheses = []
+        for row, log_probability in zip(
+            values["words"].T.tolist(), values["log_probabilities"].tolist(), strict=True
+        ):
+            length = row.index(end) if end in row else len(row)
+            hypotheses.append(Hypothesis(row[:length], log_probability))
+        return hypotheses
+
+
+def open_artifact(folder: Path, manifest: Manifest, target: Target) -> Parts:
+    """Open an exported CNN-LSTM."""
+    vocabulary = _read_vocabulary(manifest.file(folder, "vocabulary.json"))
+    if manifest.decoding.start_token is None:
+        raise ArtifactError(f"{folder}: no start_token in the manifest; export again")
+    manifest.decoding.check(folder, len(vocabulary))
+    cores = target.threads or available_cores()
+    parts = target.device.images_per_core
+    encoder = OnnxEncoder(
+        target.open(manifest.file(folder, "encoder.onnx")), parts and parts * cores
+    )
+    return Parts(encoder, OnnxDecoder(folder, manifest, target, len(vocabulary)), vocabulary)
+
+
+def _read_vocabulary(path: Path) -> Vocabulary:
+    try:
+        return Vocabulary(typed(tuple[str, ...], json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not a list of words: {error}; export again") from error
+
+
+FAMILY = Family(
+    open=open_artifact,
+    batch_size=32,
+    small=True,
+    image_graph="encoder.onnx",
+    step_weights="decoder.data",
+    optional=("decoder_loop.onnx",),
+)
