@@ -30,7 +30,8 @@ from capexport.artifact import replace_file
 from capexport.bench.cli import sample_photos
 from capexport.bench.measure import memory_bandwidth
 from capexport.bench.report import cpu_model, table
-from capexport.captioner import Captioner, Timing, available_cores
+from capexport.captioner import Captioner, Timing
+from capexport.sessions import available_cores
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {

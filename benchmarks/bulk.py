@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import operator
@@ -27,12 +28,16 @@ from capexport.artifact import Manifest, replace_file
 from capexport.bench.cli import sample_photos
 from capexport.bench.pairs import open_pair
 from capexport.bench.report import environment, table
-from capexport.bulk import FileOutput, caption_files, find_images, open_captioner
-from capexport.captioner import Captioner, available_cores
+from capexport.bulk.files import find_images
+from capexport.bulk.outputs import FileOutput
+from capexport.bulk.run import caption_files, open_captioner
+from capexport.captioner import Captioner
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
 from capexport.decoding import greedy
 from capexport.errors import ArtifactError
+from capexport.families import find_family
 from capexport.preprocessing import FloatArray, ImageSpec, preprocess
+from capexport.sessions import available_cores
 
 # What the encoder and the decoder are timed on alone, again and again: more than caches hold.
 READY = 64
@@ -118,7 +123,8 @@ def _benchmark(options: argparse.Namespace) -> int:
         if options.artifact is None:
             pair.export(artifact)
         manifest = Manifest.read(artifact)
-        if manifest.family != "cnn-lstm" or manifest.provenance["checkpoint_sha256"] != pair.sha256:
+        small = find_family(manifest.family).small
+        if not small or manifest.provenance.checkpoint_sha256 != pair.sha256:
             raise ArtifactError(f"{artifact}: was not exported from {pair.folder}; export it again")
         count = -(-options.count // options.batch_size) * options.batch_size
         chosen = list(itertools.islice(itertools.cycle(photos), count))
@@ -132,7 +138,7 @@ def _benchmark(options: argparse.Namespace) -> int:
             "count": count,
             "rounds": options.rounds,
             "batch_size": options.batch_size,
-            "environment": environment(threads),
+            "environment": dataclasses.asdict(environment(threads)),
             **speed(contenders, count, options.rounds, threads),
         }
         sizes = sorted(size for size in options.files if size)

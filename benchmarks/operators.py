@@ -20,7 +20,6 @@ from capexport.bench.cli import sample_photos
 from capexport.bench.report import cpu_model, table
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import run_command, teaching
-from capexport.graphs import OnnxLstmDecoder
 
 RUNS = 30
 
@@ -78,14 +77,14 @@ def profile(
             caption(captioner)
         encoder: Any = captioner.encoder
         decoder: Any = captioner.decoder
-        looped = isinstance(decoder, OnnxLstmDecoder)
-        sessions = {
-            "encoder": encoder._session,
-            "decoder": decoder._loop if looped else decoder._step,
+        looped = getattr(decoder, "looped", False)
+        graphs = {
+            "encoder": encoder.graph,
+            "decoder": decoder.loop if looped else decoder.step_graph,
         }
         return {
-            name: json.loads(Path(session.end_profiling()).read_text())
-            for name, session in sessions.items()
+            name: json.loads(Path(graph.session.end_profiling()).read_text())
+            for name, graph in graphs.items()
         }
 
 

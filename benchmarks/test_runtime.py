@@ -61,7 +61,7 @@ def test_step(benchmark, captioner: Captioner, pixels: np.ndarray):
     state = captioner.encoder(pixels)
     tokens = np.full(len(pixels), 5)
     logits, _ = benchmark(captioner.decoder.step, tokens, state)
-    assert logits.shape == (len(pixels), len(captioner.vocabulary))
+    assert logits.shape == (len(pixels), len(captioner.text))
 
 
 @pytest.mark.parametrize("decode", [greedy, greedy_by_steps], ids=["loop", "steps"])
@@ -78,6 +78,6 @@ def test_blip2_image(benchmark, blip2: Captioner):
 
 def test_blip2_step(benchmark, blip2: Captioner):
     features = blip2.encoder(blip2.preprocess(sample_photos()[0])[None])
-    _, state = blip2.decoder.start(features, blip2.vocabulary.prompts(None, 1))
+    _, state = blip2.decoder.start(features, blip2.text.frame(None, 1, 1))
     logits, _ = benchmark(blip2.decoder.step, np.array([5]), state)
     assert logits.shape[0] == 1

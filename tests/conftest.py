@@ -115,10 +115,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
     """A small CNN-LSTM with random weights whose captions differ from photo to photo."""
     import torch
 
+    from capexport.families.cnn_lstm import Vocabulary
     from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig
     from capexport.preprocessing import ImageSpec, preprocess
-    from capexport.families.cnn_lstm import Vocabulary
 
     torch.manual_seed(1)
     vocabulary = Vocabulary((*Vocabulary.SPECIALS, *WORDS))

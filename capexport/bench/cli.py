@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from tqdm import tqdm
 
 from capexport.artifact import Manifest, replace_file
 from capexport.bench import measure, report, sheet
-from capexport.bench.measure import AnyCaptioner, Photo
+from capexport.bench.measure import AnyCaptioner, Clock, ClockedTarget
+from capexport.bench.openvino import openvino_captioners
 from capexport.bench.pairs import Pair, open_pair
-from capexport.bulk import find_images
-from capexport.captioner import BUNDLED_ARTIFACT, available_cores, load_cnn_lstm, open_artifact
+from capexport.bench.results import Footprint, Result, Run
+from capexport.bulk.files import find_images
+from capexport.captioner import BUNDLED_ARTIFACT, Captioner, open_artifact
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
-from capexport.errors import ArtifactError, ImageNotFoundError
-from capexport.graphs import require_provider
+from capexport.errors import ArtifactError, ImageNotFoundError, OptionError
+from capexport.families import find_family
 from capexport.metrics import read_references, score
 from capexport.preprocessing import load_image
+from capexport.sessions import Target, available_cores, targets
 
 # By the names of their columns: each artifact, and each contender's variants.
 Artifacts: TypeAlias = dict[str, tuple[Path, Manifest]]
 Contenders: TypeAlias = dict[str, Mapping[str, AnyCaptioner]]
-# What a decoding step reads, all but the embeddings of other words.
-_DECODER_WEIGHTS = {"cnn-lstm": "decoder.data", "blip2": "decoder_model_merged.onnx.data"}
 # Photographs among the sample images of scikit-image.
 _SAMPLES = (
     "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--photos", nargs="+", default=[], metavar="PATH", help="default: scikit-image's samples"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     parser.add_argument(
         "--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8"
@@ -90,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=int, default=50, metavar="N", help="batches of each size (default: 50)"
     )
+    _add_outputs(parser)
+    return parser
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Flags that say what is written besides the report."""
     parser.add_argument(
         "--picture", type=Path, metavar="PNG", help="also draw the ratios and the stages"
     )
@@ -116,7 +124,6 @@ def _parser() -> argparse.ArgumentParser:
         help="human captions, as Flickr8k's captions.txt: for the sheet, and where they cover all "
         "photos for BLEU, METEOR and CIDEr beside the speed",
     )
-    return parser
 
 
 def sample_photos() -> list[Path]:
@@ -135,79 +142,32 @@ def sample_photos() -> list[Path]:
 
 def _benchmark(options: argparse.Namespace) -> int:
     if min(*options.batch_sizes, options.repeats, options.threads or 1) < 1:
-        raise ValueError("--batch-sizes, --repeats and --threads must be at least 1")
-    require_provider(options.device)
+        raise OptionError("--batch-sizes, --repeats and --threads must be at least 1")
+    threads = options.threads or available_cores()
+    target = targets(options.device, threads)[0]
+    target.require_provider()
     paths = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
     references = read_references(options.references) if options.references else {}
-    photos = [np.asarray(load_image(path)) for path in paths]
-    threads = options.threads or available_cores()
-    checkpoint = options.checkpoint or str(bundled_checkpoint())
-    pair = open_pair(checkpoint, options.device, threads)
+    pair = open_pair(options.checkpoint or str(bundled_checkpoint()), target.name, threads)
     with contextlib.ExitStack() as stack:
         folders = options.artifact
         if not folders:
             made = Path(stack.enter_context(tempfile.TemporaryDirectory()), "artifact")
             pair.export(made)
             folders = [made, *([] if options.checkpoint else [BUNDLED_ARTIFACT])]
-        artifacts = _by_precision(folders, pair)
-        exported, clocks = _open_exported(artifacts, options.device, threads)
-        contenders: Contenders = {}
-        unavailable: dict[str, str] = {}
-        if options.peers:
-            contenders, unavailable = _open_peers(pair, artifacts, photos[:2])
-        contenders.update({name: {"": captioner} for name, captioner in exported.items()})
-        result: dict[str, Any] = {
-            "model": pair.title,
-            "device": options.device,
-            "photos": len(photos),
-            "repeats": options.repeats,
-            "environment": report.environment(threads, options.device),
-            "runs": [],
-            "metrics": {},
-            "unavailable": unavailable,
-            "footprint": {},
-        }
-        if references and all(path.name in references for path in paths):
-            for name, captioner in {"PyTorch": pair.plain(), **exported}.items():
-                captions = captioner.caption(photos, batch_size=32)
-                said = {path.name: c.text for path, c in zip(paths, captions, strict=True)}
-                result["metrics"][name] = score(said, references)
-        bandwidth = result["environment"]["memory_gb_per_second"] * 1e9
-        for size in options.batch_sizes:
-            variants, chosen = _fastest(pair, contenders, photos, size)
-            run = measure.alternate(chosen, photos, size, options.repeats, clocks)
-            for name, (_, manifest) in artifacts.items():
-                path = run["paths"][name]
-                if weights := manifest.files.get(_DECODER_WEIGHTS[manifest.family]):
-                    floor = 1e3 * path["steps"] * weights.bytes / bandwidth
-                    path["share_of_floor"] = floor / path["milliseconds"]["decode"]["p50"]
-            result["runs"].append({**run, "variants": variants})
-        models = {"PyTorch": pair.folder}
-        models.update({name: folder for name, (folder, _) in artifacts.items()})
-        for name, folder in models.items():
-            kind = "torch" if name == "PyTorch" else "onnx"
-            result["footprint"][name] = {
-                **measure.footprint(
-                    kind, folder, paths, max(options.batch_sizes), options.device, threads
-                ),
-                "disk_mb": measure.folder_size(folder),
-            }
+        bench = _Bench(options, pair, _by_precision(folders, pair), target, paths)
+        result = bench.run(references)
         if options.sheet:
-            shown = [(*artifacts[name], captioner) for name, captioner in exported.items()]
-            for folder in options.beside:
-                manifest = Manifest.read(folder)
-                captioner = open_artifact(folder, manifest, options.device, threads)
-                shown.append((folder, manifest, captioner))
-            _write_sheet(options.sheet, _columns(shown, photos), paths, references)
+            _write_sheet(options.sheet, bench.columns(options.beside), paths, references)
     table = report.render(result)
     if options.json:
-        replace_file(options.json, json.dumps(result, indent=1) + "\n")
+        replace_file(options.json, result.to_json(indent=1) + "\n")
     if options.markdown:
         replace_file(options.markdown, table + "\n")
     if options.picture:
         report.draw(result, options.picture)
     print(table)
-    print(json.dumps(result))
+    print(result.to_json())
     return 0
 
 
@@ -216,74 +176,130 @@ def _by_precision(folders: Sequence[Path], pair: Pair) -> Artifacts:
     for folder in folders:
         manifest = Manifest.read(folder)
         name = f"ONNX {manifest.precision}"
-        if manifest.provenance["checkpoint_sha256"] != pair.sha256:
+        if manifest.provenance.checkpoint_sha256 != pair.sha256:
             raise ArtifactError(f"{folder}: was not exported from {pair.folder}; export it again")
         if name in artifacts:
-            raise ValueError(f"{folder}: a second artifact in {manifest.precision}")
+            raise OptionError(f"{folder}: a second artifact in {manifest.precision}")
         artifacts[name] = (folder, manifest)
     return artifacts
 
 
-def _open_exported(
-    artifacts: Artifacts, device: str, threads: int
-) -> tuple[dict[str, AnyCaptioner], dict[str, measure.Clock]]:
-    """Their captioners, and the clocks of those whose graphs can be timed apart."""
-    exported: dict[str, AnyCaptioner] = {}
-    clocks = {}
-    for name, (folder, manifest) in artifacts.items():
-        if manifest.family == "cnn-lstm" and device == "cpu":
-            clock = clocks[name] = measure.Clock(device, threads)
-            exported[name] = load_cnn_lstm(folder, manifest, device, threads, clock.open_graph)
-        else:
-            exported[name] = open_artifact(folder, manifest, device, threads)
-    return exported, clocks
+class _Bench:
+    """A checkpoint, its artifacts, and the photos that all are measured on."""
 
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        pair: Pair,
+        artifacts: Artifacts,
+        target: Target,
+        paths: Sequence[Path],
+    ) -> None:
+        self._options, self._pair, self._artifacts = options, pair, artifacts
+        self._target, self._paths = target, paths
+        self._photos = [np.asarray(load_image(path)) for path in paths]
+        self._exported: dict[str, Captioner] = {}
+        self._clocks: dict[str, Clock] = {}
+        for name, (folder, manifest) in artifacts.items():
+            graph = find_family(manifest.family).image_graph
+            clocked = ClockedTarget(**vars(target), image_graph=graph)
+            self._exported[name] = open_artifact(folder, manifest, clocked)
+            self._clocks[name] = clocked.clock
 
-def _open_peers(
-    pair: Pair, artifacts: Artifacts, photos: Sequence[Photo]
-) -> tuple[Contenders, dict[str, str]]:
-    """The peers that can caption `photos`, and why the others cannot."""
-    peers: Contenders = {}
-    unavailable = {}
-    folders = {manifest.precision: folder for folder, manifest in artifacts.values()}
-    for name, opener in tqdm(pair.peers(folders).items(), "peers", leave=False, disable=None):
-        try:
-            variants = opener()
-            for captioner in variants.values():
-                captioner.caption(photos, batch_size=len(photos))
-            peers[name] = variants
-        except Exception as error:  # a compiler or a runtime may throw anything
-            unavailable[name] = (str(error).splitlines() or [repr(error)])[0]
-    return peers, unavailable
+    def run(self, references: Mapping[str, Sequence[str]]) -> Result:
+        options = self._options
+        peers, unavailable = self._peers() if options.peers else ({}, {})
+        contenders: Contenders = {**peers, **{k: {"": c} for k, c in self._exported.items()}}
+        scored = bool(references) and all(path.name in references for path in self._paths)
+        environment = report.environment(self._target.threads or 1, self._target.name)
+        bandwidth = environment.memory_gb_per_second * 1e9
+        return Result(
+            model=self._pair.title,
+            device=self._target.name,
+            photos=len(self._photos),
+            repeats=options.repeats,
+            environment=environment,
+            metrics=self._metrics(references) if scored else {},
+            runs=[self._run(contenders, size, bandwidth) for size in options.batch_sizes],
+            unavailable=unavailable,
+            footprint=self._footprints(),
+        )
 
+    def _peers(self) -> tuple[Contenders, dict[str, str]]:
+        """The peers that can caption, and why the others cannot."""
+        openers = dict(self._pair.peers())
+        threads = self._target.threads or 1
+        for folder, manifest in self._artifacts.values():
+            openers[f"OpenVINO {manifest.precision}"] = partial(
+                openvino_captioners, folder, self._target.name, threads
+            )
+        peers: Contenders = {}
+        unavailable = {}
+        photos = self._photos[:2]
+        for name, opener in tqdm(openers.items(), "peers", leave=False, disable=None):
+            try:
+                variants = opener()
+                for captioner in variants.values():
+                    captioner.caption(photos, batch_size=len(photos))
+                peers[name] = variants
+            except Exception as error:  # a compiler or a runtime may throw anything
+                unavailable[name] = (str(error).splitlines() or [repr(error)])[0]
+        return peers, unavailable
 
-def _fastest(
-    pair: Pair, contenders: Contenders, photos: Sequence[Photo], batch_size: int
-) -> tuple[dict[str, str], dict[str, AnyCaptioner]]:
-    """Of each contender the quickest variant: what it is where there are several, and itself."""
-    variants, chosen = {}, {}
-    variants["PyTorch"], chosen["PyTorch"] = pair.fastest(photos, batch_size)
-    for name, candidates in contenders.items():
-        variant = next(iter(candidates))
-        if len(candidates) > 1:
-            variant = measure.fastest(candidates, photos, batch_size, "total")
-        if variant:
-            variants[name] = variant
-        chosen[name] = candidates[variant]
-    return variants, chosen
+    def _metrics(
+        self, references: Mapping[str, Sequence[str]]
+    ) -> dict[str, dict[str, float | str]]:
+        metrics = {}
+        for name, captioner in {"PyTorch": self._pair.plain(), **self._exported}.items():
+            captions = captioner.caption(self._photos, batch_size=32)
+            said = {path.name: c.text for path, c in zip(self._paths, captions, strict=True)}
+            metrics[name] = score(said, references)
+        return metrics
 
+    def _run(self, contenders: Contenders, size: int, bandwidth: float) -> Run:
+        """Batches of one size: of each contender the quickest variant, in turn."""
+        variants, chosen = {}, {}
+        variants["PyTorch"], chosen["PyTorch"] = self._pair.fastest(self._photos, size)
+        for name, candidates in contenders.items():
+            variant = next(iter(candidates))
+            if len(candidates) > 1:
+                variant = measure.fastest(candidates, self._photos, size, "total")
+            if variant:
+                variants[name] = variant
+            chosen[name] = candidates[variant]
+        run = measure.alternate(chosen, self._photos, size, self._options.repeats, self._clocks)
+        paths = dict(run.paths)
+        for name, (_, manifest) in self._artifacts.items():
+            path = paths[name]
+            if weights := manifest.files.get(find_family(manifest.family).step_weights):
+                floor = 1e3 * path.steps * weights.bytes / bandwidth
+                share = floor / path.milliseconds["decode"].p50
+                paths[name] = dataclasses.replace(path, share_of_floor=share)
+        return dataclasses.replace(run, paths=paths, variants=variants)
 
-def _columns(
-    shown: Sequence[tuple[Path, Manifest, AnyCaptioner]], photos: Sequence[Photo]
-) -> dict[str, list[str]]:
-    """What each captioner says of the photos, by the title of its column."""
-    columns: dict[str, list[str]] = {}
-    for folder, manifest, captioner in shown:
-        title = f"{manifest.family} {manifest.precision}"
-        if title in columns:
-            title += f" ({folder.name})"
-        columns[title] = [caption.text for caption in captioner.caption(photos, batch_size=8)]
-    return columns
+    def _footprints(self) -> dict[str, Footprint]:
+        models = {"PyTorch": ("torch", self._pair.folder)}
+        models.update({k: ("onnx", folder) for k, (folder, _) in self._artifacts.items()})
+        size, threads = max(self._options.batch_sizes), self._target.threads or 1
+        return {
+            name: measure.footprint(kind, folder, self._paths, size, self._target.name, threads)
+            for name, (kind, folder) in models.items()
+        }
+
+    def columns(self, beside: Sequence[Path]) -> dict[str, list[str]]:
+        """What each artifact, and those in other folders, say of the photos, by the title of its
+        column."""
+        shown = [(*self._artifacts[name], c) for name, c in self._exported.items()]
+        for folder in beside:
+            manifest = Manifest.read(folder)
+            shown.append((folder, manifest, open_artifact(folder, manifest, self._target)))
+        columns: dict[str, list[str]] = {}
+        for folder, manifest, captioner in shown:
+            title = f"{manifest.family} {manifest.precision}"
+            if title in columns:
+                title += f" ({folder.name})"
+            columns[title] = [caption.text for caption in captioner.caption(self._photos)]
+        return columns
 
 
 def _write_sheet(

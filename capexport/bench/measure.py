@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -16,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from capexport.bench.results import STAGES, Footprint, Run, Statistics
+from capexport.bench.results import Path as PathResult
 from capexport.captioner import Caption, Captioner
-from capexport.graphs import open_session
 from capexport.preprocessing import load_image
+from capexport.sessions import Graph, Target
 
 _TURN = 5  # batches
 # Seconds of untimed batches at the beginning of each turn: caches and threads are the other
@@ -40,30 +43,80 @@ class AnyCaptioner(Protocol):
 
 
 class Clock:
-    """Opens a CNN-LSTM's graphs, and counts the seconds that its decoder's spend running."""
+    """Counts the seconds that graphs spend running."""
 
-    def __init__(self, device: str, threads: int) -> None:
-        self._device, self._threads = device, threads
+    def __init__(self) -> None:
         self.seconds = 0.0
 
-    def open_graph(self, path: Path) -> Any:
-        session = open_session(path, self._device, self._threads)
-        return _ClockedSession(session, self) if path.name.startswith("decoder") else session
+    def timed(self, run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def timed(*arguments: Any, **more: Any) -> dict[str, Any]:
+            began = time.perf_counter()
+            values = run(*arguments, **more)
+            self.seconds += time.perf_counter() - began
+            return values
+
+        return timed
 
 
-class _ClockedSession:
-    def __init__(self, session: Any, clock: Clock) -> None:
-        self._session, self._clock = session, clock
-        self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
+@dataclass(frozen=True)
+class ClockedTarget(Target):
+    """Opens graphs with a clock in each, but for the one that images go through."""
 
-    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Any:
+    clock: Clock = field(default_factory=Clock)
+    image_graph: str = ""
+
+    def open(self, path: Path, **how: Any) -> Graph:
+        graph = super().open(path, **how)
+        if path.name != self.image_graph:
+            graph.run = self.clock.timed(graph.run)  # type: ignore[method-assign]
+        return graph
+
+
+class _Times:
+    """What one captioner's batches took, and their captions."""
+
+    def __init__(self, captioner: AnyCaptioner, clock: Clock | None) -> None:
+        self._captioner, self._clock = captioner, clock
+        self.milliseconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        self.captions: list[Caption] = []
+        self.outside: list[float] = []
+
+    def warm_up(self, batches: Sequence[list[Photo]]) -> None:
+        time.sleep(_PAUSE)
         began = time.perf_counter()
-        values = self._session.run(outputs, feeds)
-        self._clock.seconds += time.perf_counter() - began
-        return values
+        for batch in itertools.cycle(batches):
+            self._captioner.caption(batch, batch_size=len(batch))
+            if time.perf_counter() - began > _WARM_UP:
+                break
 
+    def time(self, batch: list[Photo]) -> None:
+        before = self._clock.seconds if self._clock else 0.0
+        began = time.perf_counter()
+        captions = self._captioner.caption(batch, batch_size=len(batch))
+        total = time.perf_counter() - began
+        self.captions += captions
+        timing = captions[0].timing
+        if self._clock:
+            decoding = total - timing.preprocess - timing.encode
+            self.outside.append(1 - (self._clock.seconds - before) / decoding)
+        for stage in STAGES:
+            spent = total if stage == "total" else getattr(timing, stage)
+            self.milliseconds[stage].append(1e3 * spent)
 
-STAGES = ("total", "preprocess", "encode", "decode")
+    def summary(self, batch_size: int, wanted: Sequence[Caption]) -> PathResult:
+        statistics = {stage: _statistics(values) for stage, values in self.milliseconds.items()}
+        lengths = [len(caption.tokens) + 1 for caption in self.captions]  # + 1: the end token
+        starts = range(0, len(lengths), batch_size)
+        longest = [max(lengths[start : start + batch_size]) for start in starts]
+        tokens_a_batch = sum(lengths) / len(starts)
+        return PathResult(
+            milliseconds=statistics,
+            steps=float(np.mean(longest)),
+            captions_per_second=1e3 * batch_size / statistics["total"].p50,
+            tokens_per_second=1e3 * tokens_a_batch / statistics["decode"].p50,
+            identical_captions=_identical(wanted, self.captions),
+            outside_graphs=float(np.median(self.outside)) if self.outside else None,
+        )
 
 
 def alternate(
@@ -72,7 +125,7 @@ def alternate(
     batch_size: int,
     repeats: int,
     clocks: Mapping[str, Clock] | None = None,
-) -> dict[str, Any]:
+) -> Run:
     """Caption the same batches of decoded photos with each captioner, in turns of a few batches.
 
     Args:
@@ -80,79 +133,39 @@ def alternate(
         photos: uint8 (height, width, 3) each; they are cycled through.
         repeats: batches to time, after a whole untimed turn of each captioner.
         clocks: of captioners whose graphs they have opened.
-    Returns:
-        By captioner: milliseconds a batch for each stage (mean, p50, p90, p99), captions and
-        tokens a second at the median, decoding steps a batch, the share of its captions that are
-        the first captioner's, and with a clock the share of decoding, from features to text, spent
-        outside the graphs.
     """
-    clocks = clocks or {}
     stream = itertools.cycle(photos)
     batches = [list(itertools.islice(stream, batch_size)) for _ in range(repeats)]
     turns = [batches[:_TURN], *(batches[i : i + _TURN] for i in range(0, repeats, _TURN))]
-    times: dict[str, dict[str, list[float]]] = {
-        name: {stage: [] for stage in STAGES} for name in captioners
-    }
-    captions: dict[str, list[Caption]] = {name: [] for name in captioners}
-    outside: dict[str, list[float]] = {name: [] for name in clocks}
-    names = list(captioners)
+    clocks = clocks or {}
+    times = {name: _Times(captioner, clocks.get(name)) for name, captioner in captioners.items()}
+    order = list(times.values())
     title = f"batch {batch_size}"
     for number, turn in enumerate(tqdm(turns, title, leave=False, disable=None)):
-        for name in names:
-            time.sleep(_PAUSE)
-            began = time.perf_counter()
-            for batch in itertools.cycle(turn):
-                captioners[name].caption(batch, batch_size=batch_size)
-                if time.perf_counter() - began > _WARM_UP:
-                    break
+        for each in order:
+            each.warm_up(turn)
             for batch in turn if number else ():
-                clocked = clocks[name].seconds if name in clocks else 0.0
-                began = time.perf_counter()
-                outcome = captioners[name].caption(batch, batch_size=batch_size)
-                total = time.perf_counter() - began
-                captions[name] += outcome
-                if name in clocks:
-                    timing = outcome[0].timing
-                    decoding = total - timing.preprocess - timing.encode
-                    inside = clocks[name].seconds - clocked
-                    outside[name].append(1 - inside / decoding)
-                for stage in STAGES:
-                    spent = total if stage == "total" else getattr(outcome[0].timing, stage)
-                    times[name][stage].append(1e3 * spent)
-        names.reverse()
-    paths = {}
-    for name, stages in times.items():
-        statistics = {stage: _statistics(values) for stage, values in stages.items()}
-        lengths = [len(caption.tokens) + 1 for caption in captions[name]]  # + 1: the end token
-        tokens = sum(lengths)
-        longest = [max(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size)]
-        paths[name] = {
-            "milliseconds": statistics,
-            "steps": float(np.mean(longest)),
-            "captions_per_second": 1e3 * batch_size / statistics["total"]["p50"],
-            "tokens_per_second": 1e3 * tokens / repeats / statistics["decode"]["p50"],
-            "identical_captions": _identical(captions[next(iter(captioners))], captions[name]),
-        }
-        if name in clocks:
-            paths[name]["outside_graphs"] = float(np.median(outside[name]))
-    return {"batch_size": batch_size, "paths": paths}
+                each.time(batch)
+        order.reverse()
+    wanted = next(iter(times.values())).captions
+    return Run(batch_size, {name: each.summary(batch_size, wanted) for name, each in times.items()})
 
 
 def _identical(wanted: Sequence[Caption], got: Sequence[Caption]) -> float:
     return float(np.mean([a.tokens == b.tokens for a, b in zip(wanted, got, strict=True)]))
 
 
-def _statistics(values: Sequence[float]) -> dict[str, float]:
+def _statistics(values: Sequence[float]) -> Statistics:
     p50, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()
-    return {"mean": float(np.mean(values)), "p50": p50, "p90": p90, "p99": p99}
+    return Statistics(float(np.mean(values)), p50, p90, p99)
 
 
 def fastest(
     candidates: Mapping[str, AnyCaptioner], photos: Sequence[Photo], batch_size: int, stage: str
 ) -> str:
     """Which candidate is quickest in one stage, by the median of a few batches."""
-    paths = alternate(candidates, photos, batch_size, repeats=7)["paths"]
-    return min(candidates, key=lambda name: float(paths[name]["milliseconds"][stage]["p50"]))
+    paths = alternate(candidates, photos, batch_size, repeats=7).paths
+    return min(candidates, key=lambda name: paths[name].milliseconds[stage].p50)
 
 
 def memory_bandwidth(device: str = "cpu") -> float:
@@ -171,11 +184,9 @@ def memory_bandwidth(device: str = "cpu") -> float:
 
 def footprint(
     kind: str, model: Path, photos: Sequence[Path], batch_size: int, device: str, threads: int
-) -> dict[str, float]:
+) -> Footprint:
     """Load a captioner in a process of its own and caption one batch there.
 
-    Returns:
-        `load_seconds` (imports included) and `peak_memory_mb` (resident set).
     Raises:
         RuntimeError: that process failed.
     """
@@ -185,8 +196,8 @@ def footprint(
     )
     if outcome.returncode:
         raise RuntimeError(f"measuring {kind} failed: {outcome.stderr.strip()[-500:]}")
-    result: dict[str, float] = json.loads(outcome.stdout.splitlines()[-1])
-    return result
+    found = json.loads(outcome.stdout.splitlines()[-1])
+    return Footprint(**found, disk_mb=_folder_size(model))
 
 
 def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
@@ -219,7 +230,7 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def folder_size(folder: Path) -> float:
+def _folder_size(folder: Path) -> float:
     """Megabytes of the files in `folder`."""
     return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +11,28 @@ from typing import Any
 from numpy.typing import NDArray
 
 from capexport.artifact import Manifest
-from capexport.captioner import Captioner, load_cnn_lstm
+from capexport.captioner import Captioner, open_artifact
 from capexport.errors import DeviceError, MissingExtraError
+from capexport.families import find_family
+from capexport.sessions import CPU, Graph, Target
 
 
 @dataclass(frozen=True)
 class _Node:
     name: str
     shape: Sequence[int | None]
+    type: str = "tensor(float)"
 
 
 class _Session:
-    """A compiled graph with the part of `InferenceSession` that a CNN-LSTM's captioner uses."""
+    """A compiled graph with the part of `InferenceSession` that `Graph` uses."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int | None) -> None:
         import openvino
 
         core = openvino.Core()
         settings = {
-            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_NUM_THREADS": threads or 0,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",  # not bfloat16, where the processor has it
         }
@@ -56,8 +60,13 @@ class _Session:
         return [self._request.get_tensor(name).data.copy() for name in outputs]
 
 
-def openvino_captioner(folder: Path, device: str, threads: int, *, loop: bool) -> Captioner:
-    """An exported CNN-LSTM over OpenVINO, its decoder as one graph or step by step.
+class _OpenVinoTarget(Target):
+    def open(self, path: Path, **_: Any) -> Graph:
+        return Graph(path, _Session(path, self.threads), None)
+
+
+def openvino_captioners(folder: Path, device: str, threads: int) -> dict[str, Captioner]:
+    """An exported captioner over OpenVINO: with all its graphs, and with the indispensable ones.
 
     Raises:
         MissingExtraError, DeviceError: OpenVINO is not installed, or `device` is not the CPU.
@@ -69,6 +78,11 @@ def openvino_captioner(folder: Path, device: str, threads: int, *, loop: bool) -
     except ImportError as error:
         raise MissingExtraError("OpenVINO needs `pip install 'capexport[peers]'`") from error
     manifest = Manifest.read(folder)
-    if not loop:
-        manifest.files.pop("decoder_loop.onnx", None)
-    return load_cnn_lstm(folder, manifest, device, threads, lambda path: _Session(path, threads))
+    target = _OpenVinoTarget(CPU.device, threads=threads)
+    captioners = {"all graphs": open_artifact(folder, manifest, target)}
+    optional = find_family(manifest.family).optional
+    fewer = {name: record for name, record in manifest.files.items() if name not in optional}
+    if len(fewer) < len(manifest.files):
+        manifest = dataclasses.replace(manifest, files=fewer)
+        captioners["step by step"] = open_artifact(folder, manifest, target)
+    return captioners

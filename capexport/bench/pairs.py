@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from capexport.artifact import is_hub_id
 from capexport.bench import measure
 from capexport.bench.measure import AnyCaptioner, Photo
-from capexport.bench.openvino import openvino_captioner
-from capexport.captioner import Captioner, is_hub_id
+from capexport.captioner import Captioner
 from capexport.errors import DeviceError, MissingExtraError
 
 # Opens the variants of which the fastest counts.
@@ -40,8 +39,8 @@ class Pair(Protocol):
     def fastest(self, photos: Sequence[Photo], batch_size: int) -> tuple[str, AnyCaptioner]:
         """The quickest of its variants for batches of this size, and what that one is."""
 
-    def peers(self, artifacts: Mapping[str, Path]) -> Mapping[str, Opener]:
-        """Other ways to run it, or its exports (by precision)."""
+    def peers(self) -> Mapping[str, Opener]:
+        """Other ways to run it."""
 
 
 def open_pair(checkpoint: str, device: str, threads: int) -> Pair:
@@ -91,10 +90,8 @@ class CnnLstm:
     def _variant(self, encoder: str, decoder: str, compiled: bool = False) -> Captioner:
         from capexport.models.torch_captioner import torch_captioner
 
-        own = copy.copy(self._checkpoint)
-        own.model = copy.deepcopy(self._checkpoint.model)
         return torch_captioner(
-            own,
+            self._checkpoint,
             self._device,
             channels_last=encoder == "channels_last",
             step_by_module=decoder == "nn.LSTM",
@@ -102,7 +99,7 @@ class CnnLstm:
             threads=self._threads,
         )
 
-    def peers(self, artifacts: Mapping[str, Path]) -> Mapping[str, Opener]:
+    def peers(self) -> Mapping[str, Opener]:
         def usual() -> Mapping[str, AnyCaptioner]:
             return {"contiguous, nn.LSTM": self._variant("contiguous", "nn.LSTM")}
 
@@ -112,16 +109,7 @@ class CnnLstm:
                 for encoder in ("contiguous", "channels_last")
             }
 
-        def openvino(folder: Path) -> Mapping[str, AnyCaptioner]:
-            return {
-                graph: openvino_captioner(folder, self._device, self._threads, loop=graph == "loop")
-                for graph in ("loop", "steps")
-            }
-
-        openers = {"PyTorch as usual": usual, "torch.compile": compiled}
-        for precision, folder in artifacts.items():
-            openers[f"OpenVINO {precision}"] = partial(openvino, folder)
-        return openers
+        return {"PyTorch as usual": usual, "torch.compile": compiled}
 
     def fastest(self, photos: Sequence[Photo], batch_size: int) -> tuple[str, AnyCaptioner]:
         encoders, decoders = ("contiguous", "channels_last"), ("nn.LSTMCell", "nn.LSTM")
@@ -159,10 +147,7 @@ class Blip2:
     def fastest(self, photos: Sequence[Photo], batch_size: int) -> tuple[str, AnyCaptioner]:
         return "generate()", self.plain()
 
-    def peers(self, artifacts: Mapping[str, Path]) -> Mapping[str, Opener]:
-        def not_wired() -> Mapping[str, AnyCaptioner]:
-            raise NotImplementedError("its key/value cache is bound to onnxruntime's own values")
-
+    def peers(self) -> Mapping[str, Opener]:
         def half() -> Mapping[str, AnyCaptioner]:
             if self._device != "cuda":
                 raise DeviceError("a CPU computes float16 no faster than float32")
@@ -172,5 +157,4 @@ class Blip2:
 
             return {"generate()": HuggingFaceCaptioner.load(self.folder, self._device, float16)}
 
-        peers: dict[str, Opener] = {"PyTorch fp16": half}
-        return {**peers, **{f"OpenVINO {precision}": not_wired for precision in artifacts}}
+        return {"PyTorch fp16": half}

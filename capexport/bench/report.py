@@ -7,68 +7,78 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from capexport.bench.measure import STAGES, memory_bandwidth
+from capexport.bench.measure import memory_bandwidth
+from capexport.bench.results import STAGES, Environment, Result, Run
 from capexport.bench.sheet import new_figure, save_figure
-from capexport.graphs import runtime_version
+from capexport.sessions import runtime_version
 
 Row = tuple[str, ...]
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: Result) -> str:
     """The whole report: what was measured where, the table, and what could not be measured."""
-    environment = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    machine = result.environment
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     lines = [
-        f"{result['model']} on {result['device']} ({environment['cpu']}, "
-        f"{environment['threads']} threads, {environment['memory_gb_per_second']:.0f} GB/s from "
-        f"memory; {versions})",
-        f"{result['photos']} decoded photos in turn, {result['repeats']} batches of each size, "
+        f"{result.model} on {result.device} ({machine.cpu}, {machine.threads} threads, "
+        f"{machine.memory_gb_per_second:.0f} GB/s from memory; {versions})",
+        f"{result.photos} decoded photos in turn, {result.repeats} batches of each size, "
         "medians where nothing else is said; of several variants the fastest counts:",
         *(
-            f"- batch {run['batch_size']}: "
-            + "; ".join(f"{name}: {variant}" for name, variant in run["variants"].items())
-            for run in result["runs"]
+            f"- batch {run.batch_size}: "
+            + "; ".join(f"{name}: {variant}" for name, variant in run.variants.items())
+            for run in result.runs
         ),
         "",
-        table(_rows(result)),
+        table(_Rows(result).all()),
     ]
-    if result["unavailable"]:
-        lines += ["", *(f"- {name}: {why}" for name, why in result["unavailable"].items())]
+    if result.unavailable:
+        lines += ["", *(f"- {name}: {why}" for name, why in result.unavailable.items())]
     return "\n".join(lines)
 
 
-def _rows(result: dict[str, Any]) -> list[Row]:
-    names = [*result["runs"][0]["paths"], *result["unavailable"]]
-    rows: list[Row] = [("", *names)]
+class _Rows:
+    """The table's rows: a label, and a cell for each captioner, empty where it has no value."""
 
-    def row(label: str, values: Mapping[str, float | None], form: str) -> None:
-        cells = (values.get(name) for name in names)
-        rows.append((label, *("" if cell is None else format(cell, form) for cell in cells)))
+    def __init__(self, result: Result) -> None:
+        self._result = result
+        self._names = [*result.runs[0].paths, *result.unavailable]
+        self._rows: list[Row] = [("", *self._names)]
 
-    def against(reference: str, values: Mapping[str, float]) -> None:
-        ratios = (f"{values[reference] / values[n]:.2f}x" if n in values else "" for n in names)
-        rows.append((f"  against {reference}", *ratios))
+    def all(self) -> list[Row]:
+        for run in self._result.runs:
+            self._times(run)
+            self._rates(run)
+        for metric in ("BLEU-4", "METEOR", "CIDEr-D"):
+            scores = self._result.metrics
+            self._row(metric, {name: found.get(metric) for name, found in scores.items()}, ".2f")
+        for key, label in (
+            ("load_seconds", "import and load (s)"),
+            ("peak_memory_mb", "peak memory (MB)"),
+            ("disk_mb", "model on disk (MB)"),
+        ):
+            costs = self._result.footprint
+            self._compared(label, {name: getattr(cost, key) for name, cost in costs.items()})
+        return self._rows
 
-    def compared(label: str, values: Mapping[str, float]) -> None:
-        row(label, values, ".2f")
-        against("PyTorch", values)
-
-    for run in result["runs"]:
-        title = f"batch {run['batch_size']}: "
-        paths = run["paths"]
+    def _times(self, run: Run) -> None:
         for stage in STAGES:
-            times = {name: path["milliseconds"][stage] for name, path in paths.items()}
-            medians = {name: time["p50"] for name, time in times.items()}
-            compared(f"{title}{stage} (ms)", medians)
-            if stage == "total" and "PyTorch as usual" in medians:
-                against("PyTorch as usual", medians)
-            for statistic in ("p90", "p99", "mean") if stage == "total" else ():
-                values = {name: time[statistic] for name, time in times.items()}
-                row(f"{title}{stage}, {statistic} (ms)", values, ".2f")
+            label = f"batch {run.batch_size}: {stage}"
+            times = {name: path.milliseconds[stage] for name, path in run.paths.items()}
+            medians = {name: time.p50 for name, time in times.items()}
+            self._compared(f"{label} (ms)", medians)
+            if stage != "total":
+                continue
+            if "PyTorch as usual" in medians:
+                self._against("PyTorch as usual", medians)
+            for statistic in ("p90", "p99", "mean"):
+                values = {name: getattr(time, statistic) for name, time in times.items()}
+                self._row(f"{label}, {statistic} (ms)", values, ".2f")
+
+    def _rates(self, run: Run) -> None:
         for key, label, form in (
             ("captions_per_second", "captions a second", ".1f"),
             ("tokens_per_second", "tokens a second, decoding", ".0f"),
@@ -76,47 +86,46 @@ def _rows(result: dict[str, Any]) -> list[Row]:
             ("share_of_floor", "decoding, share of the memory floor", ".2f"),
             ("identical_captions", "captions identical to PyTorch's", ".1%"),
         ):
-            values = {name: path.get(key) for name, path in paths.items()}
-            if any(value is not None for value in values.values()):
-                row(title + label, values, form)
-    for metric in ("BLEU-4", "METEOR", "CIDEr-D"):
-        values = {name: scores.get(metric) for name, scores in result["metrics"].items()}
-        if any(value is not None for value in values.values()):
-            row(metric, values, ".2f")
-    for key, label in (
-        ("load_seconds", "import and load (s)"),
-        ("peak_memory_mb", "peak memory (MB)"),
-        ("disk_mb", "model on disk (MB)"),
-    ):
-        compared(label, {name: cost[key] for name, cost in result["footprint"].items()})
-    return rows
+            values = {name: getattr(path, key) for name, path in run.paths.items()}
+            self._row(f"batch {run.batch_size}: {label}", values, form)
+
+    def _compared(self, label: str, values: Mapping[str, float]) -> None:
+        self._row(label, values, ".2f")
+        self._against("PyTorch", values)
+
+    def _against(self, reference: str, values: Mapping[str, float]) -> None:
+        wanted = values[reference]
+        cells = (f"{wanted / values[n]:.2f}x" if n in values else "" for n in self._names)
+        self._rows.append((f"  against {reference}", *cells))
+
+    def _row(self, label: str, values: Mapping[str, float | str | None], form: str) -> None:
+        cells = [values.get(name) for name in self._names]
+        if any(cell is not None for cell in cells):
+            shown = ("" if cell is None else format(cell, form) for cell in cells)
+            self._rows.append((label, *shown))
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: Result, path: Path) -> None:
     """A PNG: for each batch size the ratios to PyTorch as bars, and the stages stacked.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    runs = result["runs"]
-    names = list(runs[0]["paths"])[::-1]  # the first on top
-    figure = new_figure(11, (0.8 + 0.4 * len(names)) * len(runs))
-    figure.suptitle(f"{result['model']} on {result['environment']['cpu']}")
-    grid = figure.subplots(len(runs), 2, squeeze=False)
-    for (ratios, stages), run in zip(grid, runs, strict=True):
-        medians = {
-            name: {stage: run["paths"][name]["milliseconds"][stage]["p50"] for stage in STAGES}
-            for name in names
-        }
-        speed = [medians["PyTorch"]["total"] / medians[name]["total"] for name in names]
+    names = list(result.runs[0].paths)[::-1]  # the first on top
+    figure = new_figure(11, (0.8 + 0.4 * len(names)) * len(result.runs))
+    figure.suptitle(f"{result.model} on {result.environment.cpu}")
+    grid = figure.subplots(len(result.runs), 2, squeeze=False)
+    for (ratios, stages), run in zip(grid, result.runs, strict=True):
+        times = {name: run.paths[name].milliseconds for name in run.paths}
+        speed = [times["PyTorch"]["total"].p50 / times[name]["total"].p50 for name in names]
         colors = ["C1" if name.startswith("ONNX") else "C7" for name in names]
         bars = ratios.barh(names, speed, color=colors)
         ratios.bar_label(bars, fmt=" %.1fx")
         ratios.margins(x=0.15)
-        ratios.set(title=f"batch {run['batch_size']}: captions a second, PyTorch = 1", xticks=[])
+        ratios.set(title=f"batch {run.batch_size}: captions a second, PyTorch = 1", xticks=[])
         left = np.zeros(len(names))
         for stage in STAGES[1:]:
-            widths = np.array([medians[name][stage] for name in names])
+            widths = np.array([times[name][stage].p50 for name in names])
             stages.barh(names, widths, left=left, label=stage)
             left += widths
         stages.set(title="milliseconds a batch", yticks=[])
@@ -138,18 +147,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])
 
 
-def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
-    """The machine and the versions that a measurement depends on."""
-    return {
-        "cpu": cpu_model(),
-        "threads": threads,
-        "memory_gb_per_second": memory_bandwidth(device) / 1e9,
-        "versions": {
+def environment(threads: int, device: str = "cpu") -> Environment:
+    """This machine, and the versions installed here."""
+    return Environment(
+        cpu=cpu_model(),
+        threads=threads,
+        memory_gb_per_second=memory_bandwidth(device) / 1e9,
+        versions={
             "Python": platform.python_version(),
             **_versions("capexport", "torch", "numpy", "pillow", "openvino"),
             "onnxruntime": runtime_version(),
         },
-    }
+    )
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -66,11 +66,12 @@ def _run(options: argparse.Namespace) -> int:
     folder, source = find_checkpoint(options.model, options.revision)
     photos = find_images(options.photos, sys.stdin) if options.photos else []
     manifest = export_blip2(folder, options.out, options.precision, source=source, photos=photos)
-    captions = manifest.parity["captions"]
+    assert manifest.parity is not None
+    captions = manifest.parity.captions
     size = sum(record.bytes for record in manifest.files.values()) / 1e6
     print(
-        f"{options.out}: {size:.1f} MB; {captions['identical']} of {captions['compared']} captions "
-        f"identical to generate()'s, {captions['token_agreement']:.0%} of their tokens; error of "
-        f"the first logits {captions['logit_error']:.1g}"
+        f"{options.out}: {size:.1f} MB; {captions.identical} of {captions.compared} captions "
+        f"identical to generate()'s, {captions.token_agreement:.0%} of their tokens; error of "
+        f"the first logits {captions.logit_error:.1g}"
     )
     return 0

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from capexport.artifact import Manifest
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
 from capexport.errors import CheckpointError, MissingExtraError
@@ -98,19 +99,24 @@ def _run(options: argparse.Namespace) -> int:
         calibration=calibration,
         references=read_references(options.references) if options.references else None,
     )
+    _report(options.out, manifest)
+    return 0
+
+
+def _report(out: Path, manifest: Manifest) -> None:
     parity = manifest.parity
-    captions = parity["captions"]
-    difference = max(parity["max_difference"].values())
+    assert parity is not None and parity.max_difference is not None
+    captions = parity.captions
+    difference = max(parity.max_difference.values())
     size = sum(record.bytes for record in manifest.files.values()) / 1e6
     print(
-        f"{options.out}: {size:.1f} MB; {captions['identical']} of {captions['images']} captions "
-        f"identical to PyTorch's in fp32, largest difference of a value {difference:.1g}"
+        f"{out}: {size:.1f} MB; {captions.identical} of {captions.images} captions identical to "
+        f"PyTorch's in fp32, largest difference of a value {difference:.1g}"
     )
-    if options.precision == "int8":
+    if parity.int8:
         print(
-            f"int8: {parity['int8']['identical_captions']:.1%} of captions and "
-            f"{parity['int8']['token_agreement']:.1%} of tokens identical to PyTorch's"
+            f"int8: {parity.int8['identical_captions']:.1%} of captions and "
+            f"{parity.int8['token_agreement']:.1%} of tokens identical to PyTorch's"
         )
-    for name, metrics in parity.get("metrics", {}).items():
+    for name, metrics in (parity.metrics or {}).items():
         print(f"{name}: {format_scores(metrics)}")
-    return 0

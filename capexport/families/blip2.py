@@ -103,11 +103,11 @@ class OnnxEncoder:
     """`vision_encoder.onnx`: images to features, (batch, query tokens, width)."""
 
     def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+        self.graph = graph
         graph.expect({"pixel_values"}, {"image_features"})
 
     def __call__(self, images: FloatArray) -> NDArray[Any]:
-        return _only(self._graph, "image_features", {"pixel_values": images})
+        return _only(self.graph, "image_features", {"pixel_values": images})
 
 
 class OnnxDecoder(Decoder):
@@ -125,7 +125,7 @@ class OnnxDecoder(Decoder):
         open_part = partial(_open_part, folder, manifest, target)
         self._embed = open_part("embed_tokens.onnx", threads=1)
         self._embed.expect({"input_ids"}, {"inputs_embeds"})
-        self._step = open_part("decoder_model_merged.onnx", bound=True)
+        self.step_graph = open_part("decoder_model_merged.onnx", bound=True)
         self._encoder = None
         self._mask = "attention_mask"
         encoded: set[str] = set()
@@ -136,8 +136,8 @@ class OnnxDecoder(Decoder):
             self._encoder.expect({"inputs_embeds", "attention_mask"}, encoded)
             self.constant = frozenset({self._mask, *encoded})
         inputs = {"inputs_embeds", self._mask, *self._next, *encoded}
-        self._step.expect(inputs, {"logits", *self._next.values()})
-        self.vocabulary_size = int(self._step.outputs["logits"].shape[-1])
+        self.step_graph.expect(inputs, {"logits", *self._next.values()})
+        self.vocabulary_size = int(self.step_graph.outputs["logits"].shape[-1])
 
     def start(self, features: NDArray[Any], prompts: Prompts | None) -> tuple[FloatArray, State]:
         assert prompts is not None
@@ -146,7 +146,7 @@ class OnnxDecoder(Decoder):
         embeddings[image] = features.reshape(-1, features.shape[-1])
         batch = len(prompts.tokens)
         state = {self._mask: prompts.mask}
-        state.update({name: self._step.empty(name, batch) for name in self._next})
+        state.update({name: self.step_graph.empty(name, batch) for name in self._next})
         if self._encoder is not None:
             feeds = {"inputs_embeds": embeddings, "attention_mask": prompts.mask}
             state.update(self._encoder.run(feeds, self._encoder.outputs))
@@ -161,14 +161,14 @@ class OnnxDecoder(Decoder):
         return self._advance(self._embed_tokens(tokens[:, None]), state)
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
-        return self._step.select(state, rows)
+        return self.step_graph.select(state, rows)
 
     def _embed_tokens(self, tokens: TokenArray) -> NDArray[Any]:
         return _only(self._embed, "inputs_embeds", {"input_ids": tokens})
 
     def _advance(self, embeddings: NDArray[Any], state: State) -> tuple[FloatArray, State]:
         feeds = {"inputs_embeds": embeddings, **state}
-        values = self._step.run(feeds, ["logits", *self._next.values()], host=["logits"])
+        values = self.step_graph.run(feeds, ["logits", *self._next.values()], host=["logits"])
         moved = {name: values[output] for name, output in self._next.items()}
         return values["logits"], {**state, **moved}
 

@@ -67,14 +67,14 @@ class OnnxEncoder:
 
     def __init__(self, graph: Graph, at_once: int | None = None) -> None:
         """`at_once`: how many images the graph is given together, all by default."""
-        self._graph = graph
+        self.graph = graph
         self._at_once = at_once
         graph.expect({"images"}, graph.outputs)
 
     def __call__(self, images: FloatArray) -> State:
         step = self._at_once or len(images)
         parts = [
-            self._graph.run({"images": images[start : start + step]}, self._graph.outputs)
+            self.graph.run({"images": images[start : start + step]}, self.graph.outputs)
             for start in range(0, len(images), step)
         ]
         if len(parts) == 1:
@@ -93,12 +93,12 @@ class OnnxDecoder(Decoder):
         """`words`: how many there are."""
         self._step_path = manifest.file(folder, "decoder_step.onnx")
         self._loop_path = folder / "decoder_loop.onnx"
-        self._looped = "decoder_loop.onnx" in manifest.files
+        self.looped = "decoder_loop.onnx" in manifest.files
         self._next = manifest.state
         self._decoding = manifest.decoding
         self._target = target
         self._words = words
-        graph = self._loop if self._looped else self._step
+        graph = self.loop if self.looped else self.step_graph
         self.constant = frozenset(graph.inputs) - self._own_inputs
 
     @property
@@ -108,7 +108,7 @@ class OnnxDecoder(Decoder):
         return {"tokens", *limits, *self._next, *(f"first_{name}" for name in self._next)}
 
     @cached_property
-    def _step(self) -> Graph:
+    def step_graph(self) -> Graph:
         graph = self._target.open(self._step_path)
         constant = set(graph.inputs) - self._own_inputs
         graph.expect({"tokens", *self._next, *constant}, {"logits", *self._next.values()})
@@ -120,7 +120,7 @@ class OnnxDecoder(Decoder):
         return graph
 
     @cached_property
-    def _loop(self) -> Graph:
+    def loop(self) -> Graph:
         graph = self._target.open(self._loop_path)
         constant = set(graph.inputs) - self._own_inputs
         first = {f"first_{name}" for name in self._next}
@@ -135,24 +135,24 @@ class OnnxDecoder(Decoder):
 
     def step(self, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
         feeds = {"tokens": tokens, **state}
-        values = self._step.run(feeds, ["logits", *self._next.values()], host=["logits"])
+        values = self.step_graph.run(feeds, ["logits", *self._next.values()], host=["logits"])
         moved = {name: values[output] for name, output in self._next.items()}
         return values["logits"], {**state, **moved}
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
-        return self._step.select(state, rows)
+        return self.step_graph.select(state, rows)
 
     def greedy(self, features: State, options: DecodingOptions) -> list[Hypothesis] | None:
         built = self._decoding
         fixed = (options.end_tokens, options.suppress_tokens)
         other = fixed != (built.end_tokens, built.suppress_tokens)
-        if not self._looped or options.repetition_penalty != 1 or other:
+        if not self.looped or options.repetition_penalty != 1 or other:
             return None
         feeds = {n if n in self.constant else f"first_{n}": v for n, v in features.items()}
         feeds["max_tokens"] = np.array(options.max_tokens, np.int64)
         feeds["min_tokens"] = np.array(options.min_tokens, np.int64)
         outputs = ["words", "log_probabilities"]
-        values = self._loop.run(feeds, outputs, host=outputs)
+        values = self.loop.run(feeds, outputs, host=outputs)
         [end] = options.end_tokens
         hypotheses = []
         for row, log_probability in zip(

@@ -10,9 +10,9 @@ from capexport.artifact import Manifest
 from capexport.bench.cli import sample_photos
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import bundled_checkpoint, main
+from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.checkpoint import load_checkpoint
 from capexport.models.torch_captioner import torch_captioner
-from capexport.families.cnn_lstm import Vocabulary
 
 
 def test_it_fits_the_repository_and_its_description():

@@ -8,6 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from capexport.graphs import (
+    PROVIDER_OPTIONS,
+    PROVIDERS,
+    OnnxEncoder,
+    OnnxLstmDecoder,
+    open_session,
+)
 from conftest import WORDS, edit_manifest
 from PIL import Image
 
@@ -20,13 +27,6 @@ from capexport import (
     MissingExtraError,
 )
 from capexport.artifact import Manifest, sha256_of
-from capexport.graphs import (
-    PROVIDER_OPTIONS,
-    PROVIDERS,
-    OnnxEncoder,
-    OnnxLstmDecoder,
-    open_session,
-)
 from capexport.families.cnn_lstm import Vocabulary
 
 

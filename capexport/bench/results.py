@@ -1,0 +1,93 @@
+"""What a benchmark found, as its JSON holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+# A caption's way from a decoded photo to text: the whole, and its parts.
+STAGES = ("total", "preprocess", "encode", "decode")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of milliseconds a batch."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Path:
+    """One captioner's batches of one size.
+
+    Attributes:
+        milliseconds: a batch's, by stage.
+        steps: decoding steps a batch, the mean.
+        captions_per_second, tokens_per_second: at the median.
+        identical_captions: the share that is the first captioner's.
+        outside_graphs: the share of decoding, from features to text, spent outside the graphs.
+        share_of_floor: the time in which the decoder's weights can be read from memory, as a share
+            of the time that decoding takes.
+    """
+
+    milliseconds: dict[str, Statistics]
+    steps: float
+    captions_per_second: float
+    tokens_per_second: float
+    identical_captions: float
+    outside_graphs: float | None = None
+    share_of_floor: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """All captioners at one batch size; `variants` says which of several was the fastest."""
+
+    batch_size: int
+    paths: dict[str, Path]
+    variants: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a captioner costs: seconds to import and load, megabytes of memory and of disk."""
+
+    load_seconds: float
+    peak_memory_mb: float
+    disk_mb: float
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the versions that a measurement depends on."""
+
+    cpu: str
+    threads: int
+    memory_gb_per_second: float
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    Attributes:
+        metrics: caption metrics, by captioner.
+        unavailable: why a peer could not be measured.
+    """
+
+    model: str
+    device: str
+    photos: int
+    repeats: int
+    environment: Environment
+    runs: list[Run]
+    metrics: dict[str, dict[str, float | str]]
+    unavailable: dict[str, str]
+    footprint: dict[str, Footprint]
+
+    def to_json(self, indent: int | None = None) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=indent)
