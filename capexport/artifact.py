@@ -40,10 +40,6 @@ class FileRecord:
     bytes: int
     sha256: str
 
-    def __post_init__(self) -> None:
-        if self.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ValueError(f"no size and SHA-256 of a file: {self.bytes}, {self.sha256!r}")
-
 
 @dataclass(frozen=True)
 class Decoding(DecodingOptions):

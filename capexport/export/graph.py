@@ -48,7 +48,7 @@ def export_graph(
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module.eval(),
-            tuple(inputs),
+            (*inputs, {}),  # a dict in the last place is taken for keyword arguments
             input_names=list(input_names),
             output_names=list(output_names),
             dynamic_shapes=[

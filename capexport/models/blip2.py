@@ -99,6 +99,8 @@ def read_processor(folder: Path, config: Blip2Config) -> Blip2Processor:
         processor = Blip2Processor(images, tokenizer, config.num_query_tokens)
     except Exception as error:  # Transformers and tokenizers raise many kinds, some bare
         raise CheckpointError(f"{folder}: no processor can be loaded: {error}") from error
+    # Where padding changes nothing; most tokenizers say "right", whatever the model needs.
+    tokenizer.padding_side = "right" if config.text_config.is_encoder_decoder else "left"
     if not tokenizer.is_fast:
         raise CheckpointError(f"{folder}: no tokenizer.json, nor files that can become one")
     image_token = tokenizer.convert_tokens_to_ids("<image>")

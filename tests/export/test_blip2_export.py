@@ -101,7 +101,7 @@ def test_the_image_decides(language: str, blip2_export: Make):
 def test_up_to_the_position_limit(blip2_checkpoint: Make, blip2_export: Make):
     wanted = HuggingFaceCaptioner.load(blip2_checkpoint("opt"))
     exported = Captioner.load(blip2_export("opt"))
-    length = exported.vocabulary.prompts(["two"], 1).tokens.shape[1]
+    length = exported.text.frame(["two"], 1).tokens.shape[1]
     room = POSITIONS + 1 - length  # the last token is never fed
     options = {"prompt": "two", "max_tokens": room}
     [expected] = wanted.caption(IMAGES[:1], **options, min_new_tokens=room)
@@ -128,18 +128,18 @@ def test_prompts_are_framed_as_the_processor_does(
     processor = read_processor(folder, read_config(folder))
     texts = [*PROMPTS, "", " spaces  and été 犬 ", "ends in a line\n"]
     inputs = processor(images=[IMAGES[0]] * 6, text=texts, padding=True, return_tensors="np")
-    prompts = exported.vocabulary.prompts(texts, 6)
+    prompts = exported.text.frame(texts, 6)
     np.testing.assert_array_equal(prompts.tokens, inputs["input_ids"])
     np.testing.assert_array_equal(prompts.mask, inputs["attention_mask"])
     for row in prompts.tokens:
         [text] = processor.batch_decode(row[None], skip_special_tokens=True)
-        assert exported.vocabulary.decode(row.tolist()) == text.strip()
+        assert exported.text.decode(row.tolist()) == text.strip()
 
 
 def test_decoding_cleans_up_spaces_where_the_tokenizer_does(blip2_export: Make):
     from dataclasses import replace
 
-    tokenizer = Captioner.load(blip2_export("opt")).vocabulary
+    tokenizer = Captioner.load(blip2_export("opt")).text
     text = "it 's a dog , isn 't it ? we 've seen the dogs ' tails ."
     tokens = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(tokens) == text
@@ -288,7 +288,7 @@ def test_smaller_precisions_say_what_they_lose(
     assert 0 <= captions["token_agreement"] <= 1
     smaller = Captioner.load(folder)
     pixels = np.stack([exact.preprocess(image) for image in IMAGES])
-    prompts = exact.vocabulary.prompts(None, len(IMAGES))
+    prompts = exact.text.frame(None, len(IMAGES))
     logits = [c.decoder.start(c.encoder(pixels), prompts)[0] for c in (exact, smaller)]
     assert relative_error(*logits) < 0.7 / {"fp16": 35, "int8": 3.5, "int4": 1}[precision]
     if precision == "fp16":
@@ -355,7 +355,7 @@ def test_fp16_survives_what_overflows_a_naive_cast(blip2_checkpoint: Make, tmp_p
     assert largest[0] > torch.finfo(torch.float16).max
     assert not relative_error(exact.numpy(), naive.float().numpy()) < 0.1
     manifest = export_blip2(folder, tmp_path / "out", "fp16")
-    assert manifest.parity["relative_error"]["encoder_model.onnx"] < 0.02
+    assert manifest.parity.relative_error["encoder_model.onnx"] < 0.02
     graph = onnx.load(tmp_path / "out" / "encoder_model.onnx").graph
     kept = {t.name: t.data_type for t in graph.initializer if ".wo.weight" in t.name}
     assert len(kept) == 2

@@ -49,9 +49,9 @@ def test_it_exports_and_captions_photos_as_pytorch_does(tmp_path: Path, capsys):
 def test_the_bundled_artifact_is_the_checkpoint_in_int8_and_loses_little():
     manifest = Manifest.read(BUNDLED_ARTIFACT, thorough=True)
     assert manifest.precision == "int8"
-    assert manifest.provenance["checkpoint_sha256"] == load_checkpoint(bundled_checkpoint()).sha256
+    assert manifest.provenance.checkpoint_sha256 == load_checkpoint(bundled_checkpoint()).sha256
     assert sum(record.bytes for record in manifest.files.values()) < 10e6
-    metrics = manifest.parity["metrics"]
+    metrics = manifest.parity.metrics
     assert metrics["int8"]["BLEU-4"] > metrics["PyTorch"]["BLEU-4"] - 0.3
     assert metrics["int8"]["CIDEr-D"] > metrics["PyTorch"]["CIDEr-D"] - 1.5
     readme = (bundled_checkpoint().parent / "README.md").read_text(encoding="utf-8")
@@ -68,7 +68,7 @@ def test_the_bundled_artifact_is_the_checkpoint_in_int8_and_loses_little():
 
 
 def test_where_there_is_none_the_error_says_so(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr("capexport.cli.BUNDLED_CHECKPOINT", tmp_path / "absent")
+    monkeypatch.setattr("capexport.cli.lstm.BUNDLED_CHECKPOINT", tmp_path / "absent")
     assert main(["lstm", "--out", str(tmp_path / "out")]) == 2
     assert "pass a CHECKPOINT folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,7 @@ from capexport.export import parity
 from capexport.export.cnn_lstm import export_cnn_lstm
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.torch_captioner import torch_captioner
+from capexport.preprocessing import ImageSpec
 
 
 def test_graphs_have_the_documented_inputs_and_outputs(artifact: Path, checkpoint: Checkpoint):
@@ -170,6 +171,94 @@ def test_the_loop_is_the_steps_in_one_graph(artifact: Path, checkpoint: Checkpoi
     # What the loop was not built for goes step by step.
     for other in ({"repetition_penalty": 1.5}, {"suppress_tokens": (0, 1, 3, 4)}):
         assert exported.decoder.greedy(features, dataclasses.replace(options, **other)) is None
+
+
+class Looking(torch.nn.Module):
+    """A captioner whose state has other names, ranks and types than the CNN-LSTM's: a part of it,
+    the image's regions, stays as it is from step to step."""
+
+    constant = frozenset({"regions"})
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.decoder = self
+        self.embedding = torch.nn.Embedding(words, 8)
+        self.mix = torch.nn.Linear(24, 8)
+        self.output = torch.nn.Linear(8, words)
+
+    def start(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        regions = images.flatten(1).reshape(len(images), 6, -1)[:, :, :8]
+        age = torch.zeros_like(images[:, 0, 0, 0], dtype=torch.int64)
+        return {"query": regions.mean(1), "regions": regions, "age": age}
+
+    def step(self, tokens: torch.Tensor, state: dict[str, torch.Tensor]):
+        query, regions, age = state["query"], state["regions"], state["age"]
+        weights = (regions @ query[:, :, None]).softmax(1)
+        context = (weights * regions).sum(1)
+        query = torch.cat([query, context, self.embedding(tokens)], 1)
+        query = torch.tanh(3 * self.mix(query)) * torch.cos(age.float())[:, None]
+        return 4 * self.output(query), {"query": query, "regions": regions, "age": age + 1}
+
+
+def test_a_state_is_whatever_tensors_a_decoder_names(checkpoint: Checkpoint, tmp_path: Path):
+    from capexport.artifact import record_files
+    from capexport.captioner import open_artifact
+    from capexport.export import cnn_lstm
+    from capexport.sessions import CPU
+
+    torch.manual_seed(3)
+    other = copy.copy(checkpoint)
+    other.image = ImageSpec(resize=8, crop=8)
+    other.model = Looking(len(checkpoint.vocabulary)).eval()
+    with torch.no_grad():
+        state = cnn_lstm._export_graphs(other, tmp_path)
+    assert state == {"query": "next_query", "age": "next_age"}
+    words = json.dumps(checkpoint.vocabulary.words)
+    (tmp_path / "vocabulary.json").write_text(words)
+    manifest = cnn_lstm._manifest(other, state)
+    manifest = dataclasses.replace(manifest, files=record_files(tmp_path))
+    exported = open_artifact(tmp_path, manifest, CPU)
+    assert exported.decoder.constant == {"regions"}
+    pixels = np.random.default_rng(0).normal(size=(12, 3, 8, 8)).astype(np.float32)
+    features = exported.encoder(pixels)
+    reference = torch_captioner(other)
+    wanted = greedy_by_steps(reference.decoder, reference.encoder(pixels), exported.options)
+    looped = exported.decoder.greedy(features, exported.options)
+    stepped = greedy_by_steps(exported.decoder, features, exported.options)
+    assert [h.tokens for h in looped] == [h.tokens for h in wanted]
+    assert [h.tokens for h in stepped] == [h.tokens for h in wanted]
+    assert len({len(h.tokens) for h in wanted}) > 3
+    loop = onnx.load(tmp_path / "decoder_loop.onnx").graph
+    [node] = [node for node in loop.node if node.op_type == "Loop"]
+    assert len(node.input) == 2 + 5  # trip count, condition; tokens, query, age, ended, log
+
+
+def test_the_checkpoint_stays_as_it_is(checkpoint: Checkpoint):
+    def describe() -> list[object]:
+        model = checkpoint.model
+        return [
+            model.training, model.decoder.step_by_module, model.start, model.decoder.step,
+            *((n, t.stride(), t.device, t.data_ptr()) for n, t in model.state_dict().items()),
+        ]  # fmt: skip
+
+    checkpoint.model.train()
+    before = describe()
+    try:
+        captioner = torch_captioner(checkpoint, step_by_module=True, channels_last=True)
+        captioner.caption(draw_photo(1))
+        assert describe() == before
+    finally:
+        checkpoint.model.eval()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_parity_takes_no_nan(value: float):
+    wanted = {"logits": np.ones((2, 3), np.float32)}
+    got = {"logits": np.array([[1, 1, 1], [1, 1, value]], np.float32)}
+    for one, other in ((wanted, got), (got, wanted), (got, got)):
+        with pytest.raises(ParityError, match="differs from PyTorch"):
+            parity.compare_outputs("step.onnx", one, other)
+        assert not parity.relative_error(one["logits"], other["logits"]) <= 1
 
 
 def test_command_line(checkpoint: Checkpoint, photos: list[Path], tmp_path: Path, capsys):

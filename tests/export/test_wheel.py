@@ -12,6 +12,21 @@ from capexport import Captioner
 from capexport.captioner import BUNDLED_ARTIFACT
 
 ROOT = Path(__file__).parents[2]
+# What mypy must find no fault with, and would if a keyword of `caption` were misspelt.
+USER_SCRIPT = """
+import sys
+from capexport import Caption, Captioner, CapexportError
+captioner = Captioner.load(device="auto", threads=1)
+try:
+    many: list[Caption] = captioner.caption(sys.argv[1:], batch_size=2, min_tokens=0)
+    one: Caption = captioner.caption(sys.argv[1], max_tokens=30, repetition_penalty=1.0)
+except CapexportError as error:
+    sys.exit(str(error))
+if not one.text:
+    captioner.caption(sys.argv[1], max_token=3)  # type: ignore[call-overload]
+assert many[0].tokens == one.tokens
+print(one.text)
+"""
 
 
 def run(*command: object, **options) -> str:
@@ -61,6 +76,15 @@ def test_it_captions_in_a_small_environment_of_its_own(
     bundled = Captioner.load().caption(photos[0]).text
     lines = run(command[0], "caption", photos[0], cwd=tmp_path).splitlines()
     assert lines == [f"{photos[0]}\t{bundled}"]
+    assert run(venv / "bin" / "python", "-m", *map(str, ("capexport", *command[1:]))) == "".join(
+        f"{line}\n" for line in wanted
+    )
+    script = tmp_path / "app.py"
+    script.write_text(USER_SCRIPT)
+    checked = [sys.executable, "-m", "mypy", "--strict", "--python-executable"]
+    python = venv / "bin" / "python"
+    run(*checked, python, "--cache-dir", tmp_path / "cache", script, cwd=tmp_path)
+    assert run(python, script, photos[0], cwd=tmp_path) == f"{bundled}\n"
     # BLIP-2 takes one package more.
     command[command.index(artifact)] = blip2_export("opt")
     outcome = subprocess.run([str(part) for part in command], capture_output=True, text=True)

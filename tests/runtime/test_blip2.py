@@ -30,10 +30,7 @@ def images() -> list[Image.Image]:
 
 def test_prompts_for_all_and_for_each(blip2: Captioner, images: list[Image.Image]):
     prompts = PROMPTS
-    if blip2.vocabulary.spec.start_token is not None:
-        # T5 counts distances, padding included; so, as in Transformers, lengths must agree.
-        prompts = ["q", "z", "x"]
-        assert blip2.vocabulary.prompts(prompts, 3).mask.all()
+    assert not blip2.text.frame(prompts, 3).mask.all()
     single = [
         blip2.caption(image, prompt=prompt) for image, prompt in zip(images, prompts, strict=True)
     ]
@@ -53,6 +50,35 @@ def test_prompts_for_all_and_for_each(blip2: Captioner, images: list[Image.Image
     assert min(timing.preprocess, timing.encode, timing.decode) > 0
 
 
+def test_rows_with_unlike_masks_that_end_out_of_order(blip2: Captioner):
+    images = [draw_photo(seed, (60, 50)) for seed in range(40, 52)]
+    prompts = [("x " * number).strip() or "a" for number in (0, 9, 3, 1, 12, 0, 5, 2, 7, 4, 1, 6)]
+    for options in ({}, {"repetition_penalty": 1.5, "min_tokens": 2}):
+        pairs = zip(images, prompts, strict=True)
+        alone = [blip2.caption(image, prompt=prompt, **options) for image, prompt in pairs]
+        lengths = [len(caption.tokens) for caption in alone]
+        assert len(set(lengths)) > 2
+        assert lengths != sorted(lengths), "some row must end before one in front of it"
+        for order in (slice(None), slice(None, None, -1)):
+            together = blip2.caption(images[order], prompt=prompts[order], batch_size=12, **options)
+            assert [c.tokens for c in together] == [c.tokens for c in alone[order]]
+
+
+def test_a_long_prompt_takes_no_room_from_its_neighbour(blip2: Captioner, images):
+    limit = blip2.text.spec.max_positions
+    if limit is None:
+        pytest.skip("T5 has no limit")
+    length = blip2.text.frame(["two"], 1).tokens.shape[1]
+    long = "z" * (limit - length - 3)
+    room = int(blip2.text.frame([long], 1).room[0])
+    assert 0 < room < 12
+    free = {"min_tokens": room, "max_tokens": None}
+    alone = [blip2.caption(images[0], prompt=p, **free) for p in (long, "two", "a photo of")]
+    together = blip2.caption([images[0]] * 3, prompt=[long, "two", "a photo of"], **free)
+    assert [c.tokens for c in together] == [c.tokens for c in alone]
+    assert len(together[0].tokens) == room < max(len(c.tokens) for c in together)
+
+
 def test_prompts_that_do_not_fit(blip2: Captioner, images: list[Image.Image]):
     with pytest.raises(ValueError, match="2 prompts for 3 images"):
         blip2.caption(images, prompt=PROMPTS[:2])
@@ -67,18 +93,22 @@ def test_a_cnn_lstm_takes_no_prompt(captioner: Captioner, images: list[Image.Ima
 
 def test_the_cache_stays_with_onnxruntime(blip2: Captioner, images: list[Image.Image]):
     features = blip2.encoder(np.stack([blip2.preprocess(image) for image in images]))
-    prompts = blip2.vocabulary.prompts(None, 3)
+    prompts = blip2.text.frame(None, 3)
     _, state = blip2.decoder.start(features, prompts)
     _, following = blip2.decoder.step(np.array([5, 6, 7]), state)
-    assert {type(value).__name__ for value in following.cache.values()} == {"OrtValue"}
-    for name in state.cache:
-        before, after = state.cache[name].shape(), following.cache[name].shape()
-        assert after[2] == before[2] + (".encoder." not in name)
-        if ".encoder." in name:
-            assert following.cache[name] is state.cache[name]
+    masks = {name for name in state if name.endswith("attention_mask")}
+    kept = state.keys() - masks
+    assert {type(following[name]).__name__ for name in kept} == {"OrtValue"}
+    for name in kept:
+        before, after = state[name].shape(), following[name].shape()
+        assert after[2] == before[2] + (name not in blip2.decoder.constant)
+    for name in blip2.decoder.constant:
+        assert following[name] is state[name]
     chosen = blip2.decoder.select(following, np.array([2, 0]))
-    for name, value in chosen.cache.items():
-        np.testing.assert_array_equal(value.numpy(), following.cache[name].numpy()[[2, 0]])
+    for name in kept:
+        np.testing.assert_array_equal(chosen[name].numpy(), following[name].numpy()[[2, 0]])
+    for name in masks:
+        np.testing.assert_array_equal(chosen[name], following[name][[2, 0]])
 
 
 @pytest.fixture
@@ -139,8 +169,8 @@ def test_wrong_tokenizers(copied: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": None}, "incomplete artifact"),
-        ({"prompt": {"image_token": 1}}, "incomplete artifact"),
+        ({"prompt": None}, "no prompt section"),
+        ({"prompt": {"image_token": 1}}, "prompt.query_tokens is missing"),
         ({"state": {}}, "the manifest wires"),
         ({"image": {"resize": 28, "crop": 28, "resample": "magic"}}, "damaged manifest"),
     ],

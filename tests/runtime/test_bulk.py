@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from capexport.bulk import FileOutput, caption_files, default_batch_size, open_captioner
+from capexport.bulk.outputs import FileOutput
+from capexport.bulk.run import caption_files, open_captioner
 from capexport.captioner import Captioner
 from capexport.errors import ImageError
 
@@ -116,12 +117,12 @@ def test_no_files(own: Captioner):
 
 def test_a_small_model_gets_a_core_for_each_batch(artifact: Path):
     captioner = open_captioner(artifact, threads=3)
-    assert (captioner.threads, default_batch_size(captioner)) == (1, 32)
+    assert (captioner.threads, captioner.batch_size) == (1, 32)
 
 
 def test_a_large_model_gets_all_cores_for_one_batch(blip2_artifact: Path):
     captioner = open_captioner(blip2_artifact, threads=3)
-    assert (captioner.threads, default_batch_size(captioner)) == (3, 8)
+    assert (captioner.threads, captioner.batch_size) == (3, 8)
 
 
 @pytest.mark.parametrize("style", ["text", "jsonl", "csv", "coco"])

@@ -1,5 +1,4 @@
-import copy
-import functools
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -8,13 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from capexport.graphs import (
-    PROVIDER_OPTIONS,
-    PROVIDERS,
-    OnnxEncoder,
-    OnnxLstmDecoder,
-    open_session,
-)
 from conftest import WORDS, edit_manifest
 from PIL import Image
 
@@ -27,12 +19,14 @@ from capexport import (
     MissingExtraError,
 )
 from capexport.artifact import Manifest, sha256_of
+from capexport.captioner import open_artifact
 from capexport.families.cnn_lstm import Vocabulary
+from capexport.sessions import CPU, Target, targets
 
 
 def test_one_image_and_a_list(captioner: Captioner, photos: list[Path]):
     caption = captioner.caption(photos[1])
-    assert caption.text == " ".join(captioner.vocabulary.words[token] for token in caption.tokens)
+    assert caption.text == " ".join(captioner.text.words[token] for token in caption.tokens)
     assert set(caption.text.split()) <= set(WORDS)
     assert caption.log_probability < 0
     assert caption.timing.images == 1
@@ -120,10 +114,10 @@ def test_a_graph_that_onnxruntime_cannot_read(copied: Path):
         ({"schema": 99}, "schema 99.*upgrade capexport"),
         ({"family": "transformer-9"}, "unknown model family"),
         ({"image": {"resize": 3}}, "damaged manifest"),
-        ({"decoding": {}}, "incomplete artifact"),
+        ({"decoding": {}}, "damaged manifest: decoding.end_tokens is missing"),
         ({"files": {"../encoder.onnx": {"bytes": 1, "sha256": ""}}}, "not a plain file name"),
         ({"files": {}}, r"lists no vocabulary\.json"),
-        ({"state": None}, "incomplete artifact"),
+        ({"state": None}, "damaged manifest: state is no dict"),
         ({"unknown_field": 1}, "damaged manifest"),
     ],
 )
@@ -161,7 +155,7 @@ def test_a_vocabulary_of_another_size(copied: Path, photos: list[Path], looped: 
 def test_devices_that_are_not_there(artifact: Path):
     import onnxruntime
 
-    with pytest.raises(DeviceError, match="choose cpu or cuda"):
+    with pytest.raises(DeviceError, match="choose auto, cuda, cpu"):
         Captioner.load(artifact, device="tpu")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         with pytest.raises(DeviceError, match=r"capexport\[gpu\]"):
@@ -169,8 +163,16 @@ def test_devices_that_are_not_there(artifact: Path):
 
 
 def test_cuda_computes_in_float32():
-    assert PROVIDER_OPTIONS["cuda"]["use_tf32"] == "0"
-    assert set(PROVIDER_OPTIONS) == set(PROVIDERS)
+    [target] = targets("cuda:1")
+    assert target.device.options["use_tf32"] == "0"
+    assert (target.name, target.index) == ("cuda:1", 1)
+
+
+class Bound(Target):
+    """Values stay with onnxruntime, as they do on a GPU."""
+
+    def open(self, path: Path, **how):
+        return super().open(path, **{**how, "bound": True})
 
 
 @pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 1.3}])
@@ -178,21 +180,8 @@ def test_a_state_that_stays_on_its_device(
     artifact: Path, captioner: Captioner, photos: list[Path], changes: dict
 ):
     """What CUDA does, on the device that is here: rows of different length leave the batch."""
-    manifest = Manifest.read(artifact)
-    files = [artifact / f"{name}.onnx" for name in ("encoder", "decoder_step", "decoder_loop")]
-    open_graph = functools.partial(open_session, device="cpu", threads=1)
-    bound = copy.copy(captioner)
-    bound.encoder = OnnxEncoder(files[0], manifest.state, open_graph, bound_to="cpu")
-    start_token = manifest.decoding["start_token"]
-    bound.decoder = OnnxLstmDecoder(
-        *files[1:],
-        manifest.state,
-        start_token,
-        len(captioner.vocabulary),
-        captioner.options,
-        open_graph,
-        bound_to="cpu",
-    )
+    device = dataclasses.replace(CPU.device, images_per_core=None)
+    bound = open_artifact(artifact, Manifest.read(artifact), Bound(device, threads=1))
     wanted = captioner.caption(photos, **changes)
     assert len({len(caption.tokens) for caption in wanted}) > 1
     got = bound.caption(photos, **changes)

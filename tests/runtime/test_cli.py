@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import draw_photo
 
-from capexport.bulk import coco_image_id
+from capexport.artifact import sha256_of
+from capexport.bulk.outputs import FileOutput, coco_image_id
 from capexport.captioner import Captioner
 from capexport.cli import main
 
@@ -165,6 +166,60 @@ def test_kill_and_resume(artifact, photos, wanted, tmp_path, capsys):
     assert main(["caption", *arguments, "--resume"]) == 0
     assert "captions.jsonl is complete" in capsys.readouterr().err
     assert [json.loads(line)[1] for line in before] == wanted[: len(before)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "option"),
+    [
+        (["--max-tokens", "3"], {"max_tokens": 3}),
+        (["--min-tokens", "30"], {"min_tokens": 30}),
+        (["--repetition-penalty", "1.8"], {"repetition_penalty": 1.8}),
+    ],
+)
+def test_decoding_flags_reach_captions_and_the_journal(
+    flag, option, artifact, photos, wanted, captioner, tmp_path, capsys
+):
+    command = ["caption", "-m", str(artifact), *map(str, photos), *flag]
+    assert main([*command, "--format", "jsonl"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = [caption.text for caption in captioner.caption(photos, **option)]
+    assert [row["text"] for row in rows] == expected != wanted
+    out = tmp_path / "out.jsonl"
+    begun = FileOutput(out, "jsonl", photos, _key(artifact, option), resume=False)
+    begun.write([(photos[0], "begun")])
+    begun._stream.close()
+    plain = [word for word in command if word not in flag]
+    assert main([*plain, "--out", str(out), "--format", "jsonl", "--resume"]) == 2
+    assert "another model or other options" in capsys.readouterr().err
+    assert main([*command, "--out", str(out), "--format", "jsonl", "--resume"]) == 0
+    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    assert texts == ["begun", *expected[1:]]
+
+
+def _key(artifact: Path, options: dict) -> str:
+    return f"{sha256_of(artifact / 'manifest.json')} {options} prompt=None"
+
+
+@pytest.mark.parametrize(
+    "flag", [["--max-tokens", "0"], ["--min-tokens", "99"], ["--repetition-penalty", "nan"]]
+)
+def test_options_out_of_range_write_nothing(flag, artifact, photos, tmp_path, capsys):
+    command = ["caption", "-m", str(artifact), str(photos[0]), "--out", str(tmp_path / "x.csv")]
+    assert main([*command, *flag]) == 2
+    assert flag[0].strip("-").replace("-", "_") in capsys.readouterr().err
+    assert not list(tmp_path.glob("x.csv*"))
+
+
+def test_coco_ids_that_clash(artifact, photos, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    names = photos[0].with_name("42.jpg"), other / "COCO_val2014_000000000042.jpg"
+    for name in names:
+        draw_photo(1).save(name)
+    for out in ([], ["--out", str(tmp_path / "coco.json")]):
+        command = ["caption", "-m", str(artifact), *map(str, names), "--format", "coco", *out]
+        assert main(command) == 2
+        assert "would share the COCO image id 42" in capsys.readouterr().err
 
 
 def test_inspect(artifact, capsys):

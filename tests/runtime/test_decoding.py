@@ -1,9 +1,12 @@
 """The greedy loop over a decoder whose next words are written down."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from capexport.decoding import Decoder, DecodingOptions, Prompts, greedy
+from capexport import Captioner, OptionError
+from capexport.decoding import Decoder, DecodingKeywords, DecodingOptions, Prompts, greedy
 
 END = 2
 
@@ -104,3 +107,74 @@ def test_the_repetition_penalty_counts_prompt_and_caption():
     assert hypothesis.tokens == [1, 3, 1, 1]
     with pytest.raises(ValueError, match="repetition_penalty"):
         DecodingOptions((9,), repetition_penalty=0)
+
+
+def test_the_penalty_follows_its_row_when_others_leave():
+    """Each row says its own words twice, unless it is penalised for its own, not another's."""
+    script = [[4, END], [5, 5, 5, END], [6, END], [7, 7, 7, END]]
+    decoder = Scripted(script)
+    logits = decoder.logits
+
+    # The next best word after 5 is 8, after 7 it is 9.
+    def with_second_choice(state: np.ndarray) -> np.ndarray:
+        values = logits(state)
+        for line, (row, _) in zip(values, state, strict=True):
+            line[{1: 8, 3: 9}.get(row, 1)] = 2
+        return values
+
+    decoder.logits = with_second_choice
+    move = np.array([0, 1])
+    decoder.step = lambda tokens, state: (decoder.logits(state + move), state + move)
+    options = DecodingOptions((END,), repetition_penalty=2, suppress_tokens=(1,))
+    hypotheses = greedy(decoder, 4, options)
+    assert [h.tokens for h in hypotheses] == [[4], [5, 8, 5], [6], [7, 9, 7]]
+
+
+def test_room_is_a_rows_own():
+    decoder = Scripted([[4, 4, 4, 4, END], [5, 5, 5, 5, 5, END], [6, END]])
+    context = np.zeros((3, 1), np.int64)
+    prompts = Prompts(context, context, context[:, :0], room=np.array([2, 9, 3]))
+    hypotheses = greedy(decoder, 3, DecodingOptions((END,), max_tokens=4), prompts)
+    assert [h.tokens for h in hypotheses] == [[4, 4], [5, 5, 5, 5], [6]]
+
+
+def test_without_an_end_token_a_caption_runs_to_its_limit():
+    [hypothesis] = greedy(Scripted([[4] * 9]), 1, DecodingOptions((), max_tokens=5))
+    assert hypothesis.tokens == [4] * 5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 2.7}, {"max_tokens": "5"}, {"max_tokens": True}, {"max_tokens": 0},
+        {"min_tokens": 1.0}, {"min_tokens": -1}, {"min_tokens": 31}, {"min_tokens": "1"},
+        {"repetition_penalty": "1"}, {"repetition_penalty": 0}, {"repetition_penalty": True},
+        {"repetition_penalty": float("nan")}, {"repetition_penalty": float("inf")},
+        {"end_tokens": 2}, {"end_tokens": (2.0,)}, {"end_tokens": [2]}, {"end_tokens": (-1,)},
+        {"suppress_tokens": ("a",)},
+    ],
+)  # fmt: skip
+def test_options_of_a_wrong_type_or_out_of_range(wrong: dict, captioner: Captioner):
+    image = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        captioner.caption(image, **wrong)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        DecodingOptions(**{"end_tokens": (END,), **wrong})
+
+
+def test_numpy_numbers_are_numbers_and_none_is_the_default(captioner: Captioner):
+    image = np.zeros((8, 8, 3), np.uint8)
+    wanted = captioner.caption(image, max_tokens=3)
+    got = captioner.caption(image, max_tokens=np.int64(3), min_tokens=None)
+    assert got.tokens == wanted.tokens
+    with pytest.raises(TypeError, match="max_length"):
+        captioner.caption(image, max_length=3)
+
+
+def test_keywords_and_flags_are_the_options():
+    fields = {item.name: item for item in dataclasses.fields(DecodingOptions)}
+    assert DecodingKeywords.__annotations__.keys() == fields.keys()
+    from capexport.cli.caption import DECODING_FLAGS
+
+    numbers = {name for name, item in fields.items() if item.type in ("int", "float")}
+    assert {item.name for item in DECODING_FLAGS} == numbers
