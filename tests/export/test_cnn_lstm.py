@@ -181,13 +181,14 @@ class Looking(torch.nn.Module):
 
     def __init__(self, words: int) -> None:
         super().__init__()
-        self.decoder = self
-        self.embedding = torch.nn.Embedding(words, 8)
-        self.mix = torch.nn.Linear(24, 8)
-        self.output = torch.nn.Linear(8, words)
+        self.embedding = torch.nn.Embedding(words, 16)
+        self.mix = torch.nn.Linear(48, 16)
+        self.output = torch.nn.Linear(16, words)
+
+    encoder = decoder = property(lambda self: self)
 
     def start(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        regions = images.flatten(1).reshape(len(images), 6, -1)[:, :, :8]
+        regions = images.flatten(1).unflatten(1, (6, 32))[:, :, :16]
         age = torch.zeros_like(images[:, 0, 0, 0], dtype=torch.int64)
         return {"query": regions.mean(1), "regions": regions, "age": age}
 
