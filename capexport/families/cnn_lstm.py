@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +69,6 @@ class OnnxEncoder:
         """`at_once`: how many images the graph is given together, all by default."""
         self.graph = graph
         self._at_once = at_once
-        graph.expect({"images"}, graph.outputs)
 
     def __call__(self, images: FloatArray) -> State:
         step = self._at_once or len(images)
@@ -89,44 +88,42 @@ class OnnxDecoder(Decoder):
     Where there is a loop, the step graph is opened only when options need it.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, target: Target, words: int) -> None:
-        """`words`: how many there are."""
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        target: Target,
+        constant: Collection[str],
+        words: int,
+    ) -> None:
+        """`constant`: what the encoder brings and no step changes; `words`: how many there are."""
+        self.constant = frozenset(constant)
+        self.looped = "decoder_loop.onnx" in manifest.files
         self._step_path = manifest.file(folder, "decoder_step.onnx")
         self._loop_path = folder / "decoder_loop.onnx"
-        self.looped = "decoder_loop.onnx" in manifest.files
+        self._target = target
         self._next = manifest.state
         self._decoding = manifest.decoding
-        self._target = target
         self._words = words
-        graph = self.loop if self.looped else self.step_graph
-        self.constant = frozenset(graph.inputs) - self._own_inputs
-
-    @property
-    def _own_inputs(self) -> set[str]:
-        """What the graphs take besides the constant part of the state."""
-        limits = {"max_tokens", "min_tokens"}
-        return {"tokens", *limits, *self._next, *(f"first_{name}" for name in self._next)}
+        _ = self.loop if self.looped else self.step_graph
 
     @cached_property
     def step_graph(self) -> Graph:
         graph = self._target.open(self._step_path)
-        constant = set(graph.inputs) - self._own_inputs
-        graph.expect({"tokens", *self._next, *constant}, {"logits", *self._next.values()})
+        inputs = {"tokens", *self._next, *self.constant}
+        graph.expect(inputs, {"logits", *self._next.values()})
         width = graph.outputs["logits"].shape[-1]
         if width != self._words:
             raise ArtifactError(
-                f"{self._step_path}: {self._words} words, but logits for {width}; export again"
+                f"{graph.path}: {self._words} words, but logits for {width}; export again"
             )
         return graph
 
     @cached_property
     def loop(self) -> Graph:
         graph = self._target.open(self._loop_path)
-        constant = set(graph.inputs) - self._own_inputs
-        first = {f"first_{name}" for name in self._next}
-        graph.expect(
-            {"max_tokens", "min_tokens", *first, *constant}, {"words", "log_probabilities"}
-        )
+        states = {*(f"first_{name}" for name in self._next), *self.constant}
+        graph.expect({"max_tokens", "min_tokens", *states}, {"words", "log_probabilities"})
         return graph
 
     def start(self, features: State, prompts: object = None) -> tuple[FloatArray, State]:
@@ -169,12 +166,15 @@ def open_artifact(folder: Path, manifest: Manifest, target: Target) -> Parts:
     if manifest.decoding.start_token is None:
         raise ArtifactError(f"{folder}: no start_token in the manifest; export again")
     manifest.decoding.check(folder, len(vocabulary))
-    cores = target.threads or available_cores()
-    parts = target.device.images_per_core
-    encoder = OnnxEncoder(
-        target.open(manifest.file(folder, "encoder.onnx")), parts and parts * cores
+    encoder = target.open(manifest.file(folder, "encoder.onnx"))
+    constant = encoder.outputs.keys() - manifest.state.keys()
+    encoder.expect({"images"}, {*manifest.state, *constant})
+    images, cores = target.device.images_per_core, target.threads or available_cores()
+    return Parts(
+        OnnxEncoder(encoder, images and images * cores),
+        OnnxDecoder(folder, manifest, target, constant, len(vocabulary)),
+        vocabulary,
     )
-    return Parts(encoder, OnnxDecoder(folder, manifest, target, len(vocabulary)), vocabulary)
 
 
 def _read_vocabulary(path: Path) -> Vocabulary:
