@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from capexport.artifact import Manifest, replace_file
 from capexport.bench.cli import sample_photos
-from capexport.bench.pairs import open_pair
 from capexport.bench.report import environment, table
 from capexport.bulk.files import find_images
 from capexport.bulk.outputs import FileOutput
@@ -35,6 +34,7 @@ from capexport.captioner import Captioner
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
 from capexport.decoding import greedy
 from capexport.errors import ArtifactError
+from capexport.export.pairs import open_pair
 from capexport.families import find_family
 from capexport.preprocessing import FloatArray, ImageSpec, preprocess
 from capexport.sessions import available_cores
@@ -129,7 +129,9 @@ def _benchmark(options: argparse.Namespace) -> int:
         count = -(-options.count // options.batch_size) * options.batch_size
         chosen = list(itertools.islice(itertools.cycle(photos), count))
         contenders = {
-            TORCH: torch_path(pair.plain(), chosen, threads, options.batch_size),
+            TORCH: torch_path(
+                next(iter(pair.variants().values())), chosen, threads, options.batch_size
+            ),
             **onnx_paths(artifact, chosen, threads, options.batch_size, folder),
         }
         result: dict[str, Any] = {

@@ -32,7 +32,7 @@ from capexport.sessions import Providers, Target, available_cores, targets
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# A CNN-LSTM for Flickr8k in int8; artifacts/README.md says how it was made.
+# Trained on Flickr8k, in int8; artifacts/README.md says how it was made.
 BUNDLED_ARTIFACT = Path(__file__).parent / "default"
 
 log = logging.getLogger("capexport")
@@ -117,9 +117,9 @@ class Captioner:
         """Load an exported folder.
 
         Args:
-            folder: what `capexport lstm --out` or `capexport blip2 --out` wrote, or the Hugging
-                Face id (`owner/name`) of such a folder; by default `BUNDLED_ARTIFACT`, the
-                Flickr8k captioner that comes with the package.
+            folder: what an export's `--out` wrote, or the Hugging Face id (`owner/name`) of such
+                a folder; by default `BUNDLED_ARTIFACT`, the Flickr8k captioner that comes with
+                the package.
             device: "cpu", "cuda", "cuda:1" for the second GPU, or "auto": the first that works,
                 the CPU last.
             threads: CPU threads for preprocessing and the graphs; all cores by default.
@@ -129,7 +129,7 @@ class Captioner:
         Raises:
             ArtifactNotFoundError, ArtifactError: the folder is incomplete or altered.
             DeviceError: the device, or its execution provider, is not available.
-            MissingExtraError: onnxruntime, or what BLIP-2 needs, is not installed.
+            MissingExtraError: onnxruntime, or what the model needs, is not installed.
             DownloadError: a Hugging Face id cannot be downloaded.
             OptionError: arguments that contradict each other, or fewer threads than 1.
         """
@@ -171,7 +171,8 @@ class Captioner:
             images: paths, encoded bytes, binary files, PIL images, or uint8 arrays of shape
                 (height, width[, 1, 3 or 4]).
             prompt: what the caption goes on from, such as "Question: how many cats are there?
-                Answer:": one for all images, or a list with one for each. BLIP-2 alone takes any.
+                Answer:": one for all images, or a list with one for each; only a model that
+                was trained with prompts takes any.
             batch_size: how many images of a list go through the graphs together; what suits the
                 model by default. A caption doesn't depend on it.
             options: fields of `DecodingOptions` in place of the artifact's own: `max_tokens`,

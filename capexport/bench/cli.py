@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from capexport.artifact import Manifest, replace_file
 from capexport.bench import measure, report, sheet
-from capexport.bench.measure import AnyCaptioner, Clock, ClockedTarget
+from capexport.bench.measure import Clock, ClockedTarget
 from capexport.bench.openvino import openvino_captioners
-from capexport.bench.pairs import Pair, open_pair
 from capexport.bench.results import Footprint, Result, Run
 from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner, open_artifact
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
 from capexport.errors import ArtifactError, ImageNotFoundError, OptionError
+from capexport.export.pairs import Pair, Variants, open_pair
 from capexport.families import find_family
 from capexport.metrics import read_references, score
 from capexport.preprocessing import load_image
@@ -33,7 +33,7 @@ from capexport.sessions import Target, available_cores, targets
 
 # By the names of their columns: each artifact, and each contender's variants.
 Artifacts: TypeAlias = dict[str, tuple[Path, Manifest]]
-Contenders: TypeAlias = dict[str, Mapping[str, AnyCaptioner]]
+Contenders: TypeAlias = dict[str, Variants]
 # Photographs among the sample images of scikit-image.
 _SAMPLES = (
     "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"
@@ -209,7 +209,8 @@ class _Bench:
     def run(self, references: Mapping[str, Sequence[str]]) -> Result:
         options = self._options
         peers, unavailable = self._peers() if options.peers else ({}, {})
-        contenders: Contenders = {**peers, **{k: {"": c} for k, c in self._exported.items()}}
+        exported = {name: {"": captioner} for name, captioner in self._exported.items()}
+        contenders: Contenders = {"PyTorch": self._pair.variants(), **peers, **exported}
         scored = bool(references) and all(path.name in references for path in self._paths)
         environment = report.environment(self._target.threads or 1, self._target.name)
         bandwidth = environment.memory_gb_per_second * 1e9
@@ -219,7 +220,7 @@ class _Bench:
             photos=len(self._photos),
             repeats=options.repeats,
             environment=environment,
-            metrics=self._metrics(references) if scored else {},
+            metrics=self._metrics(contenders, references) if scored else {},
             runs=[self._run(contenders, size, bandwidth) for size in options.batch_sizes],
             unavailable=unavailable,
             footprint=self._footprints(),
@@ -247,10 +248,11 @@ class _Bench:
         return peers, unavailable
 
     def _metrics(
-        self, references: Mapping[str, Sequence[str]]
+        self, contenders: Contenders, references: Mapping[str, Sequence[str]]
     ) -> dict[str, dict[str, float | str]]:
         metrics = {}
-        for name, captioner in {"PyTorch": self._pair.plain(), **self._exported}.items():
+        for name in ("PyTorch", *self._exported):
+            captioner = next(iter(contenders[name].values()))
             captions = captioner.caption(self._photos, batch_size=32)
             said = {path.name: c.text for path, c in zip(self._paths, captions, strict=True)}
             metrics[name] = score(said, references)
@@ -259,14 +261,11 @@ class _Bench:
     def _run(self, contenders: Contenders, size: int, bandwidth: float) -> Run:
         """Batches of one size: of each contender the quickest variant, in turn."""
         variants, chosen = {}, {}
-        variants["PyTorch"], chosen["PyTorch"] = self._pair.fastest(self._photos, size)
         for name, candidates in contenders.items():
-            variant = next(iter(candidates))
-            if len(candidates) > 1:
-                variant = measure.fastest(candidates, self._photos, size, "total")
+            variant = measure.fastest(candidates, self._photos, size)
+            chosen[name] = candidates[variant]
             if variant:
                 variants[name] = variant
-            chosen[name] = candidates[variant]
         run = measure.alternate(chosen, self._photos, size, self._options.repeats, self._clocks)
         paths = dict(run.paths)
         for name, (_, manifest) in self._artifacts.items():

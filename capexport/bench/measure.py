@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from capexport.bench.results import STAGES, Footprint, Run, Statistics
 from capexport.bench.results import Path as PathResult
 from capexport.captioner import Caption, Captioner
+from capexport.export.pairs import AnyCaptioner, Photo, Variants, open_pair
 from capexport.preprocessing import load_image
 from capexport.sessions import Graph, Target
 
@@ -30,16 +30,6 @@ _WARM_UP = 0.05
 # Both runtimes' worker threads keep spinning for a moment after a call; the pause lets them sleep,
 # so that neither is timed against the other's.
 _PAUSE = 0.03
-
-
-# Decoded: uint8 (height, width, 3).
-Photo: TypeAlias = NDArray[np.uint8]
-
-
-class AnyCaptioner(Protocol):
-    """`Captioner`, or what `generate()` of Transformers is wrapped in."""
-
-    def caption(self, images: Sequence[Photo], *, batch_size: int) -> list[Caption]: ...
 
 
 class Clock:
@@ -160,12 +150,12 @@ def _statistics(values: Sequence[float]) -> Statistics:
     return Statistics(float(np.mean(values)), p50, p90, p99)
 
 
-def fastest(
-    candidates: Mapping[str, AnyCaptioner], photos: Sequence[Photo], batch_size: int, stage: str
-) -> str:
-    """Which candidate is quickest in one stage, by the median of a few batches."""
-    paths = alternate(candidates, photos, batch_size, repeats=7).paths
-    return min(candidates, key=lambda name: paths[name].milliseconds[stage].p50)
+def fastest(variants: Variants, photos: Sequence[Photo], batch_size: int) -> str:
+    """Which variant is quickest, by the median of a few batches."""
+    if len(variants) == 1:
+        return next(iter(variants))
+    paths = alternate(variants, photos, batch_size, repeats=7).paths
+    return min(variants, key=lambda name: paths[name].milliseconds["total"].p50)
 
 
 def memory_bandwidth(device: str = "cpu") -> float:
@@ -207,9 +197,7 @@ def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
     if kind == "onnx":
         captioner = Captioner.load(model, device=device, threads=int(threads))
     else:
-        from capexport.bench.pairs import open_pair
-
-        captioner = open_pair(model, device, int(threads)).plain()
+        captioner = next(iter(open_pair(model, device, int(threads)).variants().values()))
     loaded = time.perf_counter() - began
     batch = [np.asarray(load_image(photo)) for photo in photos]
     captioner.caption(

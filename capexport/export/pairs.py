@@ -1,20 +1,31 @@
-"""What is measured: a checkpoint, run by PyTorch at its best, and how it becomes an artifact."""
+"""A checkpoint as PyTorch runs it, and how it becomes an artifact: what `capbench` compares."""
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from capexport.artifact import is_hub_id
-from capexport.bench import measure
-from capexport.bench.measure import AnyCaptioner, Photo
-from capexport.captioner import Captioner
+from capexport.captioner import Caption, Captioner
 from capexport.errors import DeviceError, MissingExtraError
 
-# Opens the variants of which the fastest counts.
-Opener: TypeAlias = Callable[[], Mapping[str, AnyCaptioner]]
+# Decoded: uint8 (height, width, 3).
+Photo: TypeAlias = NDArray[np.uint8]
+
+
+class AnyCaptioner(Protocol):
+    """`Captioner`, or what `generate()` of Transformers is wrapped in."""
+
+    def caption(self, images: Sequence[Photo], *, batch_size: int) -> list[Caption]: ...
+
+
+# By what they are: ways to run the same model, of which the fastest counts.
+Variants: TypeAlias = Mapping[str, AnyCaptioner]
 
 
 class Pair(Protocol):
@@ -33,14 +44,11 @@ class Pair(Protocol):
     def export(self, out: Path) -> None:
         """Make its artifact."""
 
-    def plain(self) -> AnyCaptioner:
-        """The PyTorch captioner with its defaults."""
+    def variants(self) -> Variants:
+        """The model in PyTorch, the plainest first."""
 
-    def fastest(self, photos: Sequence[Photo], batch_size: int) -> tuple[str, AnyCaptioner]:
-        """The quickest of its variants for batches of this size, and what that one is."""
-
-    def peers(self) -> Mapping[str, Opener]:
-        """Other ways to run it."""
+    def peers(self) -> Mapping[str, Callable[[], Variants]]:
+        """Other ways to run it, opened one by one, since some cannot be."""
 
 
 def open_pair(checkpoint: str, device: str, threads: int) -> Pair:
@@ -84,43 +92,33 @@ class CnnLstm:
 
         export_cnn_lstm(self._checkpoint, out)
 
-    def plain(self) -> AnyCaptioner:
-        return self._variant("channels_last", "nn.LSTMCell")
+    def variants(self) -> Mapping[str, Captioner]:
+        kinds = itertools.product(("channels_last", "contiguous"), ("nn.LSTMCell", "nn.LSTM"))
+        return {f"{encoder}, {step}": self._variant(encoder, step) for encoder, step in kinds}
 
-    def _variant(self, encoder: str, decoder: str, compiled: bool = False) -> Captioner:
+    def _variant(self, encoder: str, step: str, compiled: bool = False) -> Captioner:
         from capexport.models.torch_captioner import torch_captioner
 
         return torch_captioner(
             self._checkpoint,
             self._device,
             channels_last=encoder == "channels_last",
-            step_by_module=decoder == "nn.LSTM",
+            step_by_module=step == "nn.LSTM",
             compiled=compiled,
             threads=self._threads,
         )
 
-    def peers(self) -> Mapping[str, Opener]:
-        def usual() -> Mapping[str, AnyCaptioner]:
+    def peers(self) -> Mapping[str, Callable[[], Variants]]:
+        def usual() -> Variants:
             return {"contiguous, nn.LSTM": self._variant("contiguous", "nn.LSTM")}
 
-        def compiled() -> Mapping[str, AnyCaptioner]:
+        def compiled() -> Variants:
             return {
                 f"{encoder}, nn.LSTMCell": self._variant(encoder, "nn.LSTMCell", compiled=True)
                 for encoder in ("contiguous", "channels_last")
             }
 
         return {"PyTorch as usual": usual, "torch.compile": compiled}
-
-    def fastest(self, photos: Sequence[Photo], batch_size: int) -> tuple[str, AnyCaptioner]:
-        encoders, decoders = ("contiguous", "channels_last"), ("nn.LSTMCell", "nn.LSTM")
-        variants = {}
-        for encoder, decoder in zip(encoders, decoders, strict=True):
-            variants[encoder] = variants[decoder] = self._variant(encoder, decoder)
-        encoder = measure.fastest({k: variants[k] for k in encoders}, photos, batch_size, "encode")
-        decoder = measure.fastest({k: variants[k] for k in decoders}, photos, batch_size, "decode")
-        best = copy.copy(variants[encoder])
-        best.decoder = variants[decoder].decoder
-        return f"{encoder}, {decoder}", best
 
 
 class Blip2:
@@ -139,16 +137,13 @@ class Blip2:
 
         export_blip2(self.folder, out)
 
-    def plain(self) -> AnyCaptioner:
+    def variants(self) -> Variants:
         from capexport.models.blip2 import HuggingFaceCaptioner
 
-        return HuggingFaceCaptioner.load(self.folder, self._device)
+        return {"generate()": HuggingFaceCaptioner.load(self.folder, self._device)}
 
-    def fastest(self, photos: Sequence[Photo], batch_size: int) -> tuple[str, AnyCaptioner]:
-        return "generate()", self.plain()
-
-    def peers(self) -> Mapping[str, Opener]:
-        def half() -> Mapping[str, AnyCaptioner]:
+    def peers(self) -> Mapping[str, Callable[[], Variants]]:
+        def half() -> Variants:
             if self._device != "cuda":
                 raise DeviceError("a CPU computes float16 no faster than float32")
             from torch import float16
