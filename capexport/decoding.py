@@ -189,6 +189,9 @@ def greedy_by_steps(
 ) -> list[Hypothesis]:
     """`greedy` in the decoder's single steps; rows that have ended leave the batch."""
     logits, state = decoder.start(features, prompts)
+    largest = max((*options.end_tokens, *options.suppress_tokens), default=0)
+    if largest >= logits.shape[1]:
+        raise OptionError(f"token {largest} lies outside the vocabulary of {logits.shape[1]}")
     hypotheses = [Hypothesis([]) for _ in range(len(logits))]
     said = prompts.context if prompts else np.zeros((len(logits), 0), np.int64)
     limits = np.full(len(logits), options.max_tokens)

@@ -11,7 +11,13 @@ import pytest
 from conftest import draw_photo, edit_manifest
 from PIL import Image
 
-from capexport import ArtifactError, ArtifactNotFoundError, Captioner, MissingExtraError
+from capexport import (
+    ArtifactError,
+    ArtifactNotFoundError,
+    Captioner,
+    MissingExtraError,
+    OptionError,
+)
 from capexport.artifact import sha256_of
 from capexport.cli import main
 
@@ -77,6 +83,11 @@ def test_a_long_prompt_takes_no_room_from_its_neighbour(blip2: Captioner, images
     together = blip2.caption([images[0]] * 3, prompt=[long, "two", "a photo of"], **free)
     assert [c.tokens for c in together] == [c.tokens for c in alone]
     assert len(together[0].tokens) == room < max(len(c.tokens) for c in together)
+    for asked in ({"max_tokens": room + 1}, {"max_tokens": 30, "min_tokens": room + 1}):
+        with pytest.raises(OptionError, match=f"leaves room for {room} of the model's {limit}"):
+            blip2.caption([images[0]] * 2, prompt=["two", long], **asked)
+    with pytest.raises(OptionError, match=f"leaves room for {room}"):
+        blip2.caption(images[0], prompt=long, min_tokens=room + 1)
 
 
 def test_prompts_that_do_not_fit(blip2: Captioner, images: list[Image.Image]):
@@ -172,6 +183,7 @@ def test_wrong_tokenizers(copied: Path):
         ({"prompt": None}, "no prompt section"),
         ({"prompt": {"image_token": 1}}, "prompt.query_tokens is missing"),
         ({"state": {}}, "the manifest wires"),
+        ({"state": {"past_key_values.0.key": "logits"}}, "the manifest wires"),
         ({"image": {"resize": 28, "crop": 28, "resample": "magic"}}, "damaged manifest"),
     ],
 )

@@ -162,6 +162,12 @@ def test_options_of_a_wrong_type_or_out_of_range(wrong: dict, captioner: Caption
         DecodingOptions(**{"end_tokens": (END,), **wrong})
 
 
+@pytest.mark.parametrize("name", ["end_tokens", "suppress_tokens"])
+def test_tokens_outside_the_vocabulary(name: str, captioner: Captioner):
+    with pytest.raises(OptionError, match="token 999 lies outside the vocabulary"):
+        captioner.caption(np.zeros((8, 8, 3), np.uint8), **{name: (2, 999)})
+
+
 def test_numpy_numbers_are_numbers_and_none_is_the_default(captioner: Captioner):
     image = np.zeros((8, 8, 3), np.uint8)
     wanted = captioner.caption(image, max_tokens=3)
