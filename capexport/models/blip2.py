@@ -4,22 +4,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
-from transformers.utils import logging as transformers_logging
 
 from capexport.captioner import Caption, Timing
 from capexport.errors import CheckpointError
 from capexport.models.blip2_checkpoint import Checkpoint, read_checkpoint
+from capexport.models.blip2_config import quiet
 from capexport.preprocessing import ImageSource, load_image
 
 
+@quiet()
 def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype) -> Blip2ForConditionalGeneration:
     """What Transformers loads from the folder by itself; only where `checkpoint.assumed` says so,
     with another configuration than the file's.
@@ -29,11 +29,10 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype) -> Blip2ForCondi
     """
     config = {"config": checkpoint.config} if checkpoint.assumed else {}
     try:
-        with _quiet():
-            model, loaded = Blip2ForConditionalGeneration.from_pretrained(
-                checkpoint.folder, dtype=dtype, output_loading_info=True, trust_remote_code=False,
-                local_files_only=True, use_safetensors=True, **config,
-            )  # fmt: skip
+        model, loaded = Blip2ForConditionalGeneration.from_pretrained(
+            checkpoint.folder, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+            local_files_only=True, use_safetensors=True, **config,
+        )  # fmt: skip
     except Exception as error:  # Transformers raises many kinds
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -42,21 +41,6 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype) -> Blip2ForCondi
     if missing := loaded["missing_keys"]:
         raise CheckpointError(f"{checkpoint.folder}: Transformers finds no {', '.join(missing)}")
     return model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and warnings of Transformers: what it would warn of is an error here."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 class HuggingFaceCaptioner:
@@ -125,6 +109,7 @@ class HuggingFaceCaptioner:
             do_sample=False,
             return_dict_in_generate=True,
             output_scores=True,
+            output_logits=True,
             **options,
         )
         rows = output.sequences.cpu()
@@ -132,7 +117,7 @@ class HuggingFaceCaptioner:
         timing = Timing(
             len(photos), preprocessed - began, self._encoded - preprocessed, done - self._encoded
         )
-        self.first_logits = output.scores[0].float().cpu().numpy()
+        self.first_logits = output.logits[0].float().cpu().numpy()
         logits = torch.stack(output.scores, 1).float().log_softmax(-1)
         tokens = rows[:, -logits.shape[1] :]
         chosen = logits.cpu().gather(2, tokens[:, :, None])[:, :, 0]

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Safetensor
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
+from transformers.modeling_utils import no_init_weights
 
 from capexport.artifact import sha256_of
 from capexport.captioner import is_hub_id
@@ -29,6 +30,7 @@ from capexport.models.blip2_config import (
     decoding_defaults,
     image_spec,
     quantised,
+    quiet,
     read_config,
     read_json,
     read_processor,
@@ -215,6 +217,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     return headers
 
 
+@quiet()
 def _read_small(folder: Path) -> tuple[Blip2Config, Blip2Processor, ImageSpec, dict, list[str]]:
     config = read_config(folder)
     processor, assumed = read_processor(folder, config)
@@ -238,7 +241,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def meta_model(config: Blip2Config) -> Blip2ForConditionalGeneration:
     """The model without the memory of its weights; `Weights.fill` brings them."""
-    with torch.device("meta"):
+    with no_init_weights(), torch.device("meta"):
         model = Blip2ForConditionalGeneration(config).eval()
     model.tie_weights()
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from capexport.errors import CheckpointError
 from capexport.preprocessing import ImageSpec
@@ -45,6 +47,21 @@ _CARRIED = {
     "eos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "min_length",
     "min_new_tokens", "repetition_penalty", "suppress_tokens",
 }  # fmt: skip
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and warnings of Transformers: what it would warn of is an error here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,7 +111,13 @@ def read_config(folder: Path) -> Blip2Config:
             "is Blip2ForConditionalGeneration with OPT or T5 as its language model, such as "
             "Salesforce/blip2-opt-2.7b and Salesforce/blip2-flan-t5-xl"
         )
-    if config.text_config.bos_token_id is None:
+    text = config.text_config
+    if language == "opt" and text.word_embed_proj_dim != text.hidden_size:
+        raise CheckpointError(
+            f"{path}: image features of {text.hidden_size} numbers, but tokens of "
+            f"{text.word_embed_proj_dim} (word_embed_proj_dim); Transformers, too, mixes them up"
+        )
+    if text.bos_token_id is None:
         raise CheckpointError(
             f"{path}: text_config has no bos_token_id, so nothing begins a caption; set it (2 for "
             "OPT, 1 for Flan-T5)"
