@@ -39,7 +39,7 @@ from capexport.models.blip2_checkpoint import (
     read_checkpoint,
 )
 from capexport.models.blip2_config import quiet
-from capexport.preprocessing import ImageSource, image_name
+from capexport.preprocessing import ImageSource
 from capexport.vocabulary import PromptSpec, PromptTokenizer
 
 log = logging.getLogger("capexport")
@@ -182,8 +182,8 @@ def compare_weights(checkpoint: Checkpoint, weights: Weights) -> None:
         name, tensor = weights.stored(names[id(parameter)])
         if parameter.is_meta or not _same(tensor.to(parameter.dtype), parameter):
             raise ParityError(
-                f"{checkpoint.folder}: capexport reads another {name} than Transformers does; "
-                "save the model again with Transformers, and please report it"
+                f"{checkpoint.folder}: what Transformers loads as {name} is not what the files "
+                "have under that name; load the model, see that it is right, and save it again"
             )
 
 

@@ -1,5 +1,5 @@
-"""BLIP-2 (Li et al. 2023) in PyTorch as Transformers itself loads and runs it: `from_pretrained` and
-`generate()` behind the interface of a captioner, the yardstick of every export."""
+"""BLIP-2 (Li et al. 2023) in PyTorch, as Transformers itself loads and runs it: `generate()` behind
+the interface of a captioner, the yardstick of every export."""
 
 from __future__ import annotations
 

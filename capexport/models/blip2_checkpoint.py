@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, parse_safetensors_file_metadata, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -112,15 +112,16 @@ def find_checkpoint(model: str, revision: str | None = None) -> tuple[Path, dict
 
 def _on_the_hub(model: str, commit: str, folder: Path) -> tuple[list[str], dict[str, Header]]:
     """The weights' files, and their headers, which without a network are none."""
+    hub = HfApi()
     try:
-        present = HfApi().list_repo_files(model, revision=commit)
+        present = hub.list_repo_files(model, revision=commit)
     except OSError:
         return list(weight_files(folder, _names_in(folder))), {}
-    files = weight_files(folder, present)
+    files = weight_files(folder, present, model)
     headers = {}
     for file, wanted in files.items():
         try:
-            tensors = parse_safetensors_file_metadata(model, file, revision=commit).tensors
+            tensors = hub.parse_safetensors_file_metadata(model, file, revision=commit).tensors
         except (OSError, SafetensorsParsingError):
             return list(files), {}
         for name, tensor in tensors.items():
@@ -133,9 +134,12 @@ def _names_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
-def weight_files(folder: Path, present: Collection[str]) -> dict[str, set[str] | None]:
+def weight_files(
+    folder: Path, present: Collection[str], model: str | None = None
+) -> dict[str, set[str] | None]:
     """The files that Transformers would read, of those `present`: `model.safetensors`, else what
     the index in `folder` names. With each, the tensors that are looked for in it; None for all.
+    `model` is the id on the hub, where the rest of the folder is.
 
     Raises:
         CheckpointError: neither is there, or not all that the index names.
@@ -143,7 +147,7 @@ def weight_files(folder: Path, present: Collection[str]) -> dict[str, set[str] |
     if WEIGHTS in present:
         return {WEIGHTS: None}
     if INDEX not in present:
-        raise CheckpointError(_without_index(folder, present))
+        raise CheckpointError(_without_index(folder, present, model))
     path = folder / INDEX
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(
@@ -162,7 +166,7 @@ def weight_files(folder: Path, present: Collection[str]) -> dict[str, set[str] |
     return files
 
 
-def _without_index(folder: Path, present: Collection[str]) -> str:
+def _without_index(folder: Path, present: Collection[str], model: str | None) -> str:
     def ends_with(*endings: str) -> list[str]:
         return sorted(name for name in present if name.endswith(endings))
 
@@ -170,7 +174,7 @@ def _without_index(folder: Path, present: Collection[str]) -> str:
         count: Counter[str] = Counter()
         for name in others:
             if (folder / name).is_file():
-                count.update(_headers_of(folder / name))
+                count.update(list(_headers_of(folder / name)))
         twice = [name for name, times in count.items() if times > 1]
         which = f"; {len(twice)} tensors ({twice[0]}, ...) are in several of them" if twice else ""
         return (
@@ -179,10 +183,14 @@ def _without_index(folder: Path, present: Collection[str]) -> str:
             "comes, or name the right file so"
         )
     if ends_with(".bin", ".pt", ".pth", ".ckpt"):
+        save = f'`model.save_pretrained("{folder}")`'
+        if model:
+            processor = f'`Blip2Processor.from_pretrained("{model}").save_pretrained("DIR")`'
+            save = f'`model.save_pretrained("DIR")`, and {processor} the rest'
         return (
-            f"{folder}: no {WEIGHTS}, and capexport reads no pickled weights; two lines make it: "
-            f'`model = Blip2ForConditionalGeneration.from_pretrained("{folder}", dtype="auto")`, '
-            f'`model.save_pretrained("{folder}")`'
+            f"{model or folder}: no {WEIGHTS}, and capexport reads no pickled weights; two lines "
+            f'make it: `model = Blip2ForConditionalGeneration.from_pretrained("{model or folder}", '
+            f'dtype="auto")`, {save}'
         )
     return f"{folder}: no safetensors there ({WEIGHTS}); copy them from where the model comes"
 
@@ -190,7 +198,8 @@ def _without_index(folder: Path, present: Collection[str]) -> str:
 def _headers_of(file: Path) -> dict[str, Header]:
     try:
         with safe_open(file, "pt") as stored:
-            parts = {name: stored.get_slice(name) for name in stored.keys()}
+            names = stored.keys()
+            parts = {name: stored.get_slice(name) for name in names}
             return {
                 name: Header(file.name, part.get_dtype(), tuple(part.get_shape()))
                 for name, part in parts.items()
@@ -285,9 +294,9 @@ def check_headers(folder: Path, config: Blip2Config, headers: Mapping[str, Heade
         missing += [] if names else [parameter.aliases[0]]
     if missing:
         raise CheckpointError(
-            f"{folder}: no weight {', '.join(missing[:3])} there ({len(missing)} are missing), which "
-            f"Transformers would fill with random numbers; the files have such as "
-            f"{next(iter(found), 'nothing')}: they are not all of this model"
+            f"{folder}: no weight {', '.join(missing[:3])} there ({len(missing)} missing in all), "
+            "which Transformers would fill with random numbers; the files hold such as "
+            f"{next(iter(found), 'nothing')}: not all of this model"
         )
     return assumed
 
@@ -379,7 +388,8 @@ class Weights:
                 if parameter is None:
                     continue
                 if id(parameter) not in filled:
-                    tensor = self._converted(parameter.aliases, dtype)
+                    aliases = parameter.aliases  # type: ignore[attr-defined]
+                    tensor = self._converted(aliases, dtype)
                     filled[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
                 module._parameters[leaf] = filled[id(parameter)]
         return sum(tensor.nbytes for tensor in filled.values())

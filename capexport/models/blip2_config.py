@@ -180,12 +180,12 @@ def decoding_defaults(folder: Path, config: Blip2Config) -> dict[str, Any]:
     # A decoder alone counts the image's places and the prompt, which differ from call to call.
     alone = not text.is_encoder_decoder
     if alone and settings.max_new_tokens is None and settings.max_length != 20:
-        raise _refused(path, ["max_length"], "set max_new_tokens instead: it counts the image, too")
+        raise _refused(path, ["max_length"], "which counts image and prompt; set max_new_tokens")
     image_and_start = config.num_query_tokens + 1
     if alone and settings.min_new_tokens is None and settings.min_length > image_and_start:
-        raise _refused(path, ["min_length"], "set min_new_tokens instead: it counts the image, too")
+        raise _refused(path, ["min_length"], "which counts image and prompt; set min_new_tokens")
     if others := sorted(unusual - _CARRIED):
-        raise _refused(path, others, "remove it to have plain greedy captions")
+        raise _refused(path, others, "which a captioner cannot keep; without, captions are greedy")
     longest = settings.max_new_tokens
     if longest is None:  # 20 is a default, and then means new tokens
         longest = settings.max_length - (0 if settings.max_length == 20 else 1)
@@ -194,7 +194,7 @@ def decoding_defaults(folder: Path, config: Blip2Config) -> dict[str, Any]:
         shortest = 0 if alone else max(settings.min_length - 1, 0)
     ends = [] if settings.eos_token_id is None else settings.eos_token_id
     if longest < 1:
-        raise _refused(path, ["max_length"], "it leaves room for no token")
+        raise _refused(path, ["max_length"], "which leaves room for no token")
     return {
         "end_tokens": [ends] if isinstance(ends, int) else list(ends),
         "max_tokens": longest,
@@ -204,11 +204,8 @@ def decoding_defaults(folder: Path, config: Blip2Config) -> dict[str, Any]:
     }
 
 
-def _refused(path: Path, names: list[str], remedy: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: text_config sets {', '.join(names)}, which a captioner of capexport cannot "
-        f"keep; {remedy}"
-    )
+def _refused(path: Path, names: list[str], why: str) -> CheckpointError:
+    return CheckpointError(f"{path}: text_config sets {', '.join(names)}, {why}")
 
 
 def read_processor(folder: Path, config: Blip2Config) -> tuple[Blip2Processor, list[str]]:
