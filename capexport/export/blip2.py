@@ -133,25 +133,7 @@ def export_blip2(
         )
         log.info("comparing captions with generate()")
         shutil.rmtree(scratch)
-        manifest = Manifest(
-            family="blip2",
-            precision=precision,
-            image=checkpoint.image,
-            decoding=checkpoint.decoding,
-            state=_wiring(config, plans),
-            files=record_files(draft),
-            provenance={
-                **(source or {"source": folder.name}),
-                "licence": _licence(folder),
-                "checkpoint_sha256": weights.sha256(),
-                "assumed": list(checkpoint.assumed),
-                "opset": OPSET,
-                "exporter": "optimum.exporters.onnx over torch.onnx.export(dynamo=True)",
-                "versions": versions("transformers", "optimum", "optimum-onnx"),
-            },
-            parity={},
-            prompt=dataclasses.asdict(_prompt_spec(checkpoint)),
-        )
+        manifest = _manifest(checkpoint, weights, plans, precision, source, draft)
         manifest.write(draft)
         scratch.mkdir()
         captions = _compare_captions(checkpoint, weights, draft, manifest, photos)
@@ -166,6 +148,36 @@ def export_blip2(
         manifest = dataclasses.replace(manifest, parity=parity)
         manifest.write(draft)
     return manifest
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    weights: Weights,
+    plans: Sequence[Plan],
+    precision: str,
+    source: Mapping[str, Any] | None,
+    draft: Path,
+) -> Manifest:
+    """The manifest of what lies in `draft`, before parity is known."""
+    return Manifest(
+        family="blip2",
+        precision=precision,
+        image=checkpoint.image,
+        decoding=checkpoint.decoding,
+        state=_wiring(checkpoint.config, plans),
+        files=record_files(draft),
+        provenance={
+            **(source or {"source": checkpoint.folder.name}),
+            "licence": _licence(checkpoint.folder),
+            "checkpoint_sha256": weights.sha256(),
+            "assumed": list(checkpoint.assumed),
+            "opset": OPSET,
+            "exporter": "optimum.exporters.onnx over torch.onnx.export(dynamo=True)",
+            "versions": versions("transformers", "optimum", "optimum-onnx"),
+        },
+        parity={},
+        prompt=dataclasses.asdict(_prompt_spec(checkpoint)),
+    )
 
 
 def compare_weights(checkpoint: Checkpoint, weights: Weights) -> None:
@@ -259,8 +271,9 @@ def _compare(
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """As bytes: NaN is equal to itself."""
-    return a.shape == b.shape and torch.equal(*(x.flatten().view(torch.uint8) for x in (a, b)))
+    """Bit by bit: NaN is equal to itself."""
+    bits = {2: torch.int16, 4: torch.int32}[b.element_size()]
+    return a.shape == b.shape and torch.equal(a.view(bits), b.view(bits))
 
 
 def _compare_captions(

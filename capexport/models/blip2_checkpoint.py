@@ -205,6 +205,9 @@ def _headers_of(file: Path) -> dict[str, Header]:
                 for name, part in parts.items()
             }
     except (OSError, SafetensorError) as error:
+        with file.open("rb") as stream:
+            if stream.read(40).startswith(b"version https://git-lfs"):
+                raise CheckpointError(f"{file}: a pointer of Git LFS; `git lfs pull`") from error
         raise CheckpointError(f"{file}: damaged: {error}; download it again") from error
 
 

@@ -111,8 +111,12 @@ def read_config(folder: Path) -> Blip2Config:
             "is Blip2ForConditionalGeneration with OPT or T5 as its language model, such as "
             "Salesforce/blip2-opt-2.7b and Salesforce/blip2-flan-t5-xl"
         )
-    text = config.text_config
-    if language == "opt" and text.word_embed_proj_dim != text.hidden_size:
+    _check_text(path, config.text_config)
+    return config
+
+
+def _check_text(path: Path, text: Any) -> None:
+    if text.model_type == "opt" and text.word_embed_proj_dim != text.hidden_size:
         raise CheckpointError(
             f"{path}: image features of {text.hidden_size} numbers, but tokens of "
             f"{text.word_embed_proj_dim} (word_embed_proj_dim); Transformers, too, mixes them up"
@@ -122,7 +126,12 @@ def read_config(folder: Path) -> Blip2Config:
             f"{path}: text_config has no bos_token_id, so nothing begins a caption; set it (2 for "
             "OPT, 1 for Flan-T5)"
         )
-    return config
+    for name in ("bos_token_id", "decoder_start_token_id"):
+        token = getattr(text, name, None)
+        if token is not None and (not isinstance(token, int) or not 0 <= token < text.vocab_size):
+            raise CheckpointError(
+                f"{path}: {name} {token} of text_config is none of its {text.vocab_size} tokens"
+            )
 
 
 def _refuse_own_code(folder: Path) -> None:
@@ -193,10 +202,12 @@ def decoding_defaults(folder: Path, config: Blip2Config) -> dict[str, Any]:
     if shortest is None:
         shortest = 0 if alone else max(settings.min_length - 1, 0)
     ends = [] if settings.eos_token_id is None else settings.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends)
     if longest < 1:
         raise _refused(path, ["max_length"], "which leaves room for no token")
     return {
-        "end_tokens": [ends] if isinstance(ends, int) else list(ends),
+        # Others can never be said; -1 means just that.
+        "end_tokens": [token for token in ends if 0 <= token < text.vocab_size],
         "max_tokens": longest,
         "min_tokens": min(shortest, longest),
         "repetition_penalty": settings.repetition_penalty,

@@ -564,6 +564,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         "opt", edit_json("config.json", architectures=["Blip2ForImageTextRetrieval"]),
         "Blip2ForImageTextRetrieval .*supported is",
     ),
+    "a start outside the vocabulary": ("t5", text(decoder_start_token_id=340), "none of its 340"),
+    "a pointer of Git LFS": (
+        "opt", write("model-00001.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
     "no configuration": ("opt", remove("config.json"), "config.json: not there"),
     "a list for a configuration": ("opt", write("config.json", "[1]"), "config.json: not a file"),
 }  # fmt: skip
@@ -600,7 +605,7 @@ def test_another_read_than_transformers_is_noticed(shape, blip2_checkpoint: Make
         ("t5", {"max_new_tokens": 5, "min_length": 30, "max_length": 7}),
         ("t5-tied", {"repetition_penalty": 1.8, "suppress_tokens": [333, 2]}),
         ("opt", {"min_length": 5, "max_new_tokens": 30, "top_k": 3}),
-        ("opt", {"min_new_tokens": 12, "repetition_penalty": 0.7, "eos_token_id": 123}),
+        ("opt", {"min_new_tokens": 12, "repetition_penalty": 0.7, "eos_token_id": [123, 5000, -1]}),
         ("opt", {"max_length": 20, "eos_token_id": None, "use_cache": False}),
     ],
 )
