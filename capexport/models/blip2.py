@@ -15,7 +15,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from capexport.captioner import Caption, Timing
 from capexport.errors import CheckpointError
 from capexport.models.blip2_checkpoint import Checkpoint, read_checkpoint
-from capexport.models.blip2_config import quiet
+from capexport.models.blip2_config import first_line, quiet
 from capexport.preprocessing import ImageSource, load_image
 
 
@@ -34,9 +34,8 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype) -> Blip2ForCondi
             local_files_only=True, use_safetensors=True, **config,
         )  # fmt: skip
     except Exception as error:  # Transformers raises many kinds
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{checkpoint.folder}: Transformers cannot load it: {reason}"
+            f"{checkpoint.folder}: Transformers cannot load it: {first_line(error)}"
         ) from error
     if missing := loaded["missing_keys"]:
         raise CheckpointError(f"{checkpoint.folder}: Transformers finds no {', '.join(missing)}")

@@ -28,6 +28,7 @@ from capexport.models.blip2_config import (
     CONFIG,
     SMALL_FILES,
     decoding_defaults,
+    first_line,
     image_spec,
     quantised,
     quiet,
@@ -102,10 +103,9 @@ def find_checkpoint(model: str, revision: str | None = None) -> tuple[Path, dict
             check_headers(folder, config, headers)
         snapshot_download(model, revision=commit, allow_patterns=names)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise DownloadError(
-            f"{model}: cannot be downloaded, and is not in the cache ({reason}): connect to the "
-            "network once, or pass a folder with a copy"
+            f"{model}: cannot be downloaded, and is not in the cache ({first_line(error)}): "
+            "connect to the network once, or pass a folder with a copy"
         ) from error
     return folder, {"source": model, "revision": commit}
 
@@ -116,7 +116,10 @@ def _on_the_hub(model: str, commit: str, folder: Path) -> tuple[list[str], dict[
     try:
         present = hub.list_repo_files(model, revision=commit)
     except OSError:
-        return list(weight_files(folder, _names_in(folder))), {}
+        present = _names_in(folder)
+        if not {WEIGHTS, INDEX} & set(present):
+            raise
+        return list(weight_files(folder, present)), {}
     files = weight_files(folder, present, model)
     headers = {}
     for file, wanted in files.items():

@@ -263,7 +263,7 @@ def _read_images(folder: Path) -> BlipImageProcessor:
     try:
         return BlipImageProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # Transformers raises many kinds
-        raise CheckpointError(f"{path}: no image processor: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: no image processor: {first_line(error)}") from error
 
 
 def _read_tokenizer(folder: Path) -> Any:
@@ -282,15 +282,15 @@ def _read_tokenizer(folder: Path) -> Any:
         if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
             raise CheckpointError(
                 f"{folder / 'spiece.model'}: cannot become a tokenizer.json "
-                f"({_first_line(error)}); `pip install sentencepiece protobuf` reads it"
+                f"({first_line(error)}); `pip install sentencepiece protobuf` reads it"
             ) from error
         raise CheckpointError(
-            f"{folder}: no tokenizer can be loaded: {_first_line(error)}; copy tokenizer.json and "
+            f"{folder}: no tokenizer can be loaded: {first_line(error)}; copy tokenizer.json and "
             f"{TOKENIZER_CONFIG} from where the model comes"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
