@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ def find_checkpoint(model: str, revision: str | None = None) -> tuple[Path, dict
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=[*SMALL_FILES]))
         commit = folder.name
-        config = _read_small(folder)[0]
+        config = _read_small(folder).config
         names, headers = _on_the_hub(model, commit, folder)
         if headers:
             check_headers(folder, config, headers)
@@ -233,11 +233,13 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
 
 @quiet()
-def _read_small(folder: Path) -> tuple[Blip2Config, Blip2Processor, ImageSpec, dict, list[str]]:
+def _read_small(folder: Path) -> Checkpoint:
+    """All that can be told before the weights are there."""
     config = read_config(folder)
     processor, assumed = read_processor(folder, config)
     image = image_spec(folder, config, processor.image_processor)
-    return config, processor, image, decoding_defaults(folder, config), assumed
+    decoding = decoding_defaults(folder, config)
+    return Checkpoint(folder, config, processor, image, decoding, tuple(assumed))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -247,11 +249,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is damaged, incomplete, or of a kind that capexport does not export.
     """
-    config, processor, image, decoding, assumed = _read_small(folder)
+    checkpoint = _read_small(folder)
     headers = read_headers(folder)
-    assumed += check_headers(folder, config, headers)
-    _refuse_two_for_one(folder, config, headers)
-    return Checkpoint(folder, config, processor, image, decoding, tuple(assumed))
+    corrected = check_headers(folder, checkpoint.config, headers)
+    _refuse_two_for_one(folder, checkpoint.config, headers)
+    return replace(checkpoint, assumed=(*checkpoint.assumed, *corrected))
 
 
 def meta_model(config: Blip2Config) -> Blip2ForConditionalGeneration:
