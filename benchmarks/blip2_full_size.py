@@ -187,14 +187,9 @@ def profile(model: str) -> None:
 
 
 def _torch_captioner(folder: Path) -> Any:
-    import torch
+    from capexport.models.blip2 import HuggingFaceCaptioner
 
-    from capexport.models import blip2
-
-    config = blip2.read_config(folder)
-    model = blip2.meta_model(config)
-    blip2.Weights(folder, folder).fill(model, torch.float32)
-    return blip2.HuggingFaceCaptioner(model, blip2.read_processor(folder, config))
+    return HuggingFaceCaptioner.load(folder)
 
 
 def bandwidth() -> None:

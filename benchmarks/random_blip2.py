@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from capexport.models.blip2 import meta_model
+from capexport.models.blip2_checkpoint import meta_model
 
 TEXT = [
     "a dog runs on the grass", "two cats sit in the snow", "a man with a red ball",

@@ -106,6 +106,7 @@ class Provenance:
         versions: of the packages that took part.
         training, metrics: how the checkpoint was trained and what it scored, as far as it says.
         source, revision, licence: where it was downloaded.
+        assumed: what the checkpoint's files leave open or say otherwise, and how it was read.
         calibration_photos: how many photos the ranges of int8 were seen on.
     """
 
@@ -118,6 +119,7 @@ class Provenance:
     source: str | None = None
     revision: str | None = None
     licence: str | None = None
+    assumed: tuple[str, ...] | None = None
     calibration_photos: int | None = None
 
 
@@ -141,6 +143,7 @@ class Parity:
 
     Attributes:
         inputs: what it was compared on.
+        yardstick: whose values and captions those are that it was compared with.
         tolerance: the largest difference of a graph that passes.
         max_difference, relative_error: each graph's: the largest of a value, or the root mean
             square as a share of the output's own.
@@ -151,6 +154,7 @@ class Parity:
     inputs: str
     tolerance: float
     captions: CaptionParity
+    yardstick: str | None = None
     max_difference: dict[str, float] | None = None
     relative_error: dict[str, float] | None = None
     int8: dict[str, float] | None = None

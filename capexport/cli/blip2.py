@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     try:
         from capexport.export.blip2 import export_blip2
-        from capexport.models.blip2 import find_checkpoint
+        from capexport.models.blip2_checkpoint import find_checkpoint
     except ImportError as error:
         raise MissingExtraError(
             f"exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'` ({error})"

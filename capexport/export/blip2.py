@@ -17,19 +17,11 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCard
 from optimum.exporters.onnx import convert, onnx_export_from_model
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import Blip2Config, Blip2Processor
+from transformers import Blip2Config
 
-from capexport.artifact import (
-    CaptionParity,
-    Decoding,
-    Manifest,
-    Parity,
-    PromptSpec,
-    Provenance,
-)
+from capexport.artifact import CaptionParity, Manifest, Parity, PromptSpec, Provenance
 from capexport.errors import ParityError
 from capexport.export.blip2_parts import PartConfig, Plan, plan_parts
 from capexport.export.draft import Draft, draft_artifact
@@ -37,14 +29,16 @@ from capexport.export.fusion import fused_modules
 from capexport.export.graph import OPSET, versions
 from capexport.export.parity import IMAGES, relative_error, seeded_images, token_agreement
 from capexport.export.quantize import quantize_graph
-from capexport.models.blip2 import (
-    HuggingFaceCaptioner,
+from capexport.models.blip2 import HuggingFaceCaptioner, load_pretrained
+from capexport.models.blip2_checkpoint import (
+    Checkpoint,
     Weights,
+    converted,
     meta_model,
-    read_config,
-    read_processor,
+    read_checkpoint,
 )
-from capexport.preprocessing import ImageSource, ImageSpec, image_name
+from capexport.models.blip2_config import quiet
+from capexport.preprocessing import ImageSource
 from capexport.sessions import CPU, Graph, Target
 
 log = logging.getLogger("capexport")
@@ -55,9 +49,10 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.2, "int4": 0.7}
 # Batch, sequence and past lengths that parity is checked at: none is what was traced.
 SHAPES = ((1, 5, 0), (3, 1, 4), (2, 9, 2))
 _PROMPTS = ("a photo of", "Question: what is in the picture? Answer:")
-MAX_TOKENS = 20  # the default of `generate()`
 # Optimum's validation copies the weights: it is done where they have fewer bytes than this.
 _VALIDATED = 10**9
+YARDSTICK = "from_pretrained() and generate() of Transformers, in float32"
+_ALONE = 4  # of the photos, so many are also captioned one by one
 
 
 @contextlib.contextmanager
@@ -94,6 +89,7 @@ def export_patches() -> Iterator[None]:
         yield
 
 
+@quiet()
 def export_blip2(
     folder: Path,
     out: Path,
@@ -115,12 +111,15 @@ def export_blip2(
         ParityError: the graphs do not reproduce the model.
     """
     CPU.require_provider()  # parity needs it, at the very end
-    config = read_config(folder)
-    processor = read_processor(folder, config)
+    checkpoint = read_checkpoint(folder)
+    for assumption in checkpoint.assumed:
+        log.info("%s: %s", folder.name, assumption)
+    config = checkpoint.config
     with draft_artifact(out) as draft:
         scratch = draft.folder / "scratch"
         scratch.mkdir()
         weights = Weights(folder, scratch)
+        compare_weights(checkpoint, weights)
         plans = plan_parts(config, precision)
         errors = {}
         for number, plan in enumerate(plans, 1):
@@ -129,30 +128,69 @@ def export_blip2(
                 config, weights, plan, precision, draft.folder, title
             )
         (draft.folder / "tokenizer.json").write_text(
-            processor.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8"
+            checkpoint.processor.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8"
         )
-        provenance = Provenance(
-            **(source or {"source": folder.name}),
-            licence=_licence(folder),
-            checkpoint_sha256=weights.sha256(),
-            opset=OPSET,
-            exporter="optimum.exporters.onnx over torch.onnx.export(dynamo=True)",
-            versions=versions("transformers", "optimum", "optimum-onnx"),
-        )
-        draft.manifest = _manifest(config, processor, plans, precision, provenance)
         log.info("comparing captions with generate()")
         shutil.rmtree(scratch)
         scratch.mkdir()
-        captions = _compare_captions(config, processor, weights, draft, photos)
-        shutil.rmtree(scratch)
+        draft.manifest = _manifest(checkpoint, weights, plans, precision, source)
         parity = Parity(
-            inputs="photos" if photos else "seeded images",
+            yardstick=YARDSTICK,
             tolerance=TOLERANCES[precision],
             relative_error=errors,
-            captions=captions,
+            inputs="photos" if photos else "seeded images",
+            captions=_compare_captions(checkpoint, weights, draft, photos),
         )
+        shutil.rmtree(scratch)
         draft.manifest = dataclasses.replace(draft.manifest, parity=parity)
     return draft.manifest
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    weights: Weights,
+    plans: Sequence[Plan],
+    precision: str,
+    source: Mapping[str, Any] | None,
+) -> Manifest:
+    """The manifest of a draft, before its files and its parity are known."""
+    return Manifest(
+        family="blip2",
+        precision=precision,
+        image=checkpoint.image,
+        decoding=checkpoint.decoding,
+        state=_wiring(checkpoint.config, plans),
+        files={},
+        provenance=Provenance(
+            **(source or {"source": checkpoint.folder.name}),
+            licence=_licence(checkpoint.folder),
+            checkpoint_sha256=weights.sha256(),
+            assumed=checkpoint.assumed,
+            opset=OPSET,
+            exporter="optimum.exporters.onnx over torch.onnx.export(dynamo=True)",
+            versions=versions("transformers", "optimum", "optimum-onnx"),
+        ),
+        prompt=_prompt_spec(checkpoint),
+    )
+
+
+def compare_weights(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Every parameter as `weights` finds it against what Transformers loads by itself.
+
+    Raises:
+        ParityError: one differs.
+    """
+    model = load_pretrained(checkpoint, weights.dtype())
+    names = {id(p): list[str]() for p in model.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for parameter in model.parameters():
+        name, tensor = weights.stored(names[id(parameter)])
+        if parameter.is_meta or not _same(tensor.to(parameter.dtype), parameter):
+            raise ParityError(
+                f"{checkpoint.folder}: what Transformers loads as {name} is not what the files "
+                "have under that name; load the model, see that it is right, and save it again"
+            )
 
 
 def _export_part(
@@ -226,14 +264,20 @@ def _compare(
     return worst
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit by bit: NaN is equal to itself."""
+    bits = {2: torch.int16, 4: torch.int32}[b.element_size()]
+    return a.shape == b.shape and torch.equal(a.view(bits), b.view(bits))
+
+
 def _compare_captions(
-    config: Blip2Config,
-    processor: Blip2Processor,
+    checkpoint: Checkpoint,
     weights: Weights,
     draft: Draft,
     photos: Sequence[ImageSource],
 ) -> CaptionParity:
-    """Captions and answers of the artifact against those of `generate()` in float32.
+    """Captions and answers of the artifact, in batches, against those of `generate()` in float32,
+    in batches and of each image alone.
 
     Raises:
         ParityError: in fp32 a token differs; otherwise, logits do by more than the tolerance.
@@ -241,19 +285,17 @@ def _compare_captions(
     precision = draft.manifest.precision
     images = list(photos[:IMAGES]) or seeded_images(4)
     prompts = list(itertools.islice(itertools.cycle(_PROMPTS), len(images)))
-    model = meta_model(config)
-    weights.fill(model, torch.float32)
-    reference = HuggingFaceCaptioner(model, processor)
-    wanted, wanted_logits = [], []
+    reference = _reference(checkpoint, weights, draft.folder / "scratch")
+    exported = draft.captioner(_target(precision))
+    wanted, got, wanted_logits, got_logits = [], [], [], []
     for prompt in (None, prompts):
         wanted += reference.caption(images, prompt=prompt)
         wanted_logits.append(reference.first_logits)
-    exported = draft.captioner(_target(precision))
-    got, got_logits = [], []
-    for prompt in (None, prompts):
-        got += exported.caption(images, prompt=prompt)
+        wanted += reference.caption(images[:_ALONE], prompt=prompt, batch_size=1)
+        captions = exported.caption(images, prompt=prompt)
+        got += [*captions, *captions[:_ALONE]]
         pixels = np.stack([exported.preprocess(image) for image in images])
-        framed = exported.text.frame(prompt and prompts, len(images), 1)
+        framed = exported.text.frame(prompt, len(images), 1)
         got_logits.append(exported.decoder.start(exported.encoder(pixels), framed)[0])
     expected, actual = np.concatenate(wanted_logits), np.concatenate(got_logits)
     error = relative_error(expected, actual)
@@ -266,8 +308,8 @@ def _compare_captions(
     if precision == "fp32" and not all(same):
         index = same.index(False)
         raise ParityError(
-            f"{image_name(images[index % len(images)])}: captioned {got[index].text!r}, but by "
-            f"PyTorch {wanted[index].text!r}"
+            f"captioned {got[index].text!r}, but by PyTorch {wanted[index].text!r}: the same photo "
+            "and prompt"
         )
     return CaptionParity(
         compared=len(same),
@@ -283,26 +325,15 @@ def _target(precision: str) -> Target:
     return dataclasses.replace(CPU, folded=precision != "fp16")
 
 
-def _manifest(
-    config: Blip2Config,
-    processor: Blip2Processor,
-    plans: Sequence[Plan],
-    precision: str,
-    provenance: Provenance,
-) -> Manifest:
-    return Manifest(
-        family="blip2",
-        precision=precision,
-        image=_image_spec(processor),
-        decoding=Decoding(
-            end_tokens=tuple(np.atleast_1d(config.text_config.eos_token_id).tolist()),
-            max_tokens=MAX_TOKENS,
-        ),
-        state=_wiring(config, plans),
-        files={},
-        provenance=provenance,
-        prompt=_prompt_spec(config, processor),
-    )
+def _reference(checkpoint: Checkpoint, weights: Weights, scratch: Path) -> HuggingFaceCaptioner:
+    """Transformers' model in float32; a large one is widened into mapped files."""
+    model = load_pretrained(checkpoint, weights.dtype())
+    if sum(parameter.numel() for parameter in model.parameters()) * 4 < _VALIDATED:
+        model.float()
+    for number, parameter in enumerate(model.parameters()):
+        if parameter.dtype != torch.float32:
+            parameter.data = converted(parameter.data, torch.float32, scratch / f"{number}")
+    return HuggingFaceCaptioner(model, checkpoint.processor)
 
 
 def _wiring(config: Blip2Config, plans: Sequence[Plan]) -> dict[str, str]:
@@ -312,22 +343,18 @@ def _wiring(config: Blip2Config, plans: Sequence[Plan]) -> dict[str, str]:
     return {name.replace("present", "past_key_values"): name for name in names if name != "logits"}
 
 
-def _image_spec(processor: Blip2Processor) -> ImageSpec:
-    images = processor.image_processor
-    edge = images.size["height"]
-    resample = Image.Resampling(images.resample).name.lower()
-    mean, std = tuple(images.image_mean), tuple(images.image_std)
-    return ImageSpec(edge, edge, mean, std, keep_aspect=False, resample=resample)
-
-
-def _prompt_spec(config: Blip2Config, processor: Blip2Processor) -> PromptSpec:
-    text, tokenizer = config.text_config, processor.tokenizer
+def _prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
+    config, tokenizer = checkpoint.config, checkpoint.processor.tokenizer
+    text, start = config.text_config, None
+    if text.is_encoder_decoder:
+        start = text.decoder_start_token_id
+        start = text.bos_token_id if start is None else start  # as generate() does
     return PromptSpec(
         image_token=config.image_token_index,
         query_tokens=config.num_query_tokens,
         bos_token=text.bos_token_id,
         pad_token=tokenizer.pad_token_id,
-        start_token=text.decoder_start_token_id if text.is_encoder_decoder else None,
+        start_token=start,
         # T5 counts distances, not positions.
         max_positions=None if text.is_encoder_decoder else text.max_position_embeddings,
         clean_up_spaces=tokenizer.clean_up_tokenization_spaces,
@@ -335,6 +362,9 @@ def _prompt_spec(config: Blip2Config, processor: Blip2Processor) -> PromptSpec:
 
 
 def _licence(folder: Path) -> str | None:
-    """What the checkpoint's model card says."""
-    card = folder / "README.md"
-    return ModelCard.load(card).data.license if card.is_file() else None
+    """What the checkpoint's model card says; None where it says nothing, or cannot be read."""
+    try:
+        licence = ModelCard.load(folder / "README.md").data.license
+    except Exception:  # of YAML, of the card's own rules, of encodings
+        return None
+    return licence if isinstance(licence, str) else None

@@ -125,7 +125,7 @@ class Blip2:
     """`generate()` of Transformers has no variants."""
 
     def __init__(self, checkpoint: str, device: str) -> None:
-        from capexport.models.blip2 import Weights, find_checkpoint
+        from capexport.models.blip2_checkpoint import Weights, find_checkpoint
 
         self.folder, source = find_checkpoint(checkpoint)
         self._device = device

