@@ -99,7 +99,7 @@ def test_the_repetition_penalty_counts_prompt_and_caption():
     """Positive logits are divided, negative ones multiplied, once however often a word was said."""
     context = np.array([[2, 2]])
     prompts = Prompts(context, np.ones_like(context), context)
-    options = DecodingOptions((9,), max_tokens=4, repetition_penalty=2)
+    options = DecodingOptions((), max_tokens=4, repetition_penalty=2)
     [hypothesis] = greedy(Fixed(-1, 3, 5, 2.2, -1.5), 1, options, prompts)
     # 2 counts 2.5 from the start, 1 then 1.5, 3 then 1.1: of these the largest each time.
     assert hypothesis.tokens == [1, 2, 2, 2]
