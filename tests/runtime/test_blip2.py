@@ -183,13 +183,19 @@ def test_wrong_tokenizers(copied: Path):
         ({"prompt": None}, "no prompt section"),
         ({"prompt": {"image_token": 1}}, "prompt.query_tokens is missing"),
         ({"state": {}}, "the manifest wires"),
-        ({"state": {"past_key_values.0.key": "logits"}}, "the manifest wires"),
         ({"image": {"resize": 28, "crop": 28, "resample": "magic"}}, "damaged manifest"),
     ],
 )
 def test_manifests_that_do_not_fit(copied: Path, changes: dict, message: str):
     edit_manifest(copied, **changes)
     with pytest.raises(ArtifactError, match=message):
+        Captioner.load(copied)
+
+
+def test_a_state_wired_to_an_output_that_is_none(copied: Path):
+    state = json.loads((copied / "manifest.json").read_text())["state"]
+    edit_manifest(copied, state={**state, next(iter(state)): "present.9.key"})
+    with pytest.raises(ArtifactError, match=r"merged\.onnx: graph of"):
         Captioner.load(copied)
 
 
