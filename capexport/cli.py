@@ -33,6 +33,7 @@ from capexport.bulk import (
 )
 from capexport.captioner import BUNDLED_ARTIFACT, available_cores, local_folder
 from capexport.errors import CapexportError, CheckpointError, MissingExtraError
+from capexport.references import read_references
 
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "artifacts" / "default"
 
@@ -142,8 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     lstm.add_argument(
         "--references",
         type=Path,
-        metavar="CSV",
-        help="human captions of --photos, as Flickr8k's captions.txt: also report BLEU and CIDEr",
+        metavar="FILE",
+        help="human captions of --photos, in a file as Flickr8k's or Flickr30k's (columns "
+        "image,caption or image_name,comment_number,comment; Flickr8k.token.txt): also report BLEU "
+        "and CIDEr",
     )
     lstm.set_defaults(run=_export_lstm)
 
@@ -254,7 +257,7 @@ def bundled_checkpoint() -> Path:
 def _export_lstm(options: argparse.Namespace) -> int:
     try:
         from capexport.export.cnn_lstm import export_cnn_lstm
-        from capexport.export.metrics import format_scores, read_references
+        from capexport.export.metrics import format_scores
         from capexport.models.checkpoint import load_checkpoint
     except ImportError as error:
         raise MissingExtraError(

@@ -23,9 +23,10 @@ from capexport.bulk import find_images
 from capexport.captioner import BUNDLED_ARTIFACT, available_cores, load_cnn_lstm, open_artifact
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
 from capexport.errors import ArtifactError, ImageNotFoundError
-from capexport.export.metrics import read_references, score
+from capexport.export.metrics import score
 from capexport.graphs import require_provider
 from capexport.preprocessing import load_image
+from capexport.references import read_references
 
 # By the names of their columns: each artifact, and each contender's variants.
 Artifacts: TypeAlias = dict[str, tuple[Path, Manifest]]
@@ -112,9 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--references",
         type=Path,
-        metavar="CSV",
-        help="human captions, as Flickr8k's captions.txt: for the sheet, and where they cover all "
-        "photos for BLEU, METEOR and CIDEr beside the speed",
+        metavar="FILE",
+        help="human captions, in a file as Flickr8k's or Flickr30k's: for the sheet, and where "
+        "they cover all photos for BLEU, METEOR and CIDEr beside the speed",
     )
     return parser
 
