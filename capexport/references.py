@@ -108,7 +108,7 @@ def _layout(first: str) -> _Layout:
 def _row(line: str, layout: _Layout) -> tuple[str, str]:
     """The name of a line's image, and its caption."""
     if layout.token:
-        match = re.fullmatch(r"(.*)#\d+\t(.*)", line)
+        match = re.fullmatch(r"([^\t]*)#\d+\t(.*)", line)
         if not match:
             raise ValueError("not a file name, # and a number, a tab and a caption")
         cells = [match[1], match[2]]

@@ -194,7 +194,9 @@ def _java(java: str, arguments: list[str], seconds: float) -> Iterator[subproces
             said = complaints.read().decode(errors="replace").splitlines()
             said += str(error).splitlines() if isinstance(error, _JavaError) else []
             reasons = [line.strip() for line in said if not line.startswith(_CHATTER)]
-            reason = next(filter(None, reasons), f"it ended (exit code {process.poll()})")
+            ended = process.poll()
+            last = str(error) if ended is None else f"it ended with exit code {ended}"
+            reason = next(filter(None, reasons), last)
             if time.monotonic() - began >= seconds:
                 reason = f"no answer in {seconds:.0f} s"
             raise _JavaError(f"{java}: {reason}") from error
