@@ -155,7 +155,7 @@ def test_resuming_a_killed_run_gives_the_unbroken_result(options, tmp_path, caps
     command = [sys.executable, "-m", "train", *options, *steps, "--out", str(killed)]
     root = Path(__file__).parents[2]
     # As a notebook leaves it to its `!python`; no backend is needed for what is drawn.
-    environment = {**os.environ, "MPLBACKEND": "module://of_a_notebook"}
+    environment = {**os.environ, "MPLBACKEND": "of_a_notebook"}
     process = subprocess.Popen(
         command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -248,21 +248,25 @@ def _replace(file: Path, old: str, new: str) -> None:
     file.write_text(file.read_text().replace(old, new))
 
 
-def test_validation_photos_are_never_augmented(data, options, tmp_path):
-    run = tmp_path / "run"
+def test_validation_photos_are_never_augmented(checkpoint, data, options, tmp_path):
+    run, weights = tmp_path / "run", tmp_path / "weights.safetensors"
+    # A backbone that tells photos apart, and so a photo from part of it.
+    state = checkpoint.model.encoder.backbone.state_dict()
+    save_file({f"features.{name}": value for name, value in state.items()}, weights)
+    options[options.index("--backbone-weights") + 1] = str(weights)
     small = ["--epochs", "1", "--resize", "72", "--crop", "64", "--augment"]
     assert main([*options, "--out", str(run), *small]) == 0
-    checkpoint = load_checkpoint(run)
+    trained = load_checkpoint(run)
     [epoch] = json.loads((run / "history.json").read_text())
     examples = [
-        (photo.path, checkpoint.vocabulary.encode(clean(caption, keep_articles=False)))
+        (photo.path, trained.vocabulary.encode(clean(caption, keep_articles=False)))
         for photo in read_flickr8k(data, 0.1, 0.1, 0).splits["validation"]
         for caption in photo.captions
     ]
     pixels = np.stack([preprocess(path, ImageSpec(72, 64)) for path, _ in examples])
     with torch.no_grad():
         loss, _ = batch_loss(
-            checkpoint.model, examples, checkpoint.model.encoder.pooled(torch.from_numpy(pixels))
+            trained.model, examples, trained.model.encoder.pooled(torch.from_numpy(pixels))
         )
     assert epoch["validation_loss"] == pytest.approx(loss.item(), abs=1e-5)
 
