@@ -76,9 +76,9 @@ def _score(options: argparse.Namespace) -> int:
         captioner = torch_captioner(load_checkpoint(options.captioner))
     photos = photos_as_trained(options.data, options.split, options.captioner, options.seed)
     captions = caption_photos(captioner, photos, options.batch_size)
-    scores = score(captions, {photo.name: photo.captions for photo in photos})
     if options.captions:
         replace_file(options.captions, json.dumps(captions, indent=1) + "\n")
+    scores = score(captions, {photo.name: photo.captions for photo in photos})
     print(f"{len(photos)} photos: {format_scores(scores)}")
     print(json.dumps(scores))
     return 0
