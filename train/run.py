@@ -9,8 +9,8 @@ last.safetensors   weights, optimiser and history after the last epoch, for --re
 test.json          scores on the test split
 samples.png        photos of the test split with references and captions
 
-Only `*.partial` may be left half-written. Without config.json there is nothing to resume, and a new
-run may take the folder.
+config.json comes first, in one piece: a folder without it holds nothing to resume, and a new run
+may take it. Only `*.partial` may be left half-written.
 """
 
 from __future__ import annotations
@@ -129,7 +129,15 @@ def start_run(
     """Write what a run begins with; of one that goes on, also the history, which a kill may have
     kept the last epoch from."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", options)
+    if not (out / "config.json").exists():
+        # Written beside the folder, which a kill then leaves empty.
+        draft = out.resolve().with_name(f".{out.resolve().name}.config.json")
+        try:
+            write_json(draft, options)
+            draft.replace(out / "config.json")
+        except OSError:  # the folder is a file system of its own, or its parent is read-only
+            draft.unlink(missing_ok=True)
+            write_json(out / "config.json", options)
     write_json(out / "skipped.json", skipped)
     for reason, names in skipped.items():
         print(f"left out: {len(names)} {reason} (listed in {out / 'skipped.json'})")

@@ -1,6 +1,7 @@
 """Training runs on small data with a random backbone: learning, resuming, and the run folder."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -201,11 +202,26 @@ def test_a_run_killed_while_its_options_are_written_can_begin_anew(options, tmp_
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", killed, str(run)], cwd=root)
     assert done.returncode == -signal.SIGKILL
-    assert [path.name for path in run.iterdir()] == ["config.json.partial"]
+    assert list(run.iterdir()) == []
+    (run / "config.json.partial").write_text("{")
     assert main(["--resume", str(run)]) == 2
     assert "no run to resume; begin one" in capsys.readouterr().err
     assert main([*options, "--out", str(run), "--epochs", "1"]) == 0
-    assert not list(run.rglob("*.partial"))
+    assert list(tmp_path.rglob("*.partial")) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_folder_may_be_a_file_system_of_its_own(options, tmp_path, monkeypatch):
+    real = Path.replace
+
+    def replace(self: Path, target: Path):
+        if self.parent.resolve() != Path(target).parent.resolve():
+            raise OSError(errno.EXDEV, "cross-device link")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    assert main([*options, "--out", str(tmp_path / "run"), "--epochs", "1"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_folder_is_one_trainings(options, tmp_path, capsys):
