@@ -45,7 +45,7 @@ def main() -> None:
                     out=folder / title,
                 )
                 began = time.perf_counter()
-                train(config, resume=epoch > 1)
+                train(config)  # goes on with the epochs before
                 seconds[title] += time.perf_counter() - began
     cached, live = seconds.values()
     print(

@@ -25,6 +25,10 @@ class CheckpointError(CapexportError, ValueError):
     """A checkpoint is missing, damaged or not one of capexport's."""
 
 
+class DatasetError(CapexportError, ValueError):
+    """A file of human captions, or a folder of photos with them, cannot be used."""
+
+
 class OutputExistsError(CapexportError, FileExistsError):
     """The output is already there; capexport never overwrites it."""
 

@@ -18,11 +18,13 @@ def _train(argv: list[str] | None) -> int:
     try:
         # Importing torch takes long; --help and usage errors need not wait for it.
         from train.loop import finish, train
+        from train.run import run_folder
     except ImportError as error:
         raise MissingExtraError(f"training needs `pip install -e '.[train]'` ({error})") from error
     try:
-        checkpoint, dataset = train(config, resume)
-        finish(checkpoint, dataset, config)
+        with run_folder(config.out, resume):
+            checkpoint, dataset = train(config)
+            finish(checkpoint, dataset, config)
     except KeyboardInterrupt:
         if not (config.out / "last.safetensors").exists():
             raise

@@ -167,7 +167,11 @@ def _read(run: Path) -> TrainConfig:
                 values[item.name] = Path(values[item.name])
         config = TrainConfig(**values)
     except FileNotFoundError:
-        raise CheckpointError(f"{run}: no config.json there, so no run to resume") from None
+        raise CheckpointError(
+            f"{run}: no config.json there, so no run to resume; begin one with --data and --out"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged: {error!r}; start a new run") from error
+        raise CheckpointError(
+            f"{path}: damaged: {error!r}; begin a new run with another --out"
+        ) from error
     return dataclasses.replace(config, out=run)

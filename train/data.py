@@ -1,34 +1,44 @@
-"""Flickr8k in both of its layouts, the split, the cleaning of captions and the vocabulary."""
+"""Flickr8k in both of its layouts, the split, the cleaning of captions and the vocabulary.
+
+Nothing here needs torch: an exported captioner is scored without it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
+import json
 import string
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
+from tqdm import tqdm
+
+from capexport.artifact import FILE_NAME
 from capexport.cli import run_command, teaching
-from capexport.errors import CapexportError
+from capexport.errors import DatasetError, ImageError
 from capexport.families.cnn_lstm import Vocabulary
+from capexport.preprocessing import load_image
+from capexport.references import read_references
 
 SPLITS = ("train", "validation", "test")
 
-_IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset")
+_IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images")
+_CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt", "results.csv")  # the last is Flickr30k's
 _TEXT_FOLDERS = (".", "Flickr8k_text")
 _SPLIT_FILES = {
     "train": "Flickr_8k.trainImages.txt",
     "validation": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
+_READ_AHEAD = 128  # images
 
-
-class DatasetError(CapexportError, ValueError):
-    """The data folder holds nothing to train on."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,9 +52,13 @@ class Photo:
 
 @dataclass
 class Flickr8k:
-    """The photos of each split, and by reason the names of what was left out."""
+    """The photos of each split, and by reason the names of what was left out.
+
+    `official` says whether the split is that of Flickr8k's own files.
+    """
 
     splits: dict[str, list[Photo]]
+    official: bool = False
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def photos(self) -> list[Photo]:
@@ -68,11 +82,14 @@ class Flickr8k:
                 )
 
 
-def read_flickr8k(folder: Path, validation: float, test: float, seed: int) -> Flickr8k:
+def read_flickr8k(
+    folder: Path, validation: float, test: float, seed: int, official: bool | None = None
+) -> Flickr8k:
     """Read captions and split; whether the images can be decoded is found out later.
 
-    The official split counts where its three files are. Otherwise photos are ranked by a hash of
-    seed and name, so the split is the same on every machine, missing photos or not.
+    The official split counts where its three files are, or as `official` says. Otherwise photos
+    are ranked by a hash of seed and name, so the split is the same on every machine, missing photos
+    or not.
 
     Raises:
         DatasetError: no captions, no images, or nothing usable in a split.
@@ -81,7 +98,13 @@ def read_flickr8k(folder: Path, validation: float, test: float, seed: int) -> Fl
     images = next((folder / name for name in _IMAGE_FOLDERS if (folder / name).is_dir()), None)
     if images is None:
         raise DatasetError(f"{folder}: no image folder there ({' or '.join(_IMAGE_FOLDERS)})")
-    names = _official_split(folder) or _seeded_split(captions, validation, test, seed)
+    listed = None if official is False else _official_split(folder)
+    if official and not listed:
+        raise DatasetError(
+            f"{folder}: not all of {', '.join(_SPLIT_FILES.values())} are there, and the model was "
+            "trained on that split"
+        )
+    names = listed or _seeded_split(captions, validation, test, seed)
     dataset = Flickr8k(
         {
             split: [
@@ -90,7 +113,8 @@ def read_flickr8k(folder: Path, validation: float, test: float, seed: int) -> Fl
                 if name in captions
             ]
             for split in SPLITS
-        }
+        },
+        official=listed is not None,
     )
     present = {path.name for path in images.iterdir() if path.is_file()}
     uncaptioned = {name for split in names.values() for name in split} | present
@@ -102,28 +126,10 @@ def read_flickr8k(folder: Path, validation: float, test: float, seed: int) -> Fl
 def _read_captions(folder: Path) -> dict[str, list[str]]:
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
-    captions: dict[str, list[str]] = defaultdict(list)
-    original = _text_file(folder, "Flickr8k.token.txt")
-    kaggle = folder / "captions.txt"
-    source = original or kaggle
-    try:
-        if original:
-            for line in original.read_text(encoding="utf-8").splitlines():
-                name, separator, caption = line.partition("\t")
-                if separator and caption.strip():
-                    captions[name.rpartition("#")[0]].append(caption.strip())
-        elif kaggle.is_file():
-            with kaggle.open(encoding="utf-8", newline="") as file:
-                for row in list(csv.reader(file))[1:]:
-                    if len(row) > 1 and (caption := ",".join(row[1:]).strip()):
-                        captions[row[0]].append(caption)
-        else:
-            raise DatasetError(f"{folder}: neither captions.txt nor Flickr8k.token.txt there")
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{source}: not a caption file: {error}") from error
-    if not captions:
-        raise DatasetError(f"{source}: no captions in it")
-    return dict(captions)
+    for name in _CAPTION_FILES:
+        if file := _text_file(folder, name):
+            return read_references(file)
+    raise DatasetError(f"{folder}: neither captions.txt nor Flickr8k.token.txt there")
 
 
 def _text_file(folder: Path, name: str) -> Path | None:
@@ -135,9 +141,14 @@ def _official_split(folder: Path) -> dict[str, list[str]] | None:
     files = {split: _text_file(folder, name) for split, name in _SPLIT_FILES.items()}
     if not all(files.values()):
         return None
-    return {
-        split: path.read_text(encoding="utf-8").split() for split, path in files.items() if path
-    }
+    try:
+        return {
+            split: path.read_text(encoding="utf-8-sig").split()
+            for split, path in files.items()
+            if path
+        }
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{folder}: a split file is not in UTF-8: {error}") from error
 
 
 def _seeded_split(
@@ -175,6 +186,74 @@ def build_vocabulary(captions: Iterable[list[str]], min_count: int) -> Vocabular
     return Vocabulary((*Vocabulary.SPECIALS, *kept))
 
 
+def readable(
+    paths: Sequence[Path], read: Callable[[Path], T]
+) -> Generator[tuple[Path, T | None], None, None]:
+    """`read` each image in threads, in order; None where it raised `ImageError`."""
+
+    def attempt(path: Path) -> tuple[Path, T | None]:
+        try:
+            return path, read(path)
+        except ImageError:
+            return path, None
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), _READ_AHEAD):
+            yield from pool.map(attempt, paths[start : start + _READ_AHEAD])
+
+
+def photos_as_trained(
+    data: Path, split: str, captioner: Path | None, seed: int | None
+) -> list[Photo]:
+    """The readable photos of a split, cut as it was for the training of `captioner`.
+
+    Args:
+        captioner: exported folder, checkpoint or run folder. One that doesn't say its split, and
+            None, stand for shares of 0.1 and the seed `seed`, or 0.
+    Raises:
+        DatasetError: no such photos.
+        ValueError: a `seed` that is not that of the training.
+    """
+    training = _training_of(captioner) if captioner else {}
+    numbers = {"validation": 0.1, "test": 0.1, "seed": seed or 0, **training.get("split", {})}
+    if seed is not None and seed != numbers["seed"]:
+        raise ValueError(f"--seed {seed}: {captioner} was trained with seed {numbers['seed']}")
+    if captioner and "split" not in training:
+        print(
+            f"{captioner} does not say how its data was split: taking shares of 0.1 and seed "
+            f"{numbers['seed']}",
+            file=sys.stderr,
+        )
+    dataset = read_flickr8k(data, **numbers)
+    paths = [photo.path for photo in dataset.splits[split]]
+    checked = tqdm(readable(paths, load_image), "checking photos", len(paths), leave=False)
+    dataset.skip("unreadable images", [path.name for path, image in checked if image is None])
+    photos = dataset.splits[split]
+    for reason, names in dataset.skipped.items():
+        print(f"left out: {len(names)} {reason}, {names[0]} for one", file=sys.stderr)
+    wanted = training.get("photos", {}).get(split, len(photos))
+    if "split" in training and len(photos) != wanted:
+        print(
+            f"the training had {wanted} photos for {split}, {data} has {len(photos)}: its photos "
+            "or captions have changed, so some may have been trained on",
+            file=sys.stderr,
+        )
+    return photos
+
+
+def _training_of(captioner: Path) -> dict[str, Any]:
+    """What a captioner's files say of its training, without torch; empty where that is nothing."""
+    for name in (FILE_NAME, "checkpoint.json", "best/checkpoint.json"):
+        file = captioner / name
+        if file.is_file():
+            try:
+                document = json.loads(file.read_text(encoding="utf-8"))
+                return dict(document.get("provenance", document).get("training", {}))
+            except (ValueError, AttributeError, TypeError) as error:
+                raise DatasetError(f"{file}: damaged: {error!r}") from error
+    return {}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the paths of a split's photos, for commands that read such a list."""
     parser = argparse.ArgumentParser(
@@ -183,16 +262,23 @@ def main(argv: list[str] | None = None) -> int:
             "Print the paths of a split's photos.",
             "python -m train.data --data flickr8k --split test | capbench --photos - \\",
             "    --references flickr8k/captions.txt",
+            "python -m train.data --data flickr8k --run runs/first   # split as it was",
         ),
     )
     parser.add_argument("--data", type=Path, required=True, help="Flickr8k folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="split as in the training of this run, checkpoint or exported folder",
+    )
+    parser.add_argument("--seed", type=int, help="seed of the split, where there is no --run")
     options = parser.parse_args(argv)
 
     def show() -> int:
-        dataset = read_flickr8k(options.data, 0.1, 0.1, options.seed)
-        print(*(photo.path for photo in dataset.splits[options.split]), sep="\n")
+        photos = photos_as_trained(options.data, options.split, options.run, options.seed)
+        print(*(photo.path for photo in photos), sep="\n")
         return 0
 
     return run_command("train.data", show)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+import tempfile
 import urllib.error
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models import MobileNet_V2_Weights
 from tqdm import tqdm
@@ -22,11 +23,11 @@ from tqdm import tqdm
 from capexport.errors import CheckpointError, DownloadError, ImageError
 from capexport.models.cnn_lstm import ImageEncoder
 from capexport.preprocessing import ImageSpec, load_image, preprocess
+from train.data import readable
+from train.run import locked, remove_drafts, write_tensors
 
 _ENCODE_BATCH = 32
 _SAVE_EVERY = 64  # batches: what an interrupted first epoch loses at the most
-
-T = TypeVar("T")
 
 
 def load_backbone(encoder: ImageEncoder, weights: Path | None) -> None:
@@ -67,34 +68,20 @@ def load_backbone(encoder: ImageEncoder, weights: Path | None) -> None:
         )
 
 
-def readable(
-    paths: Sequence[Path], read: Callable[[Path], T]
-) -> Generator[tuple[Path, T | None], None, None]:
-    """`read` each image in threads, in order; None where it raised `ImageError`."""
-
-    def attempt(path: Path) -> tuple[Path, T | None]:
-        try:
-            return path, read(path)
-        except ImageError:
-            return path, None
-
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), 4 * _ENCODE_BATCH):
-            yield from pool.map(attempt, paths[start : start + 4 * _ENCODE_BATCH])
-
-
 def cached_features(
     encoder: ImageEncoder, paths: Sequence[Path], spec: ImageSpec, cache: Path, device: str
 ) -> dict[Path, np.ndarray]:
     """Pooled backbone features of each readable image, float32 (1280,).
 
     They are kept in one safetensors file for each pair of backbone weights and preprocessing,
-    and found again by a hash of the image file's bytes. A damaged cache file is made anew.
+    and found again by a hash of the image file's bytes. A damaged cache file is made anew. Where
+    the cache cannot be written, a warning says so, and the features stay in memory.
     """
     file = cache.expanduser() / f"mobilenet_v2-{_cache_key(encoder, spec)}.safetensors"
     known = _read_cache(file)
     digests = {path: digest for path, digest in readable(paths, _digest) if digest is not None}
     todo = [path for path, digest in digests.items() if digest not in known]
+    keep = bool(todo) and _written(file.parent, _try_out)
     batch: list[tuple[bytes, np.ndarray]] = []
     batches = 0
 
@@ -113,11 +100,12 @@ def cached_features(
             if len(batch) == _ENCODE_BATCH:
                 encode()
                 batches += 1
-                if batches % _SAVE_EVERY == 0:
-                    _write_cache(file, known)
+                if keep and batches % _SAVE_EVERY == 0:
+                    keep = _written(file, lambda file: _write_cache(file, known))
         if batch:
             encode()
-            _write_cache(file, known)
+        if keep:
+            _written(file, lambda file: _write_cache(file, known))
     return {path: known[digest] for path, digest in digests.items() if digest in known}
 
 
@@ -136,27 +124,42 @@ def _cache_key(encoder: ImageEncoder, spec: ImageSpec) -> str:
     return digest.hexdigest()[:16]
 
 
+def _written(file: Path, write: Callable[[Path], None]) -> bool:
+    """Whether `write(file)` went well; if not, that is said."""
+    try:
+        write(file)
+    except OSError as error:
+        print(
+            f"image features are kept in memory alone, and made anew by the next run: {error}",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def _try_out(cache: Path) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=cache).close()
+
+
 def _read_cache(file: Path) -> dict[bytes, np.ndarray]:
     try:
         tensors = load_file(file)
-        features, digests = tensors["features"].numpy(), tensors["digests"].numpy()
-    except (OSError, SafetensorError, KeyError):
+        rows = zip(tensors["digests"].numpy(), tensors["features"].numpy(), strict=True)
+        return {digest.tobytes(): row for digest, row in rows}
+    except (OSError, SafetensorError, KeyError, ValueError):
         return {}
-    return {digest.tobytes(): row for digest, row in zip(digests, features, strict=True)}
 
 
 def _write_cache(file: Path, known: dict[bytes, np.ndarray]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    digests = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32).copy()
-    draft = file.with_suffix(".partial")
-    save_file(
-        {
-            "features": torch.from_numpy(np.stack(list(known.values()))),
-            "digests": torch.from_numpy(digests),
-        },
-        draft,
-    )
-    draft.replace(file)
+    """Add what is known to the file, and what another training has put there to what is known."""
+    with locked(file.parent, wait=True):
+        remove_drafts(file.parent, f"{file.name}.*.partial")
+        for digest, row in _read_cache(file).items():
+            known.setdefault(digest, row)
+        digests = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32).copy()
+        features = torch.from_numpy(np.stack(list(known.values())))
+        write_tensors(file, {"features": features, "digests": torch.from_numpy(digests)})
 
 
 def live_features(

@@ -1,13 +1,22 @@
-"""The picture of a run: its loss curves."""
+"""The pictures of a run. None is worth a training: one that cannot be drawn is only reported."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matplotlib.ticker import MaxNLocator
-
 from capexport.bench.sheet import new_figure, save_figure
+
+
+def attempt(path: Path, draw: Callable[[Path], None]) -> None:
+    """`draw(path)`, or a line that says why not: drawing may fail in as many ways as there are
+    installations of matplotlib."""
+    try:
+        draw(path)
+    except Exception as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        print(f"{path}: not drawn: {reason}", file=sys.stderr)
 
 
 def draw_curves(history: Sequence[dict[str, float]], path: Path) -> None:
@@ -16,6 +25,8 @@ def draw_curves(history: Sequence[dict[str, float]], path: Path) -> None:
     validation = [epoch["validation_loss"] for epoch in history]
     best = min(range(len(history)), key=validation.__getitem__)
     figure = new_figure(6, 4)
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.add_subplot(
         title="CNN-LSTM captioner", xlabel="epoch", ylabel="cross-entropy (nats a token)"
     )

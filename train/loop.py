@@ -1,19 +1,8 @@
-"""The training loop: epochs, early stopping, and a run folder that survives being killed.
-
-config.json        the options of the run
-skipped.json       photos that were left out, by reason
-history.csv/.json  losses and seconds of each epoch
-curves.png         the losses, drawn
-best/              the checkpoint with the lowest validation loss
-last.safetensors   weights, optimiser and history after the last epoch, for --resume
-test.json          scores on the test split
-samples.png        photos of the test split with references and captions
-"""
+"""The training loop: epochs and early stopping; evaluation has its own way to features."""
 
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
 import json
 import math
 import platform
@@ -26,16 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 from tqdm import tqdm
 
 import capexport
-from capexport.artifact import replace_file
 from capexport.bench.sheet import Entry, draw_sheet
-from capexport.errors import CheckpointError, MissingExtraError, OutputExistsError
+from capexport.errors import DatasetError, MissingExtraError
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.metrics import format_scores, score
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -44,8 +30,9 @@ from capexport.models.torch_captioner import require_torch_device, torch_caption
 from capexport.preprocessing import ImageSpec, load_image
 from train import figures
 from train.config import TrainConfig
-from train.data import DatasetError, Flickr8k, Photo, build_vocabulary, clean, read_flickr8k
-from train.features import cached_features, live_features, load_backbone, readable
+from train.data import Flickr8k, Photo, build_vocabulary, clean, read_flickr8k, readable
+from train.features import cached_features, live_features, load_backbone
+from train.run import load_state, save_state, start_run, write_history, write_json
 from train.score import caption_photos
 
 _SAMPLES = 12  # photos on the sheet
@@ -54,20 +41,15 @@ _SAMPLES = 12  # photos on the sheet
 Features: TypeAlias = Callable[[Sequence[Path], np.random.Generator], Tensor]
 # A photo, and one of its captions as ids.
 Example: TypeAlias = tuple[Path, list[int]]
-History: TypeAlias = list[dict[str, float]]
 
 
-def train(config: TrainConfig, resume: bool = False) -> tuple[Checkpoint, Flickr8k]:
-    """Train, or go on with the run in `config.out`; returns the best checkpoint and the data.
+def train(config: TrainConfig) -> tuple[Checkpoint, Flickr8k]:
+    """Train, or go on with what `config.out` holds, which is this process's alone (`run_folder`);
+    returns the best checkpoint and the data.
 
     Raises:
-        OutputExistsError: a new run would overwrite an old one.
         DatasetError, CheckpointError, DownloadError: data or weights cannot be used.
     """
-    if not resume and config.out.exists() and any(config.out.iterdir()):
-        raise OutputExistsError(
-            f"{config.out}: already there; go on with --resume {config.out}, or pick another --out"
-        )
     require_torch_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -76,7 +58,7 @@ def train(config: TrainConfig, resume: bool = False) -> tuple[Checkpoint, Flickr
     dataset = read_flickr8k(config.data, config.validation, config.test, config.seed)
     backbone = ImageEncoder(CnnLstmConfig(1)).to(config.device)
     load_backbone(backbone, config.backbone_weights)
-    features = _features_of_readable(dataset, backbone, spec, config)
+    features = evaluation = _features_of_readable(dataset, backbone, spec, config)
 
     vocabulary = build_vocabulary(
         (words for words, _ in _cleaned(dataset.splits["train"], config)), config.min_count
@@ -89,14 +71,22 @@ def train(config: TrainConfig, resume: bool = False) -> tuple[Checkpoint, Flickr
     model.to(config.device)
     if not config.caches_features:
         features = live_features(model.encoder, spec, config.augment, config.device)
+        evaluation = live_features(model.encoder, spec, False, config.device)
+    best = Checkpoint(model, vocabulary, spec, _origin(dataset, config))
+    _run_epochs(best, dataset, features, evaluation, config)
+    return load_checkpoint(config.out), dataset
 
-    config.out.mkdir(parents=True, exist_ok=True)
-    _write_json(config.out / "config.json", config.to_json())
-    _write_json(config.out / "skipped.json", dataset.skipped)
-    for reason, names in dataset.skipped.items():
-        print(f"left out: {len(names)} {reason} (listed in {config.out / 'skipped.json'})")
-    training = {
+
+def _origin(dataset: Flickr8k, config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says of its training."""
+    return {
         "command": "python -m train" + config.to_flags(),
+        "split": {
+            "validation": config.validation,
+            "test": config.test,
+            "seed": config.seed,
+            "official": dataset.official,
+        },
         "photos": {split: len(photos) for split, photos in dataset.splits.items()},
         "versions": {
             "capexport": capexport.__version__,
@@ -105,9 +95,6 @@ def train(config: TrainConfig, resume: bool = False) -> tuple[Checkpoint, Flickr
             "torchvision": torchvision.__version__,
         },
     }
-    best = Checkpoint(model, vocabulary, spec, training)
-    _run_epochs(best, dataset, features, config)
-    return load_checkpoint(config.out), dataset
 
 
 def finish(checkpoint: Checkpoint, dataset: Flickr8k, config: TrainConfig) -> None:
@@ -118,14 +105,14 @@ def finish(checkpoint: Checkpoint, dataset: Flickr8k, config: TrainConfig) -> No
         Entry(photo.path, {"CNN-LSTM": captions[photo.name]}, photo.captions)
         for photo in photos[:_SAMPLES]
     ]
-    draw_sheet(shown, config.out / "samples.png")
+    figures.attempt(config.out / "samples.png", lambda path: draw_sheet(shown, path))
     try:
         scores = score(captions, {photo.name: photo.captions for photo in photos})
     except MissingExtraError as error:
         print(f"not scored: {error}")
         return
     checkpoint.metrics["test"] = {"photos": len(photos), **scores}
-    _write_json(config.out / "test.json", {**checkpoint.metrics, "captions": captions})
+    write_json(config.out / "test.json", {**checkpoint.metrics, "captions": captions})
     save_checkpoint(checkpoint, config.out / "best", getattr(torch, config.weights_dtype))
     print(f"test split, {len(photos)} photos: {format_scores(scores)}")
 
@@ -157,28 +144,20 @@ def _cleaned(photos: Sequence[Photo], config: TrainConfig) -> Iterator[tuple[lis
 
 
 def _run_epochs(
-    best: Checkpoint, dataset: Flickr8k, features: Features, config: TrainConfig
+    best: Checkpoint,
+    dataset: Flickr8k,
+    features: Features,
+    evaluation: Features,
+    config: TrainConfig,
 ) -> None:
-    model, vocabulary = best.model, best.vocabulary
-    examples = {
-        split: [
-            (path, vocabulary.encode(words))
-            for words, path in _cleaned(dataset.splits[split], config)
-        ]
-        for split in ("train", "validation")
-    }
-    for split, found in examples.items():
-        if not found:
-            raise DatasetError(f"no caption for {split} has a word left after the cleaning")
-    print(
-        f"{len(dataset.splits['train'])} photos and {len(examples['train'])} captions to train on, "
-        f"a vocabulary of {len(vocabulary)}"
-    )
-    examples["validation"].sort(key=lambda example: len(example[1]))
+    """Train on `features` and evaluate on `evaluation`, from the last epoch that `config.out` has;
+    `best.model` ends as the last epoch leaves it, the best one is in `best/`."""
+    model, out = best.model, config.out
+    examples = _examples(dataset, best.vocabulary, config)
     optimiser = torch.optim.Adam(model.trainable_parameters(), config.learning_rate, fused=True)
-    state_file = config.out / "last.safetensors"
-    history: History = _load_state(state_file, model, optimiser) if state_file.exists() else []
-
+    data = {"vocabulary": _digest(best.vocabulary.words), "captions or photos": _digest(examples)}
+    history = load_state(out, model, optimiser, data)
+    start_run(out, config.to_json(), dataset.skipped, history)
     while len(history) < config.epochs:
         losses = [epoch["validation_loss"] for epoch in history]
         if losses and len(losses) - 1 - int(np.argmin(losses)) >= config.patience:
@@ -194,7 +173,7 @@ def _run_epochs(
         train_loss = _pass(model, shuffled, features, config, rng, title, optimiser)
         model.eval()
         with torch.no_grad():
-            loss = _pass(model, examples["validation"], features, config, rng, "validation")
+            loss = _pass(model, examples["validation"], evaluation, config, rng, "validation")
         seconds = round(time.perf_counter() - started, 2)
         history.append(
             {"epoch": number, "train_loss": train_loss, "validation_loss": loss, "seconds": seconds}
@@ -202,13 +181,40 @@ def _run_epochs(
         improved = not losses or loss < min(losses)
         if improved:
             best.metrics = {"epoch": number, "validation_loss": loss}
-            save_checkpoint(best, config.out / "best", getattr(torch, config.weights_dtype))
-        _save_state(state_file, model, optimiser, history)
-        _write_history(config.out, history)
+            save_checkpoint(best, out / "best", getattr(torch, config.weights_dtype))
+        save_state(out, model, optimiser, history, data)
+        write_history(out, history)
         print(
             f"epoch {number}: train loss {train_loss:.3f}, validation loss {loss:.3f}, "
             f"{seconds:.0f} s{' (best so far)' if improved else ''}"
         )
+
+
+def _examples(
+    dataset: Flickr8k, vocabulary: Vocabulary, config: TrainConfig
+) -> dict[str, list[Example]]:
+    examples = {
+        split: [
+            (path, vocabulary.encode(words))
+            for words, path in _cleaned(dataset.splits[split], config)
+        ]
+        for split in ("train", "validation")
+    }
+    for split, found in examples.items():
+        if not found:
+            raise DatasetError(f"no caption for {split} has a word left after the cleaning")
+    print(
+        f"{len(dataset.splits['train'])} photos and {len(examples['train'])} captions to train on, "
+        f"a vocabulary of {len(vocabulary)}"
+    )
+    examples["validation"].sort(key=lambda example: len(example[1]))
+    return examples
+
+
+def _digest(data: Any) -> str:
+    """A hash of words or examples, the same wherever the photos' folder is."""
+    text = json.dumps(data, default=lambda path: path.name)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _pass(
@@ -254,53 +260,3 @@ def batch_loss(model: CnnLstm, batch: Sequence[Example], pooled: Tensor) -> tupl
     targets = pack_padded_sequence(captions, lengths, batch_first=True, enforce_sorted=False)
     loss = F.cross_entropy(logits.data, targets.data, ignore_index=Vocabulary.PAD)
     return loss, int(lengths.sum())
-
-
-def _save_state(
-    file: Path, model: CnnLstm, optimiser: torch.optim.Optimizer, history: History
-) -> None:
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for index, state in optimiser.state_dict()["state"].items():
-        tensors.update({f"optimiser.{index}.{name}": value for name, value in state.items()})
-    draft = file.with_suffix(".partial")
-    save_file(tensors, draft, {"history": json.dumps(history)})
-    draft.replace(file)
-
-
-def _load_state(file: Path, model: CnnLstm, optimiser: torch.optim.Optimizer) -> History:
-    try:
-        with safe_open(file, framework="pt") as stored:
-            history: History = json.loads(stored.metadata()["history"])
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        weights: dict[str, Tensor] = {}
-        states: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            owner, name = key.split(".", 1)
-            if owner == "model":
-                weights[name] = value
-            else:
-                index, name = name.split(".", 1)
-                states.setdefault(int(index), {})[name] = value
-        model.load_state_dict(weights)
-        groups = optimiser.state_dict()["param_groups"]
-        optimiser.load_state_dict({"state": states, "param_groups": groups})
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file}: cannot resume from it ({error}); were data or options changed? "
-            "The best checkpoint is still usable"
-        ) from error
-    return history
-
-
-def _write_history(folder: Path, history: History) -> None:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, history[0])
-    writer.writeheader()
-    writer.writerows(history)
-    replace_file(folder / "history.csv", table.getvalue())
-    _write_json(folder / "history.json", history)
-    figures.draw_curves(history, folder / "curves.png")
-
-
-def _write_json(path: Path, document: Any) -> None:
-    replace_file(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")

@@ -15,7 +15,7 @@ from capexport.artifact import FILE_NAME, replace_file
 from capexport.cli import run_command, teaching
 from capexport.errors import MissingExtraError
 from capexport.metrics import format_scores, score
-from train.data import SPLITS, Photo, read_flickr8k
+from train.data import SPLITS, Photo, photos_as_trained
 
 
 def caption_photos(
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.score",
         **teaching(
-            "Score a captioner on a split of Flickr8k: BLEU, ROUGE-L, CIDEr-D, and METEOR where "
-            "Java is installed.",
+            "Score a captioner on a split of Flickr8k, cut as in its training: BLEU, ROUGE-L, "
+            "CIDEr-D, and METEOR where Java runs.",
             "python -m train.score artifacts/first --data flickr8k   # ONNX",
             "python -m train.score runs/first --data flickr8k        # PyTorch",
         ),
@@ -49,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, required=True, help="Flickr8k folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="seed of the split, for a captioner that doesn't say its own (default: 0)",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="photos a batch (default: 32)")
     parser.add_argument(
         "--captions", type=Path, help="also write {file name: caption} to this JSON"
@@ -70,11 +74,11 @@ def _score(options: argparse.Namespace) -> int:
                 f"a PyTorch captioner needs `pip install -e '.[train]'` ({error})"
             ) from error
         captioner = torch_captioner(load_checkpoint(options.captioner))
-    photos = read_flickr8k(options.data, 0.1, 0.1, options.seed).splits[options.split]
+    photos = photos_as_trained(options.data, options.split, options.captioner, options.seed)
     captions = caption_photos(captioner, photos, options.batch_size)
-    scores = score(captions, {photo.name: photo.captions for photo in photos})
     if options.captions:
         replace_file(options.captions, json.dumps(captions, indent=1) + "\n")
+    scores = score(captions, {photo.name: photo.captions for photo in photos})
     print(f"{len(photos)} photos: {format_scores(scores)}")
     print(json.dumps(scores))
     return 0

@@ -27,8 +27,9 @@ from capexport.cli import bundled_checkpoint, run_command, show_progress, teachi
 from capexport.errors import ArtifactError, ImageNotFoundError, OptionError
 from capexport.export.pairs import Pair, Variants, open_pair
 from capexport.families import find_family
-from capexport.metrics import read_references, score
+from capexport.metrics import score
 from capexport.preprocessing import load_image
+from capexport.references import read_references
 from capexport.sessions import Target, available_cores, targets
 
 # By the names of their columns: each artifact, and each contender's variants.
@@ -120,9 +121,9 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--references",
         type=Path,
-        metavar="CSV",
-        help="human captions, as Flickr8k's captions.txt: for the sheet, and where they cover all "
-        "photos for BLEU, METEOR and CIDEr beside the speed",
+        metavar="FILE",
+        help="human captions, in a file as Flickr8k's or Flickr30k's: for the sheet, and where "
+        "they cover all photos for BLEU, METEOR and CIDEr beside the speed",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,18 +60,26 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
+    # A notebook's own MPLBACKEND stops the import where it is not installed. No window is drawn.
+    inherited = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("drawing needs `pip install 'capexport[export]'`") from error
+    finally:
+        if inherited is not None:
+            os.environ["MPLBACKEND"] = inherited
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 100) -> None:
     """Write a PNG so that `path` holds the old or the new picture, never part of it."""
     draft = path.with_name(path.name + ".partial")
-    figure.savefig(draft, dpi=dpi, format="png")
-    draft.replace(path)
+    try:
+        figure.savefig(draft, dpi=dpi, format="png")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def write_page(entries: Sequence[Entry], path: Path) -> None:

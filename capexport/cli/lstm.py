@@ -11,7 +11,8 @@ from capexport.artifact import Manifest
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
 from capexport.errors import CheckpointError, MissingExtraError
-from capexport.metrics import format_scores, read_references
+from capexport.metrics import format_scores
+from capexport.references import read_references
 
 BUNDLED_CHECKPOINT = Path(__file__).parents[2] / "artifacts" / "default"
 
@@ -63,8 +64,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--references",
         type=Path,
-        metavar="CSV",
-        help="human captions of --photos, as Flickr8k's captions.txt: also report BLEU and CIDEr",
+        metavar="FILE",
+        help="human captions of --photos, in a file as Flickr8k's or Flickr30k's (columns "
+        "image,caption or image_name,comment_number,comment; Flickr8k.token.txt): also report BLEU "
+        "and CIDEr",
     )
     parser.set_defaults(run=_run)
 

@@ -1,13 +1,15 @@
 """Both layouts of Flickr8k, the split, cleaning, vocabulary, and what is left out."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import CAPTIONS, draw_photo, kaggle
 
+from capexport.errors import DatasetError
 from capexport.families.cnn_lstm import Vocabulary
-from train.data import DatasetError, Flickr8k, build_vocabulary, clean, main, read_flickr8k
+from train.data import Flickr8k, build_vocabulary, clean, main, read_flickr8k
 
 
 def original(folder: Path, count: int = 20) -> Path:
@@ -30,7 +32,20 @@ def names(dataset: Flickr8k) -> dict[str, list[str]]:
     return {split: [photo.name for photo in photos] for split, photos in dataset.splits.items()}
 
 
-@pytest.mark.parametrize("layout", [kaggle, original])
+def flickr30k(folder: Path, count: int = 20) -> Path:
+    kaggle(folder, count)
+    (folder / "captions.txt").unlink()
+    (folder / "Images").rename(folder / "flickr30k_images")
+    lines = [
+        f"{index:03}.jpg| {number}| {caption}"
+        for index in range(count)
+        for number, caption in enumerate(CAPTIONS)
+    ]
+    (folder / "results.csv").write_text("image_name| comment_number| comment\n" + "\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("layout", [kaggle, original, flickr30k])
 def test_layouts(layout: Callable[[Path], Path], tmp_path: Path):
     dataset = read_flickr8k(layout(tmp_path), 0.1, 0.1, seed=0)
     assert len(dataset.photos()) == 20
@@ -82,6 +97,7 @@ def test_what_does_not_fit_is_counted_and_skipped(tmp_path: Path):
         (lambda folder: (folder / "captions.txt").unlink(), "neither captions.txt nor"),
         (lambda folder: (folder / "captions.txt").write_text("image,caption\n"), "no captions"),
         (lambda folder: (folder / "captions.txt").write_bytes(b"\xff\xfe\x00"), "not a caption"),
+        (lambda folder: (folder / "captions.txt").write_text("a,b\n0.jpg,c\n"), "unknown columns"),
         (lambda folder: (folder / "Images").rename(folder / "pictures"), "no image folder"),
         (lambda folder: [p.unlink() for p in (folder / "Images").iterdir()], "no usable photo"),
     ],
@@ -104,6 +120,46 @@ def test_cleaning():
 def test_vocabulary_keeps_frequent_words_in_a_fixed_order():
     captions = [["dog", "runs"], ["dog", "cat"], ["cat", "dog", "sits"]]
     assert build_vocabulary(captions, 2).words == (*Vocabulary.SPECIALS, "dog", "cat")
+
+
+@pytest.mark.parametrize("file", ["checkpoint.json", "best/checkpoint.json", "manifest.json"])
+def test_the_photos_of_a_split_as_a_run_had_them(file: str, tmp_path: Path, capsys):
+    folder = kaggle(tmp_path / "flickr8k")
+    dataset = read_flickr8k(folder, 0.2, 0.3, seed=3)
+    wanted = [str(photo.path) for photo in dataset.splits["test"]]
+    run = tmp_path / "run"
+    (run / file).parent.mkdir(parents=True)
+    split = {"validation": 0.2, "test": 0.3, "seed": 3, "official": False}
+    training: dict = {"split": split, "photos": {"test": 6}}
+    where = {"provenance": {"training": training}} if "manifest" in file else {"training": training}
+    (run / file).write_text(json.dumps(where))
+    asked = ["--data", str(folder), "--run", str(run)]
+    assert main(asked) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == wanted
+    assert "trained" not in err
+    assert main([*asked, "--seed", "0"]) == 2
+    assert "was trained with seed 3" in capsys.readouterr().err
+    # A photo that cannot be read is left out, as in training.
+    Path(wanted[0]).write_bytes(b"no photo")
+    assert main(asked) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == wanted[1:]
+    assert "left out: 1 unreadable images" in err
+    assert "the training had 6 photos for test" in err
+    # A run on the official split, and a folder that has lost it.
+    split["official"] = True
+    (run / file).write_text(json.dumps(where))
+    assert main(asked) == 2
+    assert "Flickr_8k.testImages.txt" in capsys.readouterr().err
+    # A run from before splits were kept.
+    del training["split"]
+    (run / file).write_text(json.dumps(where))
+    assert main(asked) == 0
+    out, err = capsys.readouterr()
+    assert "does not say how its data was split: taking shares of 0.1 and seed 0" in err
+    plain = read_flickr8k(folder, 0.1, 0.1, 0).splits["test"]
+    assert set(out.splitlines()) == {str(photo.path) for photo in plain} - {wanted[0]}
 
 
 def test_the_photos_of_a_split_as_a_list(tmp_path: Path, capsys):

@@ -1,6 +1,7 @@
 """Training runs on small data with a random backbone: learning, resuming, and the run folder."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -19,14 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from capexport import Captioner, DownloadError
 from capexport.cli import main as capexport
-from capexport.metrics import score
 from capexport.models.checkpoint import load_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
-from capexport.preprocessing import ImageSpec
+from capexport.preprocessing import ImageSpec, preprocess
 from train import score as score_module
 from train.__main__ import main
+from train.data import clean, read_flickr8k
 from train.features import cached_features, live_features, load_backbone
 from train.loop import batch_loss
+from train.run import run_folder
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +50,12 @@ def options(data: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory
     cache = tmp_path_factory.getbasetemp() / "feature-cache"
     common = f"--data {data} --backbone-weights {backbone} --cache {cache} --min-count 1"
     return [*common.split(), "--embed-size", "16", "--hidden-size", "24", "--batch-size", "8"]
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR takes ten seconds to start; `test_metrics.py` has it."""
+    monkeypatch.setenv("PATH", os.devnull)
 
 
 def same_tensors(first: Path, second: Path) -> bool:
@@ -147,10 +155,12 @@ def test_resuming_a_killed_run_gives_the_unbroken_result(options, tmp_path, caps
     assert main([*options, *steps, "--out", str(unbroken)]) == 0
     command = [sys.executable, "-m", "train", *options, *steps, "--out", str(killed)]
     root = Path(__file__).parents[2]
+    # As a notebook leaves it to its `!python`; no backend is needed for what is drawn.
+    environment = {**os.environ, "MPLBACKEND": "of_a_notebook"}
     process = subprocess.Popen(
-        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not (killed / "history.json").exists():  # in the second epoch
+    while not (killed / "curves.png").exists():  # in the second epoch
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -166,6 +176,160 @@ def test_resuming_a_killed_run_gives_the_unbroken_result(options, tmp_path, caps
     )
     assert first == second
     torch.set_num_threads(threads)
+
+
+def test_a_kill_between_the_state_and_the_history_loses_no_epoch(options, tmp_path):
+    run = tmp_path / "run"
+    assert main([*options, "--out", str(run), "--epochs", "2"]) == 0
+    whole = (run / "history.csv").read_text()
+    epochs = json.loads((run / "history.json").read_text())
+    (run / "history.json").write_text(json.dumps(epochs[:1]))
+    (run / "history.csv").write_text("\n".join(whole.splitlines()[:2]) + "\n")
+    (run / "last.safetensors.x.partial").write_bytes(b"half")
+    assert main(["--resume", str(run)]) == 0
+    assert json.loads((run / "history.json").read_text()) == epochs
+    assert (run / "history.csv").read_text() == whole
+    assert not list(run.rglob("*.partial"))
+
+
+def test_a_run_killed_while_its_options_are_written_can_begin_anew(options, tmp_path, capsys):
+    run = tmp_path / "run"
+    killed = (
+        "import os, sys; from pathlib import Path; from train.run import run_folder, start_run\n"
+        "os.fsync = lambda file: os.kill(os.getpid(), 9)\n"
+        "with run_folder(Path(sys.argv[1]), False): start_run(Path(sys.argv[1]), {}, {}, [])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", killed, str(run)], cwd=root)
+    assert done.returncode == -signal.SIGKILL
+    assert list(run.iterdir()) == []
+    (run / "config.json.partial").write_text("{")
+    assert main(["--resume", str(run)]) == 2
+    assert "no run to resume; begin one" in capsys.readouterr().err
+    assert main([*options, "--out", str(run), "--epochs", "1"]) == 0
+    assert list(tmp_path.rglob("*.partial")) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_folder_may_be_a_file_system_of_its_own(options, tmp_path, monkeypatch):
+    real = Path.replace
+
+    def replace(self: Path, target: Path):
+        if self.parent.resolve() != Path(target).parent.resolve():
+            raise OSError(errno.EXDEV, "cross-device link")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    assert main([*options, "--out", str(tmp_path / "run"), "--epochs", "1"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_folder_is_one_trainings(options, tmp_path, capsys):
+    run = tmp_path / "run"
+    with run_folder(run, resume=False):
+        assert main([*options, "--out", str(run)]) == 2
+        assert "another training is writing there" in capsys.readouterr().err
+    assert not run.exists(), "nothing was written"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    assert main([*options, "--out", str(run)]) == 2
+    assert "already there, and no run; pick another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: _replace(data / "captions.txt", "snow", "zebra"), "the vocabulary"),
+        (
+            lambda data: _replace(data / "captions.txt", "000.jpg,A dog", "000.jpg,Two dog"),
+            "photos",
+        ),
+        (lambda data: next((data / "Images").iterdir()).unlink(), "the captions or photos"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(change, message, data, options, tmp_path, capsys):
+    options[options.index("--data") + 1] = str(shutil.copytree(data, tmp_path / "data"))
+    run = tmp_path / "run"
+    assert main([*options, "--out", str(run), "--epochs", "1"]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    change(tmp_path / "data")
+    assert main(["--resume", str(run)]) == 2
+    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("train: ")]
+    assert message in line
+    assert "changed since the run began" in line
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def _replace(file: Path, old: str, new: str) -> None:
+    file.write_text(file.read_text().replace(old, new))
+
+
+def test_validation_photos_are_never_augmented(checkpoint, data, options, tmp_path):
+    run, weights = tmp_path / "run", tmp_path / "weights.safetensors"
+    # A backbone that tells photos apart, and so a photo from part of it.
+    state = checkpoint.model.encoder.backbone.state_dict()
+    save_file({f"features.{name}": value for name, value in state.items()}, weights)
+    options[options.index("--backbone-weights") + 1] = str(weights)
+    small = ["--epochs", "1", "--resize", "72", "--crop", "64", "--augment"]
+    assert main([*options, "--out", str(run), *small]) == 0
+    trained = load_checkpoint(run)
+    [epoch] = json.loads((run / "history.json").read_text())
+    examples = [
+        (photo.path, trained.vocabulary.encode(clean(caption, keep_articles=False)))
+        for photo in read_flickr8k(data, 0.1, 0.1, 0).splits["validation"]
+        for caption in photo.captions
+    ]
+    pixels = np.stack([preprocess(path, ImageSpec(72, 64)) for path, _ in examples])
+    with torch.no_grad():
+        loss, _ = batch_loss(
+            trained.model, examples, trained.model.encoder.pooled(torch.from_numpy(pixels))
+        )
+    assert epoch["validation_loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_scoring_takes_the_split_of_the_run(data, options, tmp_path, capsys):
+    broken = shutil.copytree(data, tmp_path / "data")
+    dataset = read_flickr8k(broken, 0.2, 0.3, 7)
+    gone = dataset.splits["test"][0]
+    gone.path.write_bytes(gone.path.read_bytes()[:300])
+    options[options.index("--data") + 1] = str(broken)
+    run, file = tmp_path / "run", tmp_path / "captions.json"
+    shares = ["--validation", "0.2", "--test", "0.3", "--seed", "7", "--epochs", "1"]
+    assert main([*options, *shares, "--out", str(run)]) == 0
+    assert capexport(["lstm", str(run), "--out", str(tmp_path / "artifact")]) == 0
+    wanted = {photo.name for photo in dataset.splits["test"]} - {gone.name}
+    for captioner in (run, tmp_path / "artifact"):
+        asked = [str(captioner), "--data", str(broken), "--captions", str(file)]
+        assert score_module.main(asked) == 0
+        said = json.loads(file.read_text())
+        assert said.keys() == wanted
+        assert said == json.loads((run / "test.json").read_text())["captions"]
+        assert "does not say" not in capsys.readouterr().err
+
+
+def test_no_picture_stops_a_training(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = tmp_path / "run"
+    assert main([*options, "--out", str(run), "--epochs", "1"]) == 0
+    assert "curves.png: not drawn: drawing needs" in capsys.readouterr().err
+    assert (run / "test.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 / 0)
+    assert main(["--resume", str(run)]) == 0
+    assert "samples.png: not drawn: division by zero" in capsys.readouterr().err
+    assert not list(run.glob("*.png"))
+
+
+def test_a_java_that_fails_does_not_cost_the_scores(options, tmp_path, capsys, monkeypatch):
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho Unable to locate a Java Runtime. >&2\nexit 1\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([*options, "--out", str(tmp_path / "run"), "--epochs", "1"]) == 0
+    assert "left out: " + f"{java}: Unable to locate a Java Runtime." in capsys.readouterr().err
+    scores = json.loads((tmp_path / "run" / "test.json").read_text())["test"]
+    assert "METEOR" not in scores
+    assert {"BLEU-4", "ROUGE-L", "CIDEr-D"} < scores.keys()
 
 
 def test_interruption_keeps_the_last_epoch(options, tmp_path, capsys, monkeypatch):
@@ -212,6 +376,61 @@ def test_features_are_computed_once_and_equal_live_ones(data, backbone, tmp_path
     assert counted == [2, 6], "a damaged cache is made anew"
     cached_features(encoder, paths, ImageSpec(80, 64), tmp_path, "cpu")
     assert counted == [2, 6, 6], "other preprocessing, other features"
+
+
+@pytest.fixture
+def encoder(backbone: Path) -> ImageEncoder:
+    encoder = ImageEncoder(CnnLstmConfig(1)).eval()
+    load_backbone(encoder, backbone)
+    return encoder
+
+
+def test_a_cache_that_cannot_be_written_is_tried_first(
+    data, options, encoder, tmp_path, capsys, monkeypatch
+):
+    paths = sorted((data / "Images").iterdir())[:6]
+    wanted = cached_features(encoder, paths, ImageSpec(72, 64), tmp_path / "cache", "cpu")
+    (tmp_path / "file").write_text("")
+    real = encoder.pooled
+    warned = []
+    monkeypatch.setattr(
+        encoder, "pooled", lambda x: warned.append(capsys.readouterr().err) or real(x)
+    )
+    got = cached_features(encoder, paths, ImageSpec(72, 64), tmp_path / "file" / "cache", "cpu")
+    assert "kept in memory alone" in warned[0], "before the features are made"
+    for path in paths:
+        np.testing.assert_array_equal(got[path], wanted[path])
+    # A disk that fills up meanwhile.
+    monkeypatch.setattr("train.run.save", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    got = cached_features(encoder, paths, ImageSpec(80, 64), tmp_path / "cache", "cpu")
+    assert len(got) == 6
+    assert "full" in capsys.readouterr().err
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    monkeypatch.undo()
+    options[options.index("--cache") + 1] = str(tmp_path / "file" / "cache")
+    assert main([*options, "--out", str(tmp_path / "run"), "--epochs", "1"]) == 0
+
+
+def test_trainings_that_share_a_cache_lose_nothing(data, encoder, tmp_path, monkeypatch):
+    paths = sorted((data / "Images").iterdir())[:6]
+    spec = ImageSpec(72, 64)
+    counted = []
+    real = encoder.pooled
+
+    def pooled(images):
+        counted.append(len(images))
+        if len(counted) == 1:  # another training begins and ends meanwhile
+            cached_features(encoder, paths[2:5], spec, tmp_path, "cpu")
+        return real(images)
+
+    monkeypatch.setattr(encoder, "pooled", pooled)
+    cached_features(encoder, paths[:2], spec, tmp_path, "cpu")
+    assert counted == [2, 3]
+    [file] = tmp_path.iterdir()
+    (tmp_path / f"{file.name}.x.partial").write_bytes(b"of a writer that was killed")
+    cached_features(encoder, paths, spec, tmp_path, "cpu")
+    assert counted == [2, 3, 1], "only what neither had is encoded"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_unreadable_photos_are_listed_and_skipped(data, options, tmp_path):
@@ -273,27 +492,3 @@ def test_usage_errors(capsys, options, tmp_path):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--keep-articles" in capsys.readouterr().out
-
-
-def test_scores_with_and_without_java(monkeypatch):
-    references = {
-        "1": ["A dog runs on the grass .", "a brown dog is running"],
-        "2": ["A man's hat , in snow .", "the man wears a hat"],
-        "3": ["Two boys play football .", "boys with a ball"],
-    }
-    perfect = {name: texts[0].lower() for name, texts in references.items()}
-    poor = {"1": "a cat", "2": "", "3": "two boys play football"}
-    outcomes = [score(perfect, references), score(poor, references)]
-    if shutil.which("java"):
-        assert outcomes[0]["tokenizer"] == "Penn Treebank"
-        assert outcomes[0]["METEOR"] == pytest.approx(100)
-    monkeypatch.setenv("PATH", os.devnull)
-    outcomes += [score(perfect, references), score(poor, references)]
-    assert "METEOR" not in outcomes[2]
-    for good, bad in (outcomes[:2], outcomes[2:]):
-        assert good["BLEU-4"] == pytest.approx(100)
-        assert good["ROUGE-L"] == pytest.approx(100)
-        assert bad["BLEU-1"] < 80
-        assert bad["CIDEr-D"] < good["CIDEr-D"]
-    for name in ("BLEU-1", "ROUGE-L", "CIDEr-D"):
-        assert outcomes[0][name] == pytest.approx(outcomes[2][name], abs=0.5)

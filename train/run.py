@@ -1,0 +1,217 @@
+"""The run folder: held by one training at a time, and whole again after any kill.
+
+config.json        the options of the run
+skipped.json       photos that were left out, by reason
+history.csv/.json  losses and seconds of each epoch
+curves.png         the losses, drawn
+best/              the checkpoint with the lowest validation loss
+last.safetensors   weights, optimiser and history after the last epoch, for --resume
+test.json          scores on the test split
+samples.png        photos of the test split with references and captions
+
+config.json comes first, in one piece: a folder without it holds nothing to resume, and a new run
+may take it. Only `*.partial` may be left half-written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from capexport.artifact import replace_file
+from capexport.errors import CheckpointError, OutputExistsError
+from capexport.models.cnn_lstm import CnnLstm
+from train import figures
+
+STATE = "last.safetensors"
+
+History: TypeAlias = list[dict[str, float]]
+
+
+@contextlib.contextmanager
+def run_folder(out: Path, resume: bool) -> Iterator[None]:
+    """Hold `out`, made if need be; it vanishes again if nothing was written there.
+
+    Raises:
+        OutputExistsError: another training holds it, or a new run would overwrite something.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, wait=False) as held:
+        if not held:
+            raise OutputExistsError(f"{out}: another training is writing there")
+        try:
+            finished = [path for path in out.iterdir() if path.suffix != ".partial"]
+            if not resume and (out / "config.json").exists():
+                raise OutputExistsError(
+                    f"{out}: already there; go on with --resume {out}, or pick another --out"
+                )
+            if not resume and finished:
+                raise OutputExistsError(f"{out}: already there, and no run; pick another --out")
+            remove_drafts(out, "*.partial")
+            remove_drafts(out / "best", "*.partial")
+            tempfile.TemporaryFile(dir=out).close()  # now, not after the image features
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # where it is empty
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a folder until the block or the process ends; False where another process holds it and
+    `wait` is not wanted. Systems and file systems without such locks hold nothing."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        held = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            held = False
+        except OSError:
+            pass
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def remove_drafts(folder: Path, pattern: str) -> None:
+    """Remove what a writer that was killed left; call it where no other can be writing."""
+    for draft in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
+def write_tensors(
+    file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write safetensors so that `file` holds the old or the new content, never part of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=file.parent, prefix=f"{file.name}.", suffix=".partial", delete=False
+        ) as stream:
+            draft = Path(stream.name)
+            try:
+                stream.write(save(tensors, metadata))
+                stream.flush()
+                os.fsync(stream.fileno())
+                stream.close()
+                draft.replace(file)
+            finally:
+                draft.unlink(missing_ok=True)
+    except OSError as error:  # a full disk is reported without a name
+        raise error if error.filename else OSError(error.errno, error.strerror, str(file)) from None
+
+
+def start_run(
+    out: Path, options: dict[str, Any], skipped: dict[str, list[str]], history: History
+) -> None:
+    """Write what a run begins with; of one that goes on, also the history, which a kill may have
+    kept the last epoch from."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "config.json").exists():
+        # Written beside the folder, which a kill then leaves empty.
+        draft = out.resolve().with_name(f".{out.resolve().name}.config.json")
+        try:
+            write_json(draft, options)
+            draft.replace(out / "config.json")
+        except OSError:  # the folder is a file system of its own, or its parent is read-only
+            draft.unlink(missing_ok=True)
+            write_json(out / "config.json", options)
+    write_json(out / "skipped.json", skipped)
+    for reason, names in skipped.items():
+        print(f"left out: {len(names)} {reason} (listed in {out / 'skipped.json'})")
+    if history:
+        write_history(out, history)
+
+
+def save_state(
+    folder: Path,
+    model: CnnLstm,
+    optimiser: torch.optim.Optimizer,
+    history: History,
+    data: Mapping[str, str],
+) -> None:
+    """Keep what --resume needs; `data` tells one set of photos and captions from another."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors.update({f"optimiser.{index}.{name}": value for name, value in state.items()})
+    write_tensors(folder / STATE, tensors, {**data, "history": json.dumps(history)})
+
+
+def load_state(
+    folder: Path, model: CnnLstm, optimiser: torch.optim.Optimizer, data: Mapping[str, str]
+) -> History:
+    """Fill model and optimiser with what `save_state` kept; the history is empty where it didn't.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another model or other data.
+    """
+    file = folder / STATE
+    if not file.exists():
+        return []
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata()
+            if changed := [name for name, digest in data.items() if metadata[name] != digest]:
+                raise CheckpointError(
+                    f"{file}: the {' and the '.join(changed)} changed since the run began: the "
+                    "data folder must be as it was, or begin a new run with another --out"
+                )
+            history: History = json.loads(metadata["history"])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        weights: dict[str, Tensor] = {}
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            owner, name = key.split(".", 1)
+            if owner == "model":
+                weights[name] = value
+            else:
+                index, name = name.split(".", 1)
+                states.setdefault(int(index), {})[name] = value
+        model.load_state_dict(weights)
+        groups = optimiser.state_dict()["param_groups"]
+        optimiser.load_state_dict({"state": states, "param_groups": groups})
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{file}: cannot resume from it ({error!r}); were data or options changed? "
+            "The best checkpoint is still usable"
+        ) from error
+    return history
+
+
+def write_history(folder: Path, history: History) -> None:
+    """The losses as a table, as JSON and as a picture."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, history[0])
+    writer.writeheader()
+    writer.writerows(history)
+    replace_file(folder / "history.csv", table.getvalue())
+    write_json(folder / "history.json", history)
+    figures.attempt(folder / "curves.png", lambda path: figures.draw_curves(history, path))
+
+
+def write_json(path: Path, document: Any) -> None:
+    replace_file(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
