@@ -224,7 +224,10 @@ def photos_as_trained(
             f"{numbers['seed']}",
             file=sys.stderr,
         )
-    dataset = read_flickr8k(data, **numbers)
+    try:
+        dataset = read_flickr8k(data, **numbers)
+    except TypeError as error:
+        raise DatasetError(f"{captioner}: says no split that can be made: {numbers}") from error
     paths = [photo.path for photo in dataset.splits[split]]
     checked = tqdm(readable(paths, load_image), "checking photos", len(paths), leave=False)
     dataset.skip("unreadable images", [path.name for path, image in checked if image is None])

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torchvision.models import MobileNet_V2_Weights
 from tqdm import tqdm
 
 from capexport.errors import CheckpointError, DownloadError, ImageError
+from capexport.models.checkpoint import write_bytes
 from capexport.models.cnn_lstm import ImageEncoder
 from capexport.preprocessing import ImageSpec, load_image, preprocess
 from train.data import readable
-from train.run import locked, remove_drafts, write_tensors
+from train.run import locked, remove_drafts
 
 _ENCODE_BATCH = 32
 _SAVE_EVERY = 64  # batches: what an interrupted first epoch loses at the most
@@ -159,7 +160,7 @@ def _write_cache(file: Path, known: dict[bytes, np.ndarray]) -> None:
             known.setdefault(digest, row)
         digests = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32).copy()
         features = torch.from_numpy(np.stack(list(known.values())))
-        write_tensors(file, {"features": features, "digests": torch.from_numpy(digests)})
+        write_bytes(file, save({"features": features, "digests": torch.from_numpy(digests)}))
 
 
 def live_features(

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from capexport.artifact import replace_file
 from capexport.errors import CheckpointError, OutputExistsError
+from capexport.models.checkpoint import write_bytes
 from capexport.models.cnn_lstm import CnnLstm
 from train import figures
 
@@ -98,31 +99,6 @@ def remove_drafts(folder: Path, pattern: str) -> None:
             draft.unlink()
 
 
-def write_tensors(
-    file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write safetensors so that `file` holds the old or the new content, never part of it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=file.parent, prefix=f"{file.name}.", suffix=".partial", delete=False
-        ) as stream:
-            draft = Path(stream.name)
-            try:
-                stream.write(save(tensors, metadata))
-                stream.flush()
-                os.fsync(stream.fileno())
-                stream.close()
-                draft.replace(file)
-            finally:
-                draft.unlink(missing_ok=True)
-    except OSError as error:  # a full disk is reported without a name
-        raise error if error.filename else OSError(error.errno, error.strerror, str(file)) from None
-
-
 def start_run(
     out: Path, options: dict[str, Any], skipped: dict[str, list[str]], history: History
 ) -> None:
@@ -156,7 +132,8 @@ def save_state(
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors.update({f"optimiser.{index}.{name}": value for name, value in state.items()})
-    write_tensors(folder / STATE, tensors, {**data, "history": json.dumps(history)})
+    metadata = {**data, "history": json.dumps(history)}
+    write_bytes(folder / STATE, save(tensors, metadata))
 
 
 def load_state(

@@ -23,8 +23,10 @@ from capexport.cli import main as capexport
 from capexport.models.checkpoint import load_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
 from capexport.preprocessing import ImageSpec, preprocess
+from train import loop
 from train import score as score_module
 from train.__main__ import main
+from train.config import TrainConfig
 from train.data import clean, read_flickr8k
 from train.features import cached_features, live_features, load_backbone
 from train.loop import batch_loss
@@ -146,6 +148,55 @@ def test_early_stopping_keeps_the_best(options, tmp_path):
     assert len(losses) < 9
     assert losses[-1] >= min(losses[:-1])
     assert load_checkpoint(run).metrics["validation_loss"] == min(losses)
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_patience_counts_the_epochs_since_the_best(options, tmp_path, monkeypatch, patience):
+    """The best is the second; an equal loss later is no better one."""
+    losses = iter([3.0, 2.0, 2.0, 2.5, 2.6, 2.7, 2.8])
+
+    def scripted(model, examples, features, config, rng, title, optimiser=None):
+        return 1.0 if optimiser else next(losses)
+
+    monkeypatch.setattr(loop, "_pass", scripted)
+    run = tmp_path / "run"
+    arguments = ["--out", str(run), "--epochs", "7", "--patience", str(patience)]
+    assert main([*options, *arguments]) == 0
+    assert len(json.loads((run / "history.json").read_text())) == 2 + patience
+    assert load_checkpoint(run).metrics["epoch"] == 2
+
+
+def test_each_epoch_has_an_order_of_its_own(options, tmp_path, monkeypatch):
+    orders: dict[str, list[list]] = {"a": [], "b": []}
+    real = loop._pass
+    for name, found in orders.items():
+
+        def recorded(model, examples, *rest, found=found):
+            if len(rest) == 5:  # with an optimiser
+                found.append(list(examples))
+            return real(model, examples, *rest)
+
+        monkeypatch.setattr(loop, "_pass", recorded)
+        assert main([*options, "--out", str(tmp_path / name), "--epochs", "3"]) == 0
+    first, second, third = orders["a"]
+    assert first != second != third != first
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert orders["a"] == orders["b"], "and the same one in every run"
+
+
+def test_the_loss_is_a_mean_over_tokens_not_over_batches():
+    torch.manual_seed(0)
+    model = CnnLstm(CnnLstmConfig(60, embed_size=16, hidden_size=16)).eval()
+    lengths = (2, 3, 3, 9, 12)
+    examples = [(Path(str(n)), [1, *range(4, 4 + n), 2]) for n in lengths]
+    pooled = dict(zip((path for path, _ in examples), torch.randn(5, 1280), strict=True))
+    features = lambda paths, rng: torch.stack([pooled[path] for path in paths])  # noqa: E731
+    means = []
+    for size in (2, 3, 5):
+        config = TrainConfig(data=Path(), batch_size=size)
+        with torch.no_grad():
+            means.append(loop._pass(model, examples, features, config, None, "validation"))
+    assert means == pytest.approx([means[0]] * 3, rel=1e-6)
 
 
 def test_resuming_a_killed_run_gives_the_unbroken_result(options, tmp_path, capsys):
@@ -333,8 +384,6 @@ def test_a_java_that_fails_does_not_cost_the_scores(options, tmp_path, capsys, m
 
 
 def test_interruption_keeps_the_last_epoch(options, tmp_path, capsys, monkeypatch):
-    from train import loop
-
     run = tmp_path / "run"
     real = loop._pass
     calls = []
