@@ -11,6 +11,8 @@ import torch
 
 from capexport.artifact import Manifest, new_artifact, record_files
 from capexport.captioner import Captioner, open_artifact
+from capexport.export.card import FILE_NAME as CARD
+from capexport.export.card import model_card
 from capexport.sessions import CPU, Target
 
 
@@ -44,4 +46,6 @@ def draft_artifact(out: Path) -> Iterator[Draft]:
         draft = Draft(folder)
         yield draft
         assert draft.manifest.parity is not None, "nothing is written that was not compared"
+        card = model_card(draft.manifest, out.resolve().name)
+        (folder / CARD).write_text(card, encoding="utf-8")
         draft.manifest.write(folder)

@@ -450,7 +450,7 @@ def test_a_cache_that_cannot_be_written_is_tried_first(
     for path in paths:
         np.testing.assert_array_equal(got[path], wanted[path])
     # A disk that fills up meanwhile.
-    monkeypatch.setattr("train.run.save", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     got = cached_features(encoder, paths, ImageSpec(80, 64), tmp_path / "cache", "cpu")
     assert len(got) == 6
     assert "full" in capsys.readouterr().err
