@@ -18,7 +18,7 @@ from capexport.errors import (
 )
 from capexport.preprocessing import ImageSpec
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ArtifactError",

@@ -1,6 +1,7 @@
 """The bundled checkpoint: small, documented, and exported exactly."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from capexport.artifact import Manifest
 from capexport.bench.cli import sample_photos
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import bundled_checkpoint, main
+from capexport.export.card import model_card
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.checkpoint import load_checkpoint
 from capexport.models.torch_captioner import torch_captioner
@@ -65,6 +67,28 @@ def test_the_bundled_artifact_is_the_checkpoint_in_int8_and_loses_little():
         for token, other in zip(one.tokens, two.tokens, strict=False)
     )
     assert same > 0.6 * sum(len(caption.tokens) for caption in exact.caption(photos))
+
+
+def test_model_cards_are_what_the_hub_reads(artifact: Path, blip2_export, tmp_path: Path):
+    from huggingface_hub import ModelCard
+
+    for folder, licence in ((artifact, None), (blip2_export("opt"), "mit")):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.license == licence
+        assert card.data.pipeline_tag == "image-to-text"
+        count = Manifest.read(folder).parity.captions
+        identical, total = count.identical, count.images or count.compared
+        assert f"{identical} of {total} captions are PyTorch's" in card.text
+        assert f"# {folder.name}\n" in card.text
+    bundled = (BUNDLED_ARTIFACT / "README.md").read_text(encoding="utf-8")
+    manifest = Manifest.read(BUNDLED_ARTIFACT)
+    _, generated = model_card(manifest, "The Flickr8k captioner of capexport").split("---\n\n")
+    assert generated in bundled
+    assert ModelCard(bundled).data.license == "other"
+    # The card is nobody's input: it can be rewritten.
+    edited = shutil.copytree(artifact, tmp_path / "edited")
+    (edited / "README.md").write_text("mine")
+    assert Captioner.load(edited).caption(sample_photos()[0]).text
 
 
 def test_where_there_is_none_the_error_says_so(tmp_path: Path, monkeypatch, capsys):
