@@ -289,11 +289,15 @@ def _compare_captions(
     exported = draft.captioner(_target(precision))
     wanted, got, wanted_logits, got_logits = [], [], [], []
     for prompt in (None, prompts):
-        wanted += reference.caption(images, prompt=prompt)
+        together = reference.caption(images, prompt=prompt)
         wanted_logits.append(reference.first_logits)
-        wanted += reference.caption(images[:_ALONE], prompt=prompt, batch_size=1)
         captions = exported.caption(images, prompt=prompt)
-        got += [*captions, *captions[:_ALONE]]
+        wanted += reference.caption(images[:_ALONE], prompt=prompt, batch_size=1)
+        got += captions[:_ALONE]
+        # A penalty of generate() counts the padding of a batch's prompts as said; ours doesn't.
+        if prompt is None or exported.options.repetition_penalty == 1:
+            wanted += together
+            got += captions
         pixels = np.stack([exported.preprocess(image) for image in images])
         framed = exported.text.frame(prompt, len(images), 1)
         got_logits.append(exported.decoder.start(exported.encoder(pixels), framed)[0])

@@ -419,7 +419,7 @@ def test_captions_are_those_of_transformers(name: str, shape, tmp_path: Path, mo
         monkeypatch.setattr(blip2, "_VALIDATED", 0)  # as if it were large
     manifest = export_blip2(folder, tmp_path / "out")
     assert "from_pretrained" in manifest.parity.yardstick
-    assert bool(manifest.provenance["assumed"]) == (name in ASSUMED)
+    assert bool(manifest.provenance.assumed) == (name in ASSUMED)
     mended(folder)
     exported = Captioner.load(tmp_path / "out")
     ends = json.loads((folder / "config.json").read_text())["text_config"].get("eos_token_id", END)
@@ -633,11 +633,11 @@ def test_another_read_than_transformers_is_noticed(shape, blip2_checkpoint: Make
 )
 def test_generation_settings_count_as_in_generate(kind: str, settings, shape, blip2_checkpoint):
     decoding = read_checkpoint(folder := shape(kind, text(**settings))).decoding
-    ends = decoding["end_tokens"]
+    ends = list(decoding.end_tokens)
     carried = {
-        "max_new_tokens": decoding["max_tokens"], "min_new_tokens": decoding["min_tokens"],
-        "repetition_penalty": decoding["repetition_penalty"], "eos_token_id": ends or None,
-        "suppress_tokens": decoding["suppress_tokens"] or None,
+        "max_new_tokens": decoding.max_tokens, "min_new_tokens": decoding.min_tokens,
+        "repetition_penalty": decoding.repetition_penalty, "eos_token_id": ends or None,
+        "suppress_tokens": list(decoding.suppress_tokens) or None,
     }  # fmt: skip
     plain = HuggingFaceCaptioner.load(blip2_checkpoint(kind))
     if not ends:

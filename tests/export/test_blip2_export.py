@@ -75,7 +75,11 @@ def test_captions_are_those_of_generate(kind: str, blip2_checkpoint: Make, blip2
         for start in range(0, 2 * batch, batch):
             images = IMAGES[start : start + batch]
             limit = ours.get("max_tokens")
-            expected = wanted.caption(images, prompt=prompts, max_tokens=limit, **theirs)
+            # In a batch generate() counts the padding of its neighbours' prompts as said.
+            size = 1 if "repetition_penalty" in theirs else batch
+            expected = wanted.caption(
+                images, prompt=prompts, max_tokens=limit, batch_size=size, **theirs
+            )
             captions = exported.caption(images, prompt=prompts, **ours)
             assert [c.tokens for c in captions] == [c.tokens for c in expected]
             assert [c.text for c in captions] == [c.text for c in expected]

@@ -113,6 +113,9 @@ def test_the_cache_stays_with_onnxruntime(blip2: Captioner, images: list[Image.I
     for name in kept:
         before, after = state[name].shape(), following[name].shape()
         assert after[2] == before[2] + (name not in blip2.decoder.constant)
+    if blip2.text.spec.start_token is not None:
+        constant = {name for name in state if ".encoder." in name}
+        assert blip2.decoder.constant == {"encoder_attention_mask", *constant}
     for name in blip2.decoder.constant:
         assert following[name] is state[name]
     chosen = blip2.decoder.select(following, np.array([2, 0]))

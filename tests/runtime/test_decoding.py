@@ -105,8 +105,9 @@ def test_the_repetition_penalty_counts_prompt_and_caption():
     assert hypothesis.tokens == [1, 2, 2, 2]
     [hypothesis] = greedy(Fixed(-1, 3, 2, 2.2, -1.5), 1, options, prompts)
     assert hypothesis.tokens == [1, 3, 1, 1]
-    with pytest.raises(ValueError, match="repetition_penalty"):
-        DecodingOptions((9,), repetition_penalty=0)
+    said = Prompts(context * 0, context, context * 0)
+    [hypothesis] = greedy(Fixed(-1, -1.5, -9), 1, dataclasses.replace(options, max_tokens=1), said)
+    assert hypothesis.tokens == [1], "-1 counts -2, and not -0.5"
 
 
 def test_the_penalty_follows_its_row_when_others_leave():
