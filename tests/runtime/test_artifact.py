@@ -36,7 +36,8 @@ def changed(folder: Path, path: str, value: Any) -> None:
     [
         ("family", 3), ("family", None), ("precision", ["fp32"]), ("schema", "1"), ("schema", True),
         ("image", []), ("image/resize", 224.5), ("image/resize", True), ("image/crop", "224"),
-        ("image/mean", [0.5, 0.5]), ("image/mean", "abc"), ("image/mean", [float("nan"), 0, 0]), ("image/std", [1, 1, float("inf")]), ("image/std", [1, 1, 0]),
+        ("image/mean", [0.5, 0.5]), ("image/mean", "abc"), ("image/std", [1, 1, 0]),
+        ("image/mean", [float("nan"), 0, 0]), ("image/std", [1, 1, float("inf")]),
         ("image/keep_aspect", 1), ("image/resample", "nearest"), ("image/more", 1),
         ("decoding/end_tokens", 2), ("decoding/end_tokens", [2.0]), ("decoding/end_tokens", [-1]),
         ("decoding/max_tokens", "30"), ("decoding/max_tokens", 0), ("decoding/max_tokens", True),
