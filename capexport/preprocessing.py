@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -311,14 +311,24 @@ def _plain(image: Image.Image) -> _Loaded:
     """A loaded image's pixels without its metadata and file, and what these say about them."""
     if 0 in image.size:
         raise ImageError("the image has no pixels")
-    try:
-        value = image.getexif().get(_ORIENTATION)
-    except Exception:  # a photo with odd metadata is a photo
-        value = None
     to_rgb = _converter(image)
     plain = image._new(image.im)
     plain.info = {}
-    return plain, int(value) if value in _TURNS else 1, to_rgb
+    return plain, _orientation(image), to_rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where the metadata have none that is readable."""
+    value, exif = None, image.info.get("exif")
+    with contextlib.suppress(Exception):
+        value = image.getexif().get(_ORIENTATION)
+    if value is None and isinstance(exif, bytes):  # Pillow stops at a tag that leads nowhere
+        exif = exif.removeprefix(b"Exif\0\0")
+        order: Literal["little", "big"] = "little" if exif[:2] == b"II" else "big"
+        for tag, start, _ in _tiff_entries(exif):
+            if tag == _ORIENTATION:
+                value = int.from_bytes(exif[start + 8 : start + 10], order)
+    return int(value) if value in _TURNS else 1
 
 
 def _load_truncated(image: ImageFile.ImageFile) -> None:
@@ -421,19 +431,23 @@ def _bare_jpeg(data: bytes, keep_orientation: bool) -> bytes:
 
 
 def _bare_tiff(data: bytes, keep_orientation: bool) -> bytes:
-    order = "<" if data[:2] == b"II" else ">"
-    big = b"+" in data[2:4]
-    offset, count, size = ("Q", "Q", 20) if big else ("L", "H", 12)
     bare = bytearray(data)
+    for tag, start, end in _tiff_entries(data):
+        if tag not in _TIFF_TAGS and not (keep_orientation and tag == _ORIENTATION):
+            bare[start:end] = b"\xfd\xfd" + bytes(end - start - 2)  # unknown, of no type
+    return bytes(bare)
+
+
+def _tiff_entries(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(tag, start, end) of each entry of the first directory of a TIFF, or of EXIF data."""
+    order = "<" if data[:2] == b"II" else ">"
+    where, offset, count, size = (8, "Q", "Q", 20) if b"+" in data[2:4] else (4, "L", "H", 12)
     with contextlib.suppress(struct.error):  # beyond the end
-        (at,) = struct.unpack_from(order + offset, data, 8 if big else 4)
+        (at,) = struct.unpack_from(order + offset, data, where)
         (entries,) = struct.unpack_from(order + count, data, at)
         at += struct.calcsize(order + count)
         for start in range(at, min(at + entries * size, len(data) - size + 1), size):
-            (tag,) = struct.unpack_from(order + "H", data, start)
-            if tag not in _TIFF_TAGS and not (keep_orientation and tag == _ORIENTATION):
-                struct.pack_into(f"{order}HH{offset}", bare, start, 65000, 1, 1)
-    return bytes(bare)
+            yield struct.unpack_from(order + "H", data, start)[0], start, start + size
 
 
 def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
@@ -495,11 +509,12 @@ def _scaling(image: Image.Image, tags: Any) -> Callable[[NDArray[Any]], NDArray[
     ranges = [(part.min(), part.max()) for part in map(np.asarray, _upright_strips(image, 1))]
     low, high = float(np.min(ranges)), float(np.max(ranges))
     floats = image.mode == "F"
-    whites: tuple[int, ...] = (1, 255, 65535)
-    if tags.get(_BITS_PER_SAMPLE) == (12,):
+    bits = tags.get(_BITS_PER_SAMPLE), tags.get(_SAMPLE_FORMAT)
+    whites: tuple[int, ...] = (255, 1023, 4095, 32767 if bits == ((16,), (2,)) else 65535)
+    if floats:
+        whites = (1, 255, 65535)
+    elif bits[0] == (12,):
         whites = (4095,)
-    elif not floats:
-        whites = (255, 1023, 4095, 32767 if tags.get(_SAMPLE_FORMAT) == (2,) else 65535)
     slack = 0.1 if floats else 0  # filters overshoot
     white = next((white for white in whites if high <= white * (1 + slack)), 0)
     dark = floats and white > 1 and high * 16 < white
