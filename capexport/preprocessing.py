@@ -311,6 +311,8 @@ def _plain(image: Image.Image) -> _Loaded:
     """A loaded image's pixels without its metadata and file, and what these say about them."""
     if 0 in image.size:
         raise ImageError("the image has no pixels")
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ImageError("the image has a palette without colours")
     to_rgb = _converter(image)
     plain = image._new(image.im)
     plain.info = {}
