@@ -12,20 +12,19 @@ import importlib
 import io
 import logging
 import os
-import re
 import stat
-import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImagePalette, UnidentifiedImageError
 
 from capexport.errors import ImageError, ImageNotFoundError
+from capexport.image_metadata import exif_orientation, jpeg_scans, without_metadata
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -58,13 +57,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Of a TIFF's tags, those that say where its pixels are and what they mean; then its orientation.
-_TIFF_TAGS = {
-    256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325,
-    332, 338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532,
-}  # fmt: skip
+# A TIFF's tags.
 _ORIENTATION, _COLORMAP, _PHOTOMETRIC, _SAMPLE_FORMAT = 274, 320, 262, 339
 _BITS_PER_SAMPLE, _COMPRESSION, _ROWS_PER_STRIP = 258, 259, 278
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
 @dataclass(frozen=True)
@@ -241,7 +237,9 @@ def _decoded(source: ImageSource, max_pixels: int, truncated: bool) -> _Loaded:
         if stat.S_ISDIR(mode):
             raise ImageError("this is a folder, not an image file")
         if not stat.S_ISREG(mode):  # reading it might never end
-            raise ImageError("this is a pipe, a socket or a device, not an image file")
+            raise ImageError(
+                "this is a pipe, a socket or a device, not an image file; save its content as one"
+            )
         with open(source, "rb") as file:  # noqa: PTH123
             return _read(file, max_pixels, truncated)
     if hasattr(source, "read") and not isinstance(source, type):
@@ -282,7 +280,7 @@ def _read(file: BinaryIO, max_pixels: int, truncated: bool) -> _Loaded:
         file.seek(0)
         tried = data = file.read()
         for keep_orientation in (True, False):
-            bare = _without_metadata(data, keep_orientation)
+            bare = without_metadata(data, keep_orientation)
             if bare != tried:
                 with contextlib.suppress(Exception):
                     return _decode(io.BytesIO(bare), max_pixels, truncated)
@@ -325,11 +323,7 @@ def _orientation(image: Image.Image) -> int:
     with contextlib.suppress(Exception):
         value = image.getexif().get(_ORIENTATION)
     if value is None and isinstance(exif, bytes):  # Pillow stops at a tag that leads nowhere
-        exif = exif.removeprefix(b"Exif\0\0")
-        order: Literal["little", "big"] = "little" if exif[:2] == b"II" else "big"
-        for tag, start, _ in _tiff_entries(exif):
-            if tag == _ORIENTATION:
-                value = int.from_bytes(exif[start + 8 : start + 10], order)
+        value = exif_orientation(exif)
     return int(value) if value in _TURNS else 1
 
 
@@ -367,89 +361,20 @@ def _decoding_bytes(image: ImageFile.ImageFile) -> float:
     if image.info.get("progressive"):  # the coefficients of all scans
         return 7 if image.mode == "RGB" else 4
     tags = getattr(image, "tag_v2", {})
-    if tags.get(_COMPRESSION, 1) != 1:  # strips are unpacked whole
-        rows = tags.get(_ROWS_PER_STRIP, image.height)
-        return 4 + 4 * min(1.0, int(rows) / max(1, image.height))
+    if tags.get(_COMPRESSION, 1) != 1:  # a strip or tile is unpacked whole, however large it says
+        wide, high = tags.get(_TILE_WIDTH, image.width), tags.get(_TILE_LENGTH, image.height)
+        if _TILE_WIDTH not in tags:
+            high = min(high, tags.get(_ROWS_PER_STRIP, high))
+        unpacked = wide * high * sum(tags.get(_BITS_PER_SAMPLE, (1,))) / 8
+        return 4 + float(unpacked) / max(1, image.width * image.height)
     return 4
 
 
 def _check_scans(data: bytes, pixels: int) -> None:
     """Refuse a progressive JPEG that would take minutes."""
     allowed = max(_MAX_SCANS, _MAX_SCANNED_PIXELS // max(1, pixels))
-    if data.count(b"\xff\xda") > allowed:  # the count includes thumbnails and what follows
-        scans = sum(marker == 0xDA for marker, _, _ in _jpeg_segments(data))
-        if scans > allowed:
-            raise ImageError(f"a progressive JPEG of {scans} scans; save it anew, with fewer")
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end) of a JPEG's segments to the end of its (first) image."""
-    at = 2
-    while found := re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]").search(data, at):
-        marker, start = data[found.end() - 1], found.end()
-        if marker == 0xD9:
-            return
-        at = start + (0 if marker == 0xD8 else int.from_bytes(data[start : start + 2], "big"))
-        yield marker, start, at
-
-
-def _without_metadata(data: bytes, keep_orientation: bool) -> bytes:
-    """An encoded image without what only describes it, as far as its format is known here."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _bare_png(data, keep_orientation)
-    if data.startswith(b"\xff\xd8"):
-        return _bare_jpeg(data, keep_orientation)
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return _bare_tiff(data, keep_orientation)
-    if data[4:8] == b"ftyp":  # AVIF and HEIC, whose rotation is no metadata
-        return re.sub(rb"(?s)(infe.{8,10}?)(?:Exif|mime)", rb"\1skip", data)
-    return data
-
-
-def _bare_png(data: bytes, keep_orientation: bool) -> bytes:
-    parts, at = [data[:8]], 8
-    while at < len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        kind, start = data[at + 4 : at + 8], data[at + 8 : at + 32]
-        orients = kind == b"eXIf" or start.startswith((b"Raw profile type exif", b"XML:com.adobe"))
-        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or (keep_orientation and orients):
-            parts.append(data[at:end])
-        at = end
-    return b"".join(parts)
-
-
-def _bare_jpeg(data: bytes, keep_orientation: bool) -> bytes:
-    bare = bytearray(data)
-    for marker, start, end in _jpeg_segments(data):
-        if marker == 0xDA:
-            break
-        body = data[start + 2 : start + 40]
-        orients = body.startswith((b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"))
-        # JFIF and Adobe say what the colours mean, unless too short for the decoder itself.
-        colours = end - start >= {0xE0: 16, 0xEE: 14}.get(marker, 1 << 16)
-        if 0xE0 <= marker <= 0xEF and not colours and not (keep_orientation and orients):
-            bare[start - 1] = 0xFE  # a comment
-    return bytes(bare)
-
-
-def _bare_tiff(data: bytes, keep_orientation: bool) -> bytes:
-    bare = bytearray(data)
-    for tag, start, end in _tiff_entries(data):
-        if tag not in _TIFF_TAGS and not (keep_orientation and tag == _ORIENTATION):
-            bare[start:end] = b"\xfd\xfd" + bytes(end - start - 2)  # unknown, of no type
-    return bytes(bare)
-
-
-def _tiff_entries(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(tag, start, end) of each entry of the first directory of a TIFF, or of EXIF data."""
-    order = "<" if data[:2] == b"II" else ">"
-    where, offset, count, size = (8, "Q", "Q", 20) if b"+" in data[2:4] else (4, "L", "H", 12)
-    with contextlib.suppress(struct.error):  # beyond the end
-        (at,) = struct.unpack_from(order + offset, data, where)
-        (entries,) = struct.unpack_from(order + count, data, at)
-        at += struct.calcsize(order + count)
-        for start in range(at, min(at + entries * size, len(data) - size + 1), size):
-            yield struct.unpack_from(order + "H", data, start)[0], start, start + size
+    if (scans := jpeg_scans(data, allowed)) > allowed:
+        raise ImageError(f"a progressive JPEG of {scans} scans; save it anew, with fewer")
 
 
 def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:

@@ -301,8 +301,8 @@ def test_nothing_is_written_to_stderr_and_other_warnings_stay(
             warnings.warn("mine", stacklevel=1)
         with pytest.warns(UserWarning), warnings.catch_warnings():  # Pillow's, in somebody's code
             warnings.simplefilter("always")
-            with Image.open(io.BytesIO(odd[2])) as image:
-                image.load()
+            with Image.open(io.BytesIO(odd[1])) as image:
+                image.getexif()
     assert capfd.readouterr().err == ""
 
 
@@ -321,6 +321,16 @@ def test_too_many_pixels_are_refused_before_they_are_decoded():
     assert preprocess(lazy, ImageSpec(), max_pixels=10000).shape == (3, 224, 224)
     with pytest.raises(ImageError, match="11000x11000 are more pixels"):
         load_image(png(11000, 11000, 1, 0))
+
+
+def test_a_tile_is_no_larger_in_memory_than_an_image_may_be():
+    # 64 x 64 pixels in one tile of 65536 x 16384, packed by LZW
+    tags = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 5), (262, 3, 1, 1)]
+    tags += [(277, 3, 1, 1), (322, 4, 1, 65536), (323, 4, 1, 16384), (324, 4, 1, 8), (325, 4, 1, 9)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    content = b"II*\0" + struct.pack("<IQH", 16, 0, len(tags)) + entries + bytes(4)
+    with pytest.raises(ImageError, match="64x64 are more pixels"):
+        load_image(content)
 
 
 MEASURE = """
