@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 _ORIENTATION = 274
+# Not those that stand within a JPEG's coded pixels, nor the escaped 255s there.
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 # Of a TIFF's tags, those that say where its pixels are and what they mean.
 _TIFF_TAGS = {
     256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325,
@@ -104,7 +106,7 @@ def _tiff_entries(data: bytes) -> Iterator[tuple[int, int, int]]:
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """(marker, start, end) of a JPEG's segments to the end of its (first) image."""
     at = 2
-    while found := re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]").search(data, at):
+    while found := _MARKER.search(data, at):
         marker, start = data[found.end() - 1], found.end()
         if marker == 0xD9:
             return

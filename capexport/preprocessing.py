@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImagePalette, UnidentifiedImageError
+from PIL import Image, ImageFile, ImagePalette, JpegImagePlugin, UnidentifiedImageError
 
 from capexport.errors import ImageError, ImageNotFoundError
 from capexport.image_metadata import exif_orientation, jpeg_scans, without_metadata
@@ -160,10 +160,8 @@ def _named(source: ImageSource) -> Iterator[None]:
     outer, _thread.loads = getattr(_thread, "loads", False), True
     try:
         yield
-    except FileNotFoundError as error:
-        raise ImageNotFoundError(f"{image_name(source)}: no such image file") from error
     except ImageError as error:
-        raise ImageError(f"{image_name(source)}: {error}") from error
+        raise type(error)(f"{image_name(source)}: {error}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{image_name(source)}: more pixels than PIL.Image.MAX_IMAGE_PIXELS allows; "
@@ -233,13 +231,7 @@ def _decoded(source: ImageSource, max_pixels: int, truncated: bool) -> _Loaded:
     if isinstance(source, bytes):
         return _read(io.BytesIO(source), max_pixels, truncated)
     if isinstance(source, str | os.PathLike):
-        mode = os.stat(source).st_mode  # noqa: PTH116 (Path("") is the current folder)
-        if stat.S_ISDIR(mode):
-            raise ImageError("this is a folder, not an image file")
-        if not stat.S_ISREG(mode):  # reading it might never end
-            raise ImageError(
-                "this is a pipe, a socket or a device, not an image file; save its content as one"
-            )
+        _check_regular(source)
         with open(source, "rb") as file:  # noqa: PTH123
             return _read(file, max_pixels, truncated)
     if hasattr(source, "read") and not isinstance(source, type):
@@ -248,6 +240,19 @@ def _decoded(source: ImageSource, max_pixels: int, truncated: bool) -> _Loaded:
         "this is no image: pass a path, bytes, a binary file, a PIL image or a uint8 array; "
         "several as a list"
     )
+
+
+def _check_regular(path: str | os.PathLike[str]) -> None:
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (Path("") is the current folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageNotFoundError("no such image file") from error
+    if stat.S_ISDIR(mode):
+        raise ImageError("this is a folder, not an image file")
+    if not stat.S_ISREG(mode):  # reading it might never end
+        raise ImageError(
+            "this is a pipe, a socket or a device, not an image file; save its content as one"
+        )
 
 
 def _content(file: BinaryIO) -> bytes:
@@ -329,15 +334,19 @@ def _orientation(image: Image.Image) -> int:
 
 def _load_truncated(image: ImageFile.ImageFile) -> None:
     """Load what a file that breaks off has, without Pillow's switch, which is all threads'."""
-    if read := getattr(image, "load_read", None) if image.format in ("JPEG", "MPO") else None:
-        end = iter([b"\xff\xd9"])  # without its end, nothing of a progressive JPEG is shown
-        image.load_read = lambda size: read(size) or next(end, b"")  # type: ignore[attr-defined]
+    ends = [b"\xff\xd9"]  # without it, nothing of a progressive JPEG is shown
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        read = image.load_read
+        image.load_read = lambda read_bytes: (  # type: ignore[method-assign]
+            read(read_bytes) or (ends.pop() if ends else b"")
+        )
     try:
         image.load()
     except (OSError, EOFError):
-        image.tile = []  # the pixels of those that were read are there
+        ends.clear()
+        image.tile = []  # what was decoded is there
         image.load()
-    if all(low == high for low, high in np.reshape(image.getextrema(), (-1, 2))):
+    if not ends and all(low == high for low, high in np.reshape(image.getextrema(), (-1, 2))):
         raise ImageError("the file breaks off before its first pixels")
 
 

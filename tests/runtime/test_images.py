@@ -20,7 +20,7 @@ import pytest
 from conftest import draw_photo
 from PIL import Image, ImageFile, ImageOps, features
 
-from capexport import ImageError, ImageSpec
+from capexport import ImageError, ImageNotFoundError, ImageSpec
 from capexport.preprocessing import image_suffixes, load_image, preprocess
 
 PHOTO = draw_photo(1, (64, 48))
@@ -131,6 +131,9 @@ def test_what_is_not_a_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ImageError, match="this is a folder"):
         load_image(tmp_path)
     (tmp_path / "link.jpg").symlink_to("photo.jpg")
+    for absent in ("", "link.jpg", "photo.jpg/photo.jpg"):
+        with pytest.raises(ImageNotFoundError, match="no such image file"):
+            load_image(absent)
     PHOTO.save("photo.jpg")
     assert load_image("link.jpg").size == PHOTO.size
 
@@ -508,6 +511,13 @@ def test_a_truncated_jpeg_gives_what_it_has_on_demand_alone(progressive: bool, l
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
     with pytest.raises(ImageError):
         load_image(cut)
+
+
+def test_whole_images_of_one_colour_stay_images_where_truncated_ones_are_allowed():
+    for style in ("JPEG", "PNG"):
+        for progressive in (False, True):
+            whole = encoded(Image.new("RGB", (20, 20)), style, progressive=progressive)
+            assert not np.asarray(load_image(whole, truncated=True)).any()
 
 
 @pytest.mark.parametrize("style", ["PNG", "GIF", "BMP", "PPM", "TIFF"])
