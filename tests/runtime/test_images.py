@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -447,6 +447,15 @@ def test_colours_of_8_bits_in_a_tiff_of_16_bit_colours():
 # --- One object, many times
 
 
+@pytest.fixture
+def switching_threads() -> Iterator[None]:
+    """Python goes from thread to thread all the time."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
 @pytest.mark.parametrize(
     "shared",
     [
@@ -458,7 +467,7 @@ def test_colours_of_8_bits_in_a_tiff_of_16_bit_colours():
     ids=["file", "buffer", "lazy image", "lazy image of a buffer"],
 )
 def test_one_object_can_be_loaded_often_and_in_threads(
-    shared: Callable[[Path], Any], tmp_path: Path
+    shared: Callable[[Path], Any], tmp_path: Path, switching_threads: None
 ):
     path = tmp_path / "photo.png"
     draw_photo(2, (500, 400)).quantize(200).save(path)
