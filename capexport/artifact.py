@@ -391,7 +391,10 @@ def replacing_file(path: Path) -> Iterator[TextIO]:
 
     Its draft is a new file beside `path`: nothing that was there before is opened or followed.
     """
-    with _draft(path) as (draft, number), open(number, "w", encoding="utf-8", newline="") as file:
+    with (
+        _draft(path) as (draft, number),
+        os.fdopen(number, "w", encoding="utf-8", newline="") as file,
+    ):
         yield file
         file.flush()
         os.fsync(number)
@@ -454,7 +457,7 @@ def remove_dead_drafts(folder: Path) -> set[str]:
                 if held and entry.is_dir():
                     shutil.rmtree(entry.path, ignore_errors=True)
                 elif held:
-                    os.unlink(entry.path)
+                    Path(entry.path).unlink()
                 elif held is False:
                     alive.add(entry.name)
             finally:
