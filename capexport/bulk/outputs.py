@@ -165,7 +165,7 @@ class Journal:
         begun_anew: whether an output that is there already doesn't count.
     """
 
-    BEGINNING = b'{"capexport journal": '
+    BEGINNING = b'{"captioner": '
 
     def __init__(self, path: Path, made_with: dict[str, Any], resume: bool, anew: bool) -> None:
         """Open or begin it; where it is to begin `anew`, rows that are there are dropped.
@@ -175,8 +175,9 @@ class Journal:
                 was begun with something else.
         """
         self.path = path
-        beginning = self.BEGINNING + to_json(made_with).encode()
-        self.header, begun_anew = beginning + b"}\n", beginning + b', "anew": true}\n'
+        self.header, begun_anew = (
+            to_json(header).encode() + b"\n" for header in (made_with, {**made_with, "anew": True})
+        )
         there = os.path.lexists(path)
         self._file = io.FileIO(_open_locked(path), "r+")
         try:
