@@ -502,7 +502,7 @@ def is_at(number: int, path: Path) -> bool:
 def _with_name(error: OSError, path: Path) -> OSError:
     """A full disk is reported without the file that met it, other errors with a draft's name."""
     name = error.filename
-    ours = isinstance(name, str) and _target_of(Path(name).name) is not None
+    ours = isinstance(name, str | os.PathLike) and _target_of(Path(name).name) is not None
     if error.errno is None or (name and not ours):
         return error
     return OSError(error.errno, error.strerror, str(path))

@@ -75,7 +75,8 @@ def readable_suffixes() -> frozenset[str]:
     with suppress(ImportError):
         import_module("pillow_heif").register_heif_opener()
     Image.init()
-    return frozenset(Image.EXTENSION)
+    pixels = Image.OPEN.keys() - {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}
+    return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in pixels)
 
 
 def find_images(arguments: Sequence[str], stdin: TextIO | None) -> list[Path]:

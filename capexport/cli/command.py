@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from capexport.bulk.names import shown
 from capexport.errors import CapexportError
 
@@ -36,6 +34,8 @@ class _ToStderr(logging.Handler):
 
 def say(line: str) -> None:
     """Print on standard error, if anybody still listens, above the progress bars."""
+    from tqdm import tqdm
+
     with suppress(OSError):
         tqdm.write(line, file=sys.stderr)
 

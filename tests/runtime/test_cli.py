@@ -225,7 +225,12 @@ def test_coco_ids_that_clash(artifact, photos, tmp_path, capsys):
 
 
 def test_inspect(artifact, capsys):
+    assert main(["inspect"]) == 0
+    words = capsys.readouterr().out
+    assert "a cnn-lstm captioner in int8" in words and "8.3 MB" in words and "{" not in words
     assert main(["inspect", str(artifact)]) == 0
+    assert "in fp32" in capsys.readouterr().out
+    assert main(["inspect", str(artifact), "--json"]) == 0
     manifest = json.loads(capsys.readouterr().out)
     assert manifest["family"] == "cnn-lstm"
     graphs = {"encoder.onnx", "decoder_step.onnx", "decoder_loop.onnx"}
