@@ -109,7 +109,7 @@ class SideCars:
         for folder, beside in folders.items():
             if folder != beside:
                 folder.mkdir(parents=True, exist_ok=True)
-        self._locks = _lock_folders(sorted(folders)[:256])
+        self._locks = _lock_folders(sorted({os.path.realpath(folder) for folder in folders})[:256])
         existing = [path for path in paths if self._exists(path)]
         if existing and not (resume or overwrite):
             self.close()
@@ -139,7 +139,7 @@ class SideCars:
             os.close(self._locks.pop())
 
 
-def _lock_folders(folders: Sequence[Path]) -> list[int]:
+def _lock_folders(folders: Sequence[str]) -> list[int]:
     """Descriptors of those folders that are there, locked, without what killed runs left there."""
     opened = []
     for folder in folders:
@@ -151,7 +151,7 @@ def _lock_folders(folders: Sequence[Path]) -> list[int]:
                 os.close(other)
             raise OutputExistsError(f"{folder}: another run is writing side-car files there")
         with suppress(OSError):
-            remove_dead_drafts(folder)
+            remove_dead_drafts(Path(folder))
     return [number for _, number in opened]
 
 
@@ -354,6 +354,7 @@ class FileOutput:
         out.parent.mkdir(parents=True, exist_ok=True)
         made_with = {"captioner": key, "format": style, "scores": scores}
         self._journal = Journal(journal_of(out), made_with, resume, overwrite)
+        begun = self._journal.holds_rows
         try:
             self._refuse_existing(resume or overwrite)  # now that nobody else makes it
             _read_record(record_of(out))
@@ -361,7 +362,7 @@ class FileOutput:
             # Only what is kept is held in memory, and only where it is.
             self._kept = self._keep() if resume else {}
         except BaseException:
-            self.close()
+            self._journal.close(keep=begun)
             raise
         self._added = self._journal.size()
 
