@@ -346,18 +346,24 @@ def new_artifact(out: Path) -> Iterator[Path]:
         OutputExistsError: `out` is there already, or another export is making it.
     """
     out = out.resolve()
-    there = OutputExistsError(f"{out}: already there; remove it, or pick another --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise there
+    refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _draft(out, folder=True) as (draft, _):
         rivals = remove_dead_drafts(out.parent) - {draft.name}
         if any(_target_of(name) == _target_of(draft.name) for name in rivals):
             raise OutputExistsError(f"{out}: another export is making it; wait, or pick another")
         yield draft
-        if out.is_dir() and any(out.iterdir()):
-            raise there
+        refuse_existing(out)
         draft.replace(out)
+
+
+def refuse_existing(out: Path) -> None:
+    """
+    Raises:
+        OutputExistsError: there is something at `out`, and it is no empty folder.
+    """
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputExistsError(f"{out}: already there; remove it, or pick another --out")
 
 
 def sha256_of(path: Path) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeAlias
 
 from capexport.artifact import is_at, lock, remove_dead_drafts, replacing_file
-from capexport.bulk.files import file_type
+from capexport.bulk.files import STDIN, file_type
 from capexport.bulk.names import original_name, readable_name
 from capexport.bulk.rows import Row, RowWriter, coco_image_id, read_rows, to_json
 from capexport.errors import OptionError, OutputExistsError
@@ -132,7 +132,7 @@ class SideCars:
                 file.write(text + "\n")
 
     def finish(self) -> None:
-        pass
+        self.close()
 
     def close(self) -> None:
         while self._locks:
@@ -278,9 +278,10 @@ class Journal:
         return is_at(self._file.fileno(), self.path)
 
     def close(self, keep: bool) -> None:
+        """Close it and, if it is not to be kept or holds no row, remove it."""
         if self._file.closed:
             return
-        unlink = self.is_there and not keep
+        unlink = self.is_there and not (keep and self.holds_rows)
         if os.name == "nt":  # where no open file is removed
             self._file.close()
         if unlink:
@@ -347,7 +348,6 @@ class FileOutput:
         self._out, self._style, self._columns = out, style, 2 + scores
         self._paths = paths
         self._folder = os.path.abspath(out.parent)
-        self._finished = False
         if style == "coco":
             _refuse_clashing_ids(paths)
         self._refuse_existing(resume or overwrite)
@@ -362,7 +362,7 @@ class FileOutput:
             # Only what is kept is held in memory, and only where it is.
             self._kept = self._keep() if resume else {}
         except BaseException:
-            self._journal.close(keep=begun)
+            self._journal.close(keep=begun)  # what was added comes from the finished file
             raise
         self._added = self._journal.size()
 
@@ -410,6 +410,8 @@ class FileOutput:
                 ) from error
 
     def _name(self, path: Path) -> str:
+        if path == STDIN:
+            return str(STDIN)
         absolute = os.path.abspath(path)
         below = absolute.startswith(os.path.join(self._folder, ""))
         name = os.path.relpath(absolute, self._folder) if below else absolute
@@ -440,10 +442,10 @@ class FileOutput:
                 if self._style == "coco":
                     record.write(to_json(row[0]) + "\n")
             writer.finish()
-        self._finished = True
+        self._journal.close(keep=False)
 
     def close(self) -> None:
-        self._journal.close(keep=not self._finished and self._journal.holds_rows)
+        self._journal.close(keep=True)
 
 
 def _read_record(record: Path) -> list[str]:

@@ -219,7 +219,6 @@ def test_a_journal_that_was_removed_empties_no_output(photos, tmp_path):
     out.unlink()
     run.finish()  # what is still in hand is not thrown away
     assert json.loads(out.read_text())["text"] == "one"
-    run.close()
 
 
 def test_two_exports_to_one_place(tmp_path):
@@ -569,3 +568,31 @@ def test_quiet_says_what_went_wrong_alone(artifact, photos, capsys):
     assert capsys.readouterr().err == ""
     assert caption(artifact, photos[0], "absent.jpg", "--quiet") == 1
     assert capsys.readouterr().err == "capexport: absent.jpg: no such image file\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lstm", "--out", "there"], "already there"),
+        (["lstm", "--out", "new", "--precision", "int8"], "needs --calibration"),
+        (["lstm", "--out", "new", "--photos", "absent*"], "no image files there"),
+        (["blip2", "--out", "there"], "already there"),
+    ],
+)
+def test_what_arguments_tell_needs_no_torch(arguments, message, tmp_path):
+    (tmp_path / "there").write_text("precious")
+    code = (
+        "import sys; from capexport.cli import main; code = main(sys.argv[1:])\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys(); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
