@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Files, their pixels, and the errors of those that cannot be read; then files and captions.
 _Batch: TypeAlias = tuple[list[Path], FloatArray, list[ImageError]]
-_Rows: TypeAlias = tuple[list[Captioned], list[ImageError]]
+_Rows: TypeAlias = tuple[Sequence[Captioned], list[ImageError]]
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -85,11 +85,11 @@ def caption_files(
             return [], errors
         prompts = None if prompt is None else [prompt] * len(readable)
         captions = captioner.caption_pixels(pixels, prompts=prompts, **options)
-        rows: list[Captioned] = []
-        for path, caption in zip(readable, captions, strict=True):
-            text = f"{prefix}{caption.text}{suffix}"
-            rows.append((path, text, caption.log_probability) if scores else (path, text))
-        return rows, errors
+        texts = (f"{prefix}{caption.text}{suffix}" for caption in captions)
+        if not scores:
+            return list(zip(readable, texts, strict=True)), errors
+        numbers = (caption.log_probability for caption in captions)
+        return list(zip(readable, texts, numbers, strict=True)), errors
 
     read = partial(_read, captioner, content or {})
     starts = range(0, len(paths), batch_size)

@@ -269,7 +269,8 @@ def _summary(
     line += f", {failed} failed in {seconds:.1f} s"
     if failed:
         line += f": {failed} of {len(found.paths)} images could not be read"
-    for suffix in found.unreadable():
+    named = {path.suffix.lower() for path in found.paths} - readable_suffixes() if failed else ()
+    for suffix in READERS.keys() & {*found.unreadable(), *named}:
         line += f"; {suffix}: {READERS[suffix]}"
     whole = not (failed or found.problems or found.unreadable() or left_out["for later"])
     if options.out and whole and not tried:
