@@ -501,7 +501,7 @@ def is_at(number: int, path: Path) -> bool:
     """Is this open file still the one at `path`, which is no link?"""
     try:
         return os.path.samestat(os.fstat(number), path.lstat())
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

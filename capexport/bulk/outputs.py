@@ -25,6 +25,9 @@ from capexport.errors import OptionError, OutputExistsError
 
 FORMATS = ("text", "jsonl", "csv", "coco", "txt")
 
+# Follow no link, and wait for nobody at the other end of a pipe.
+_CAUTION: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
 # A file, its caption and, where asked for, the caption's log-probability.
 Captioned: TypeAlias = tuple[Path, str] | tuple[Path, str, float]
 
@@ -78,8 +81,8 @@ class StreamOutput:
 class SideCars:
     """One UTF-8 text file for each image, as image-tagging and LoRA tools expect it.
 
-    Folders that side-cars go to are locked, the first 256 of them (a process may hold no end of
-    open files), so that a second run is told. That leaves no file behind, and so nothing says
+    Folders that side-cars go to are locked, the first 64 of them (a process may open a few hundred
+    files), so that a second run is told. That leaves no file behind, and so nothing says
     with which options side-cars were made.
     """
 
@@ -109,7 +112,7 @@ class SideCars:
         for folder, beside in folders.items():
             if folder != beside:
                 folder.mkdir(parents=True, exist_ok=True)
-        self._locks = _lock_folders(sorted({os.path.realpath(folder) for folder in folders})[:256])
+        self._locks = _lock_folders(sorted({os.path.realpath(folder) for folder in folders})[:64])
         existing = [path for path in paths if self._exists(path)]
         if existing and not (resume or overwrite):
             self.close()
@@ -194,7 +197,7 @@ class Journal:
                 )
             if whole and not anew and first not in (self.header, begun_anew):
                 raise OutputExistsError(
-                    f"{path}: was begun with another model or other options; remove it first"
+                    f"{path}: was begun with another model or other options; --overwrite drops it"
                 )
         except BaseException:
             self._file.close()
@@ -297,8 +300,7 @@ def _read_row(reader: io.BufferedReader[Any]) -> Row:
 
 def _open_locked(path: Path) -> int:
     """Open a file, made if need be and no link, and lock it."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | _CAUTION
     while True:
         try:
             number = os.open(path, flags, 0o666)
@@ -455,7 +457,7 @@ def _read_record(record: Path) -> list[str]:
         OutputExistsError: it is somebody else's file.
     """
     try:
-        number = os.open(record, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        number = os.open(record, os.O_RDONLY | _CAUTION)
         with os.fdopen(number, encoding="utf-8", errors="replace") as file:
             lines = file.read().split("\n")
     except FileNotFoundError:
