@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from capexport.decoding import DecodingOptions
 from capexport.errors import (
@@ -397,10 +398,16 @@ def replacing_file(path: Path) -> Iterator[TextIO]:
 
     Its draft is a new file beside `path`: nothing that was there before is opened or followed.
     """
-    with (
-        _draft(path) as (draft, number),
-        os.fdopen(number, "w", encoding="utf-8", newline="") as file,
-    ):
+    with replacing_binary_file(path) as binary:
+        file = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        yield file
+        file.detach()  # flushed, and left to be closed there
+
+
+@contextmanager
+def replacing_binary_file(path: Path) -> Iterator[BinaryIO]:
+    """As `replacing_file`, for bytes."""
+    with _draft(path) as (draft, number), os.fdopen(number, "wb") as file:
         yield file
         file.flush()
         os.fsync(number)
@@ -447,7 +454,8 @@ def _draft(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
             if number > 0:
                 os.close(number)
         elif draft != path:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()
 
 
 def remove_dead_drafts(folder: Path) -> set[str]:

@@ -270,6 +270,9 @@ def test_drafts_are_new_files_of_unpredictable_names(tmp_path):
         file.write("half")
         raise ValueError("half")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and target.read_text() == "x"
+    with pytest.raises(FileNotFoundError) as caught:
+        replace_file(tmp_path / "absent" / "file", "x")
+    assert caught.value.filename == str(tmp_path / "absent" / "file")  # not the draft's name
 
 
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path, artifact, photos):
