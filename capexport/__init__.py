@@ -1,22 +1,26 @@
 """Image captioning without PyTorch: `Captioner.load(folder).caption("photo.jpg").text`."""
 
-from capexport.captioner import Caption, Captioner, Timing
-from capexport.decoding import DecodingOptions
-from capexport.errors import (
-    ArtifactError,
-    ArtifactNotFoundError,
-    CapexportError,
-    CheckpointError,
-    DeviceError,
-    DownloadError,
-    ImageError,
-    ImageNotFoundError,
-    MissingExtraError,
-    OptionError,
-    OutputExistsError,
-    ParityError,
-)
-from capexport.preprocessing import ImageSpec
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capexport.captioner import Caption, Captioner, Timing
+    from capexport.decoding import DecodingOptions
+    from capexport.errors import (
+        ArtifactError,
+        ArtifactNotFoundError,
+        CapexportError,
+        CheckpointError,
+        DeviceError,
+        DownloadError,
+        ImageError,
+        ImageNotFoundError,
+        MissingExtraError,
+        OptionError,
+        OutputExistsError,
+        ParityError,
+    )
+    from capexport.preprocessing import ImageSpec
 
 __version__ = "0.2.0.dev0"
 
@@ -39,3 +43,25 @@ __all__ = [
     "ParityError",
     "Timing",
 ]
+
+# Names that are no errors, by the module that they are from.
+_HOMES = {
+    "Caption": "captioner",
+    "Captioner": "captioner",
+    "Timing": "captioner",
+    "DecodingOptions": "decoding",
+    "ImageSpec": "preprocessing",
+}
+_MODULES = ("artifact", "captioner", "decoding", "errors", "families", "preprocessing", "sessions")
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for, and only then: numpy and Pillow take a while, in which the command
+    line must be able to answer Ctrl-C."""
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value

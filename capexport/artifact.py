@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
+import secrets
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from capexport.decoding import DecodingOptions
 from capexport.errors import (
@@ -341,21 +344,27 @@ def new_artifact(out: Path) -> Iterator[Path]:
     """A draft folder that becomes `out` when the block ends well, and vanishes when it doesn't.
 
     Raises:
-        OutputExistsError: `out` is there already.
+        OutputExistsError: `out` is there already, or another export is making it.
     """
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(f"{out}: already there; remove it, or pick another --out")
-    draft = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)  # left behind by an export that was killed
-    draft.mkdir(parents=True)
-    try:
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _draft(out, folder=True) as (draft, _):
+        rivals = remove_dead_drafts(out.parent) - {draft.name}
+        if any(_target_of(name) == _target_of(draft.name) for name in rivals):
+            raise OutputExistsError(f"{out}: another export is making it; wait, or pick another")
         yield draft
+        refuse_existing(out)
         draft.replace(out)
-    except OSError as error:
-        raise _with_name(error, out) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """
+    Raises:
+        OutputExistsError: there is something at `out`, and it is no empty folder.
+    """
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputExistsError(f"{out}: already there; remove it, or pick another --out")
 
 
 def sha256_of(path: Path) -> str:
@@ -377,26 +386,137 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
 
 def replace_file(path: Path, text: str) -> None:
     """Write UTF-8 text so that `path` holds the old or the new content, never part of it."""
+    with suppress(OSError):
+        remove_dead_drafts(path.parent)
     with replacing_file(path) as file:
         file.write(text)
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 stream whose content replaces that of `path` when the block ends well."""
-    draft = path.with_name(path.name + ".partial")
-    try:
-        with draft.open("w", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+    """A UTF-8 stream whose content replaces `path` when the block ends well.
+
+    Its draft is a new file beside `path`: nothing that was there before is opened or followed.
+    """
+    with replacing_binary_file(path) as binary:
+        file = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        yield file
+        file.detach()  # flushed, and left to be closed there
+
+
+@contextmanager
+def replacing_binary_file(path: Path) -> Iterator[BinaryIO]:
+    """As `replacing_file`, for bytes."""
+    with _draft(path) as (draft, number), os.fdopen(number, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(number)
+        if os.name == "nt":  # where no open file is renamed
+            file.close()
         draft.replace(path)
+
+
+_NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT: int = getattr(os, "O_NONBLOCK", 0)
+_DRAFT = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
+
+
+def _target_of(draft: str) -> str | None:
+    """What a draft of this name is to become, as far as its name says."""
+    match = _DRAFT.fullmatch(draft)
+    return match and match[1]
+
+
+@contextmanager
+def _draft(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
+    """A new file (or folder) beside `path`, locked, and its open descriptor, which is the caller's
+    to close where it is a file; whatever is left of it goes when the block ends."""
+    stem = os.fsencode(path.name)[:100].decode("utf-8", "ignore") or "file"
+    draft, number = path, -1
+    try:
+        while number < 0:
+            draft = path.with_name(f".{stem}.{secrets.token_hex(8)}.partial")
+            if folder:
+                draft.mkdir()
+                number = os.open(draft, os.O_RDONLY) if os.name != "nt" else 0
+            else:
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK | getattr(os, "O_BINARY", 0)
+                number = os.open(draft, flags, 0o666)
+            if number and (lock(number) is False or not is_at(number, draft)):
+                os.close(number)  # taken for a dead one before it was locked
+                number = -1
+        yield draft, number
     except OSError as error:
         raise _with_name(error, path) from error
     finally:
-        draft.unlink(missing_ok=True)
+        if folder:
+            shutil.rmtree(draft, ignore_errors=True)
+            if number > 0:
+                os.close(number)
+        elif draft != path:
+            with suppress(OSError):
+                draft.unlink()
+
+
+def remove_dead_drafts(folder: Path) -> set[str]:
+    """Remove the drafts of writers that were killed; the names of those that are being written."""
+    alive = set()
+    for entry in os.scandir(folder):
+        if not _target_of(entry.name) or entry.is_symlink():
+            continue
+        with suppress(OSError):
+            number = os.open(entry.path, os.O_RDONLY | _NO_LINK | _NO_WAIT)
+            try:
+                held = lock(number)
+                if held and entry.is_dir():
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                elif held:
+                    Path(entry.path).unlink()
+                elif held is False:
+                    alive.add(entry.name)
+            finally:
+                os.close(number)
+    return alive
+
+
+def lock(number: int) -> bool | None:
+    """Lock an open file, or POSIX folder, until it is closed or its process ends, however.
+
+    Returns:
+        False where another one holds it, None where the file system knows no locks.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:  # one byte far behind the end, since nobody else can read what is locked
+            os.lseek(number, 1 << 30, os.SEEK_SET)
+            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def is_at(number: int, path: Path) -> bool:
+    """Is this open file still the one at `path`, which is no link?"""
+    try:
+        return os.path.samestat(os.fstat(number), path.lstat())
+    except OSError:
+        return False
 
 
 def _with_name(error: OSError, path: Path) -> OSError:
-    """A full disk is reported without the file that met it."""
-    return error if error.filename else OSError(error.errno, error.strerror, str(path))
+    """A full disk is reported without the file that met it, other errors with a draft's name."""
+    name = error.filename
+    ours = isinstance(name, str | os.PathLike) and _target_of(Path(name).name) is not None
+    if error.errno is None or (name and not ours):
+        return error
+    return OSError(error.errno, error.strerror, str(path))

@@ -88,6 +88,7 @@ class ImageSpec:
             raise ValueError(f"resample must be bilinear or bicubic, got {self.resample!r}")
 
 
+@functools.cache
 def image_suffixes() -> frozenset[str]:
     """The file name endings, ".jpg" and so on in lower case, of the images that are read here.
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from torchvision.models import MobileNet_V2_Weights
 from tqdm import tqdm
 
+from capexport.artifact import remove_dead_drafts, replacing_binary_file
 from capexport.errors import CheckpointError, DownloadError, ImageError
-from capexport.models.checkpoint import write_bytes
 from capexport.models.cnn_lstm import ImageEncoder
 from capexport.preprocessing import ImageSpec, load_image, preprocess
 from train.data import readable
-from train.run import locked, remove_drafts
+from train.run import locked
 
 _ENCODE_BATCH = 32
 _SAVE_EVERY = 64  # batches: what an interrupted first epoch loses at the most
@@ -155,12 +155,13 @@ def _read_cache(file: Path) -> dict[bytes, np.ndarray]:
 def _write_cache(file: Path, known: dict[bytes, np.ndarray]) -> None:
     """Add what is known to the file, and what another training has put there to what is known."""
     with locked(file.parent, wait=True):
-        remove_drafts(file.parent, f"{file.name}.*.partial")
+        remove_dead_drafts(file.parent)
         for digest, row in _read_cache(file).items():
             known.setdefault(digest, row)
         digests = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32).copy()
         features = torch.from_numpy(np.stack(list(known.values())))
-        write_bytes(file, save({"features": features, "digests": torch.from_numpy(digests)}))
+        with replacing_binary_file(file) as draft:
+            draft.write(save({"features": features, "digests": torch.from_numpy(digests)}))
 
 
 def live_features(

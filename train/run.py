@@ -30,9 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from capexport.artifact import replace_file
+from capexport.artifact import remove_dead_drafts, replace_file, replacing_binary_file
 from capexport.errors import CheckpointError, OutputExistsError
-from capexport.models.checkpoint import write_bytes
 from capexport.models.cnn_lstm import CnnLstm
 from train import figures
 
@@ -60,8 +59,9 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
                 )
             if not resume and finished:
                 raise OutputExistsError(f"{out}: already there, and no run; pick another --out")
-            remove_drafts(out, "*.partial")
-            remove_drafts(out / "best", "*.partial")
+            for folder in (out, out / "best"):
+                with contextlib.suppress(OSError):
+                    remove_dead_drafts(folder)
             tempfile.TemporaryFile(dir=out).close()  # now, not after the image features
             yield
         finally:
@@ -90,13 +90,6 @@ def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
         yield held
     finally:
         os.close(descriptor)
-
-
-def remove_drafts(folder: Path, pattern: str) -> None:
-    """Remove what a writer that was killed left; call it where no other can be writing."""
-    for draft in folder.glob(pattern):
-        with contextlib.suppress(OSError):
-            draft.unlink()
 
 
 def start_run(
@@ -133,7 +126,8 @@ def save_state(
     for index, state in optimiser.state_dict()["state"].items():
         tensors.update({f"optimiser.{index}.{name}": value for name, value in state.items()})
     metadata = {**data, "history": json.dumps(history)}
-    write_bytes(folder / STATE, save(tensors, metadata))
+    with replacing_binary_file(folder / STATE) as file:
+        file.write(save(tensors, metadata))
 
 
 def load_state(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capexport.artifact import replace_file
+from capexport.artifact import replace_file, replacing_binary_file
 from capexport.errors import MissingExtraError
 from capexport.preprocessing import load_image
 
@@ -74,12 +74,8 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: Path, dpi: int = 100) -> None:
     """Write a PNG so that `path` holds the old or the new picture, never part of it."""
-    draft = path.with_name(path.name + ".partial")
-    try:
-        figure.savefig(draft, dpi=dpi, format="png")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing_binary_file(path) as file:
+        figure.savefig(file, dpi=dpi, format="png")
 
 
 def write_page(entries: Sequence[Entry], path: Path) -> None:

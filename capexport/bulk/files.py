@@ -2,41 +2,221 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
+import io
+import mimetypes
 import os
-from collections.abc import Sequence
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from capexport.errors import ImageNotFoundError
+from capexport.preprocessing import image_suffixes
+
+STDIN = Path("-")
+# Folders that systems keep beside people's photos: thumbnails, halves of files. Hidden ones too.
+_NOT_SEARCHED = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"})
+# Images by their suffix, but of formats that need another program.
+READERS = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
+    ".jxl": "djxl converts them to PNG",
+    **dict.fromkeys(
+        (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw"),
+        "dcraw converts them to TIFF",
+    ),
+}
+# What lies beside images and has no type of its own among Internet media types.
+_SIDE_CARS = re.compile(
+    r"\.(captions?|tags|jsonl|ndjson|np[yz]|safetensors|parquet|arrow|md|ya?ml|toml|ini|cfg|log|db|"
+    r"lnk|url|aae|xmp|journal|partial)"
+)
 
 
-def find_images(arguments: Sequence[str], stdin: TextIO) -> list[Path]:
-    """The files behind paths, folders (searched in depth), glob patterns and `-` (a list, one
-    path a line, on `stdin`), each once. A file that doesn't exist stays in: it is reported later.
+@dataclass
+class Found:
+    """What arguments mean.
+
+    Attributes:
+        paths: the files, each once, in order; one that doesn't exist stays in: reading reports it.
+        searched: the folders that were searched.
+        content: the image that standard input held, by the path that stands for it.
+        ignored: how many files and folders were left out, by lower-case suffix or kind.
+        problems: what could not be searched, a line each.
+    """
+
+    paths: list[Path] = field(default_factory=list)
+    searched: set[Path] = field(default_factory=set)
+    content: dict[Path, bytes] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+    def unreadable(self) -> Counter[str]:
+        """How many images were left out because nothing here reads them, by suffix."""
+        return Counter({suffix: n for suffix, n in self.ignored.items() if suffix in READERS})
+
+    def below(self, path: Path) -> Path:
+        """`path` as seen from the folder that was searched for it, or its name alone."""
+        folders = [folder for folder in path.parents if folder in self.searched]
+        return path.relative_to(folders[-1] if folders else path.parent)
+
+
+def find_images(arguments: Sequence[str], stdin: TextIO | None) -> list[Path]:
+    """The files that `search` finds; for those who need no more than that."""
+    found = search(arguments, stdin)
+    if found.content:
+        raise ImageNotFoundError("-: an image, where a list of files is expected")
+    return found.paths
+
+
+def search(arguments: Sequence[str], stdin: TextIO | None, recursive: bool = True) -> Found:
+    """Find the files behind paths, folders (searched in depth), patterns and `-`.
+
+    A search takes the suffixes of readable images, follows links, enters each real folder once and
+    leaves out hidden files and folders. `-` is a list on standard input, a path a line or NUL
+    between them, or an image. Files that are named are taken whatever their suffix, but for those
+    of side-cars, documents and films, as `photos/*` names them. No file is opened.
 
     Raises:
-        ImageNotFoundError: a folder, pattern or list yields no image at all.
+        ImageNotFoundError: an argument is empty, a pattern or list yields no image, or all do.
     """
-    found: list[Path] = []
+    found = Found()
+    seen: dict[str, Path] = {}
+    real: dict[Path, str] = {}
     for argument in arguments:
-        path = Path(argument)
-        if argument == "-":
-            paths = [Path(line.rstrip("\r\n")) for line in stdin if line.strip()]
-        elif path.is_dir():
-            Image.init()
-            paths = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in Image.EXTENSION and file.is_file()
-            )
-        elif not path.exists() and glob.has_magic(argument):
-            paths = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
+        before = len(seen), found.ignored.total()
+        repeated = False
+        for path in _meant(argument, stdin, recursive, found):
+            if path.parent not in real:
+                real[path.parent] = os.path.realpath(path.parent)
+            key = os.path.normcase(os.path.join(real[path.parent], path.name))
+            repeated |= seen.setdefault(key, path) is not path
+        if not repeated and before == (len(seen), found.ignored.total()):
+            if file_type(Path(argument)) != stat.S_IFDIR:
+                raise ImageNotFoundError(f"{argument}: no image files there")
+            found.ignored["empty folder"] += 1
+    found.paths = list(seen.values())
+    if not found.paths:
+        wanted = found.unreadable()
+        others = "".join(f"; {n} {suffix}: {READERS[suffix]}" for suffix, n in wanted.items())
+        raise ImageNotFoundError(f"{arguments[0]}: no image files there that can be read{others}")
+    return found
+
+
+def _meant(argument: str, stdin: TextIO | None, recursive: bool, found: Found) -> Iterator[Path]:
+    """The files of one argument."""
+    if not argument:
+        raise ImageNotFoundError("an empty argument names no file; this folder is .")
+    if argument == "-":
+        names = _from_stdin(stdin, found)
+    elif not os.path.lexists(argument) and glob.has_magic(argument):
+        matches = map(Path, glob.glob(argument, recursive=True))
+        names = sorted(path for path in matches if _NOT_SEARCHED.isdisjoint(path.parts))
+    else:
+        names = [Path(argument)]
+    for name in names:
+        if name.name in _NOT_SEARCHED:
+            found.ignored[name.name] += 1
+        elif file_type(name) == stat.S_IFDIR:
+            found.searched.add(name)
+            yield from sorted(_walk(name, recursive, found))
+        elif _is_other(name) and os.path.lexists(name):
+            found.ignored[name.suffix.lower()] += 1
         else:
-            paths = [path]
-        if not paths:
-            raise ImageNotFoundError(f"{argument}: no image files there")
-        found += paths
-    return list({os.path.abspath(path): path for path in found}.values())
+            yield name
+
+
+def _is_other(path: Path) -> bool:
+    """Does the name say that this is no image?"""
+    suffix = path.suffix.lower()
+    if path.name.startswith("._"):  # what macOS cannot store in a file on foreign disks
+        return True
+    if suffix in image_suffixes():
+        return False
+    kind = _media_types().get(suffix, "image/")
+    return bool(_SIDE_CARS.fullmatch(suffix)) or not kind.startswith(
+        ("image/", "application/octet-stream")
+    )
+
+
+@cache
+def _media_types() -> dict[str, str]:
+    """By suffix, the same on every machine."""
+    return mimetypes.MimeTypes().types_map[True]
+
+
+def _walk(folder: Path, recursive: bool, found: Found) -> Iterator[Path]:
+    """The images below `folder`; links to folders come last, so that real names win."""
+    waiting: list[Path] = [folder]
+    links: list[Path] = []
+    entered: set[str] = set()
+    while waiting or links:
+        here = waiting.pop() if waiting else links.pop(0)
+        real = os.path.realpath(here)
+        if real in entered:
+            continue
+        entered.add(real)
+        try:
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        except OSError as error:
+            found.problems.append(f"{here}: cannot be searched: {error.strerror}")
+            continue
+        for entry in entries:
+            path = here / entry.name
+            if entry.name.startswith(".") or entry.name in _NOT_SEARCHED:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                waiting += [path] * recursive
+            elif entry.is_symlink() and file_type(path) == stat.S_IFDIR:
+                links += [path] * recursive
+            elif path.suffix.lower() in READERS.keys() - image_suffixes():
+                found.ignored[path.suffix.lower()] += 1
+            elif path.suffix.lower() in image_suffixes() and (
+                entry.is_file(follow_symlinks=False) or file_type(path) in (stat.S_IFREG, 0)
+            ):
+                yield path
+
+
+def file_type(path: Path) -> int:
+    """The type of what is at `path`, or behind the link there; 0 where nothing can be seen."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except (OSError, ValueError):
+        return 0
+
+
+def _from_stdin(stdin: TextIO | None, found: Found) -> list[Path]:
+    """The paths that a list on standard input names, or the one that stands for an image there."""
+    if stdin is None:
+        raise ImageNotFoundError("-: standard input is closed")
+    buffer = getattr(stdin, "buffer", None)
+    data = buffer.read() if buffer else stdin.read().encode("utf-8", "surrogateescape")
+    if _is_image(data):
+        found.content[STDIN] = data
+        return [STDIN]
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # from PowerShell
+        data = data.decode("utf-16", "replace").encode()
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if b"\0" in data:
+        names = data.split(b"\0")
+    else:
+        names = [line.rstrip(b"\r") for line in data.split(b"\n")]
+    return [Path(os.fsdecode(name)) for name in names if name.strip()]
+
+
+def _is_image(data: bytes) -> bool:
+    """Does an image begin here? It is not decoded."""
+    try:
+        Image.open(io.BytesIO(data)).close()
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # a damaged one, or a list whose first name begins as images do
+        return b"\0" in data[:64]
+    return True

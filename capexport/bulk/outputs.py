@@ -7,204 +7,475 @@ piece at the end. Side-car files need no journal: each is whole or not there.
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, TextIO, TypeAlias
+from typing import Any, Protocol, TextIO, TypeAlias
 
-from capexport.artifact import replace_file, replacing_file
-from capexport.errors import OutputExistsError
+from capexport.artifact import is_at, lock, remove_dead_drafts, replacing_file
+from capexport.bulk.files import STDIN, file_type
+from capexport.bulk.names import original_name, readable_name
+from capexport.bulk.rows import Row, RowWriter, coco_image_id, read_rows, to_json
+from capexport.errors import OptionError, OutputExistsError
 
 FORMATS = ("text", "jsonl", "csv", "coco", "txt")
 
-# A file's name in the results, and its caption.
-Row: TypeAlias = tuple[str, str]
+# Follow no link, and wait for nobody at the other end of a pipe.
+_CAUTION: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
-
-def coco_image_id(name: str) -> int | str:
-    """The number in `COCO_val2014_000000000042.jpg` or `42.jpg`; any other name without suffix."""
-    stem = Path(name).stem
-    number = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", stem)
-    return int(number[1]) if number else stem
-
-
-class RowWriter:
-    """Writes a `text`, `jsonl`, `csv` or `coco` file, row by row."""
-
-    def __init__(self, stream: TextIO, style: str) -> None:
-        self._stream, self._style = stream, style
-        self._csv = csv.writer(stream, lineterminator="\n")
-        self._separator = ""
-        if style == "csv":
-            self._csv.writerow(["file_name", "text"])
-        elif style == "coco":
-            stream.write("[\n")
-
-    def write(self, row: Row) -> None:
-        name, text = row
-        if self._style == "csv":
-            self._csv.writerow(row)
-        elif self._style == "coco":
-            result = {"image_id": coco_image_id(name), "caption": text}
-            self._stream.write(self._separator + json.dumps(result, ensure_ascii=False))
-            self._separator = ",\n"
-        elif self._style == "jsonl":
-            document = {"file_name": name, "text": text}
-            self._stream.write(json.dumps(document, ensure_ascii=False) + "\n")
-        else:
-            self._stream.write(f"{name}\t{text}\n")
-
-    def finish(self) -> None:
-        if self._style == "coco":
-            self._stream.write("\n]\n")
+# A file, its caption and, where asked for, the caption's log-probability.
+Captioned: TypeAlias = tuple[Path, str] | tuple[Path, str, float]
 
 
 class Output(Protocol):
     """Where captions go."""
 
     def done(self, path: Path) -> bool:
-        """Was this image captioned by the run that is being resumed?"""
+        """Was this image captioned before, so that it need not be again?"""
 
-    def write(self, rows: Sequence[tuple[Path, str]]) -> None:
+    def write(self, rows: Sequence[Captioned]) -> None:
         """Keep some images' captions, safe from now on."""
 
     def finish(self) -> None:
         """All images are done."""
 
+    def close(self) -> None:
+        """Nothing follows, whether finished or not."""
+
 
 class StreamOutput:
     """Rows to standard output, as they come."""
 
-    def __init__(self, style: str, stream: TextIO, paths: Sequence[Path]) -> None:
+    def __init__(
+        self, style: str, stream: TextIO, paths: Sequence[Path], scores: bool = False
+    ) -> None:
         if style == "coco":
             _refuse_clashing_ids(paths)
         self._stream = stream
-        self._rows = RowWriter(stream, style)
+        with _naming("standard output"):
+            self._rows = RowWriter(stream, style, 2 + scores)
 
     def done(self, path: Path) -> bool:
         return False
 
-    def write(self, rows: Sequence[tuple[Path, str]]) -> None:
-        for path, text in rows:
-            self._rows.write((_readable_name(path), text))
-        self._stream.flush()
+    def write(self, rows: Sequence[Captioned]) -> None:
+        with _naming("standard output"):
+            for path, *rest in rows:
+                self._rows.write((readable_name(path), *rest))
+            self._stream.flush()
 
     def finish(self) -> None:
-        self._rows.finish()
+        with _naming("standard output"):
+            self._rows.finish()
+            self._stream.flush()
+
+    def close(self) -> None:
+        pass
 
 
 class SideCars:
-    """One UTF-8 text file beside each image, as image-tagging and LoRA tools expect it."""
+    """One UTF-8 text file for each image, as image-tagging and LoRA tools expect it.
 
-    def __init__(self, paths: Sequence[Path], resume: bool) -> None:
-        _refuse_clashes(paths, lambda path: str(path.with_suffix(".txt")), "side-car file")
-        existing = [path for path in paths if self.done(path)]
-        if existing and not resume:
+    Folders that side-cars go to are locked, the first 64 of them (a process may open a few hundred
+    files), so that a second run is told. That leaves no file behind, and so nothing says
+    with which options side-cars were made.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        resume: bool,
+        *,
+        overwrite: bool = False,
+        target: Callable[[Path], Path] = lambda path: path.with_suffix(".txt"),
+    ) -> None:
+        """`target` names the side-car of an image; it may lie in a folder to be made."""
+        self._target, self._overwrite = target, overwrite
+        real: dict[Path, str] = {}
+
+        def place(path: Path) -> str:
+            """One name for one file, however its folder is spelled."""
+            if path.parent not in real:
+                real[path.parent] = os.path.realpath(path.parent)
+            return os.path.normcase(os.path.join(real[path.parent], path.name))
+
+        _refuse_clashes(paths, lambda path: place(target(path)), "side-car file")
+        images = set(map(place, paths)) if overwrite else set()
+        if clash := next((path for path in paths if place(target(path)) in images), None):
+            raise OptionError(f"{clash}: its side-car file would replace an image")
+        folders = {target(path).parent: path.parent for path in paths}
+        for folder, beside in folders.items():
+            if folder != beside:
+                folder.mkdir(parents=True, exist_ok=True)
+        self._locks = _lock_folders(sorted({os.path.realpath(folder) for folder in folders})[:64])
+        existing = [path for path in paths if self._exists(path)]
+        if existing and not (resume or overwrite):
+            self.close()
             raise OutputExistsError(
-                f"{existing[0].with_suffix('.txt')}: already there, as are {len(existing)} of "
-                f"{len(paths)} side-car files; keep them with --resume, or remove them"
+                f"{target(existing[0])}: already there, as are {len(existing)} of {len(paths)} "
+                "side-car files; --skip-existing keeps them, --overwrite replaces them"
             )
 
-    def done(self, path: Path) -> bool:
-        return path.with_suffix(".txt").exists()
+    def _exists(self, path: Path) -> bool:
+        return os.path.lexists(self._target(path))
 
-    def write(self, rows: Sequence[tuple[Path, str]]) -> None:
-        for path, text in rows:
-            replace_file(path.with_suffix(".txt"), text + "\n")
+    def done(self, path: Path) -> bool:
+        return not self._overwrite and self._exists(path)
+
+    def write(self, rows: Sequence[Captioned]) -> None:
+        for path, text, *_ in rows:
+            if self.done(path):
+                raise OutputExistsError(f"{self._target(path)}: was made while this run was on")
+            with replacing_file(self._target(path)) as file:
+                file.write(text + "\n")
 
     def finish(self) -> None:
-        pass
+        self.close()
+
+    def close(self) -> None:
+        while self._locks:
+            os.close(self._locks.pop())
+
+
+def _lock_folders(folders: Sequence[str]) -> list[int]:
+    """Descriptors of those folders that are there, locked, without what killed runs left there."""
+    opened = []
+    for folder in folders:
+        with suppress(OSError):  # as where folders cannot be opened
+            opened.append((folder, os.open(folder, os.O_RDONLY)))
+    for folder, number in opened:
+        if lock(number) is False:
+            for _, other in opened:
+                os.close(other)
+            raise OutputExistsError(f"{folder}: another run is writing side-car files there")
+        with suppress(OSError):
+            remove_dead_drafts(Path(folder))
+    return [number for _, number in opened]
+
+
+class Journal:
+    """The rows of an output in the making, locked for as long as it is open.
+
+    Its first line says that it is one, and what the rows are made with; each other is a row.
+
+    Attributes:
+        header: that line.
+        begun_anew: whether an output that is there already doesn't count.
+    """
+
+    BEGINNING = b'{"captioner": '
+
+    def __init__(self, path: Path, made_with: dict[str, Any], resume: bool, anew: bool) -> None:
+        """Open or begin it; where it is to begin `anew`, rows that are there are dropped.
+
+        Raises:
+            OutputExistsError: it is in use, is no journal, is there and not to be gone on with, or
+                was begun with something else.
+        """
+        self.path = path
+        self.header, begun_anew = (
+            to_json(header).encode() + b"\n" for header in (made_with, {**made_with, "anew": True})
+        )
+        there = os.path.lexists(path)
+        self._file = io.FileIO(_open_locked(path), "r+")
+        try:
+            with self._reading(0) as reader:
+                first = reader.readline(1 << 20)
+            whole = first.startswith(self.BEGINNING) and first.endswith(b"\n")
+            if not (whole or self.BEGINNING.startswith(first[: len(self.BEGINNING)])):
+                raise OutputExistsError(
+                    f"{path}: where the journal would be is a file that is none; pick another --out"
+                )
+            if there and not (resume or anew):
+                raise OutputExistsError(
+                    f"{path}: left by an interrupted run; go on with --resume, or remove it"
+                )
+            if whole and not anew and first not in (self.header, begun_anew):
+                raise OutputExistsError(
+                    f"{path}: was begun with another model or other options; --overwrite drops it"
+                )
+        except BaseException:
+            self._file.close()
+            raise
+        self.begun_anew = anew or first == begun_anew
+        if anew or not whole:
+            self._file.truncate(0)
+            try:
+                self.append(begun_anew if anew else self.header)
+            except OSError:
+                self.close(keep=False)
+                raise
+
+    def append(self, line: bytes) -> int:
+        """Add a line; where it begins."""
+        beginning = self._file.seek(0, os.SEEK_END)
+        with _naming(self.path):
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        return beginning
+
+    def add(self, rows: Sequence[Row]) -> int:
+        """Add rows; where the first begins."""
+        return self.append(b"".join(to_json(row).encode() + b"\n" for row in rows))
+
+    def scan(self) -> dict[str, int]:
+        """Where each image's row begins, by its name; a line that was torn is cut off."""
+        found = {}
+        with self._reading(0) as reader:
+            end = len(reader.readline())
+            for line in reader:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    name, _, *_ = json.loads(line)
+                    found[name] = end
+                except (ValueError, TypeError) as error:
+                    raise OutputExistsError(f"{self.path}: damaged ({error}); remove it") from error
+                end += len(line)
+        self._file.truncate(end)
+        return found
+
+    def rows(self, names: Iterator[str], kept: Mapping[str, int], added: int) -> Iterator[Row]:
+        """Rows in the order of `names`: those that begin at `kept`, and those from `added` on,
+        which are in that order already, so that nothing needs to be known of them."""
+        with self._reading(added) as reader:
+            row = _read_row(reader)
+            for name in names:
+                if name in kept:
+                    position = reader.tell()
+                    reader.seek(kept[name])
+                    yield _read_row(reader)
+                    reader.seek(position)
+                elif row and row[0] == name:
+                    yield row
+                    row = _read_row(reader)
+            while row:  # out of order after all
+                yield row
+                row = _read_row(reader)
+
+    @contextmanager
+    def _reading(self, beginning: int) -> Iterator[io.BufferedReader[Any]]:
+        self._file.seek(beginning)
+        reader = io.BufferedReader(self._file)
+        try:
+            yield reader
+        finally:
+            reader.detach()
+
+    def size(self) -> int:
+        return self._file.seek(0, os.SEEK_END)
+
+    @property
+    def holds_rows(self) -> bool:
+        with self._reading(0) as reader:
+            return bool(reader.readline() and reader.readline())
+
+    @property
+    def is_there(self) -> bool:
+        return is_at(self._file.fileno(), self.path)
+
+    def close(self, keep: bool) -> None:
+        """Close it and, if it is not to be kept or holds no row, remove it."""
+        if self._file.closed:
+            return
+        unlink = self.is_there and not (keep and self.holds_rows)
+        if os.name == "nt":  # where no open file is removed
+            self._file.close()
+        if unlink:
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def _read_row(reader: io.BufferedReader[Any]) -> Row:
+    """The row that begins here; an empty one at the end."""
+    line = reader.readline()
+    return tuple(json.loads(line)) if line else ()
+
+
+def _open_locked(path: Path) -> int:
+    """Open a file, made if need be and no link, and lock it."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | _CAUTION
+    while True:
+        try:
+            number = os.open(path, flags, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise OutputExistsError(f"{path}: a link, not a journal; remove it") from error
+        if stat.S_ISREG(os.fstat(number).st_mode) and lock(number) is not False:
+            if is_at(number, path):
+                return number
+            os.close(number)  # the run that held it has just finished
+            continue
+        os.close(number)
+        raise OutputExistsError(f"{path}: another run is writing it; wait for its end")
 
 
 def journal_of(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 
+def record_of(out: Path) -> Path:
+    """What tells, beside a finished output, what it was made with: a hidden file of one line, since
+    no format of rows has a place for that; COCO's ids also need the names behind them."""
+    return out.with_name(f".{out.name}.capexport")
+
+
 class FileOutput:
     """One file, written when all is done; until then its rows live in `<out>.journal`.
 
     Images below the file's folder are named relative to it, as `metadata.jsonl` wants, others by
-    their absolute path.
+    their absolute path. Resumed, it holds what a new run would, in that order, but what is there
+    already, in the journal or in the finished file, is not captioned again.
     """
 
     def __init__(
-        self, out: Path, style: str, paths: Sequence[Path], key: str, resume: bool
+        self,
+        out: Path,
+        style: str,
+        paths: Sequence[Path],
+        key: str,
+        resume: bool,
+        *,
+        overwrite: bool = False,
+        scores: bool = False,
     ) -> None:
-        self._out, self._style = out, style
+        """`key` tells what else captions depend on; a run is only gone on with under its own."""
+        self._out, self._style, self._columns = out, style, 2 + scores
+        self._paths = paths
         self._folder = os.path.abspath(out.parent)
-        self._journal = journal_of(out)
         if style == "coco":
             _refuse_clashing_ids(paths)
-        if out.exists() and not (resume and self._journal.exists()):
-            raise OutputExistsError(f"{out}: already there and complete; remove it or pick another")
-        if self._journal.exists() and not resume:
-            raise OutputExistsError(
-                f"{self._journal}: left by an interrupted run; go on with --resume, or remove it"
-            )
-        self._header = json.dumps({"captioner": key}) + "\n"
-        # Only what an interrupted run has left is held in memory, not what this one adds.
-        try:
-            self._done = {name for name, _ in self._journalled()} if resume else set()
-        except (ValueError, TypeError) as error:
-            raise OutputExistsError(f"{self._journal}: damaged ({error}); remove it") from error
+        self._refuse_existing(resume or overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
-        if self._journal.exists():
-            _cut_torn_line(self._journal)
-        self._stream = self._journal.open("a", encoding="utf-8", newline="")
-        if self._stream.tell() == 0:
-            self._stream.write(self._header)
+        made_with = {"captioner": key, "format": style, "scores": scores}
+        self._journal = Journal(journal_of(out), made_with, resume, overwrite)
+        begun = self._journal.holds_rows
+        try:
+            self._refuse_existing(resume or overwrite)  # now that nobody else makes it
+            _read_record(record_of(out))
+            remove_dead_drafts(out.parent)
+            # Only what is kept is held in memory, and only where it is.
+            self._kept = self._keep() if resume else {}
+        except BaseException:
+            self._journal.close(keep=begun)  # what was added comes from the finished file
+            raise
+        self._added = self._journal.size()
 
-    def _journalled(self) -> Iterator[Row]:
-        """The rows that the journal holds, but for one that an interruption tore."""
-        if not self._journal.exists():
-            return
-        with self._journal.open(encoding="utf-8", errors="replace", newline="") as file:
-            for number, line in enumerate(file):
-                if number and line.endswith("\n"):
-                    name, text = json.loads(line)
-                    yield name, text
-                elif line.endswith("\n") and line != self._header:
-                    raise OutputExistsError(
-                        f"{self._journal}: was begun with another model or other options; remove "
-                        "it first"
-                    )
+    def _refuse_existing(self, accepted: bool) -> None:
+        if self._out.is_dir():
+            raise OutputExistsError(f"{self._out}: a folder; --out takes the name of a file")
+        if os.path.lexists(self._out) and not (accepted and self._out.is_file()):
+            raise OutputExistsError(
+                f"{self._out}: already there; --resume adds what is missing, --overwrite makes anew"
+            )
+
+    def _keep(self) -> dict[str, int]:
+        """Where the rows begin that stay: of images that are wanted today and still there."""
+        rows = self._journal.scan()
+        if self._out.exists() and not self._journal.begun_anew:
+            for row in self._finished_rows():
+                if row[0] not in rows:
+                    rows[row[0]] = self._journal.add([row])
+        named = ((self._name(path), path) for path in self._paths)
+        kept = {name: rows[name] for name, path in named if name in rows and file_type(path)}
+        others = [n for n in rows.keys() - kept.keys() if file_type(self._path(n))]
+        if others:
+            raise OutputExistsError(
+                f"{self._out}: holds captions of {len(others)} images that are there but not among "
+                f"those named now, as {min(others)}: name them too, or pick another --out"
+            )
+        return kept
+
+    def _finished_rows(self) -> Iterator[Row]:
+        header, *names = _read_record(record_of(self._out))
+        if header.encode() + b"\n" != self._journal.header:
+            raise OutputExistsError(
+                f"{self._out}: was made with another model or other options, or not by capexport; "
+                "--overwrite makes it anew"
+            )
+        readable = [json.loads(name) for name in names if name]
+        with self._out.open(encoding="utf-8-sig", newline="") as file:
+            try:
+                ids = {coco_image_id(name): name for name in readable}
+                yield from read_rows(file, self._style, self._columns, ids)
+            except (ValueError, LookupError, TypeError, csv.Error, RecursionError) as error:
+                raise OutputExistsError(
+                    f"{self._out}: was edited so that its rows cannot be read ({error}); move it "
+                    "away, or make it anew with --overwrite"
+                ) from error
 
     def _name(self, path: Path) -> str:
+        if path == STDIN:
+            return str(STDIN)
         absolute = os.path.abspath(path)
         below = absolute.startswith(os.path.join(self._folder, ""))
-        return _readable_name(os.path.relpath(absolute, self._folder) if below else absolute)
+        name = os.path.relpath(absolute, self._folder) if below else absolute
+        return readable_name(Path(name).as_posix())
+
+    def _path(self, name: str) -> Path:
+        return Path(self._folder, original_name(name))
 
     def done(self, path: Path) -> bool:
-        return self._name(path) in self._done
+        return self._name(path) in self._kept
 
-    def write(self, rows: Sequence[tuple[Path, str]]) -> None:
-        for path, text in rows:
-            row = (self._name(path), text)
-            self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._stream.flush()
+    def write(self, rows: Sequence[Captioned]) -> None:
+        self._journal.add([(self._name(path), *rest) for path, *rest in rows])
 
     def finish(self) -> None:
-        self._stream.close()
-        with replacing_file(self._out) as file:
-            writer = RowWriter(file, self._style)
-            for row in self._journalled():
+        if not self._journal.is_there and os.path.lexists(self._out):
+            raise OutputExistsError(
+                f"{self._journal.path}: was removed during the run; {self._out} stays as it is"
+            )
+        # The record is there first: an output without one could not be gone on with.
+        with replacing_file(self._out) as file, replacing_file(record_of(self._out)) as record:
+            record.write(self._journal.header.decode())
+            file.write("\ufeff" if self._style == "csv" else "")  # tells Excel that this is UTF-8
+            writer = RowWriter(file, self._style, self._columns)
+            names = map(self._name, self._paths)
+            for row in self._journal.rows(names, self._kept, self._added):
                 writer.write(row)
+                if self._style == "coco":
+                    record.write(to_json(row[0]) + "\n")
             writer.finish()
-        self._journal.unlink()
+        self._journal.close(keep=False)
+
+    def close(self) -> None:
+        self._journal.close(keep=True)
 
 
-def _cut_torn_line(journal: Path) -> None:
-    """Drop what an interruption wrote of a last line, before anything is appended behind it."""
-    with journal.open("r+b") as file:
-        end = sum(len(line) for line in file if line.endswith(b"\n"))
-        file.truncate(end)
+def _read_record(record: Path) -> list[str]:
+    """Its lines; one that is empty where there is none.
+
+    Raises:
+        OutputExistsError: it is somebody else's file.
+    """
+    try:
+        number = os.open(record, os.O_RDONLY | _CAUTION)
+        with os.fdopen(number, encoding="utf-8", errors="replace") as file:
+            lines = file.read().split("\n")
+    except FileNotFoundError:
+        return [""]
+    if not lines[0].encode().startswith(Journal.BEGINNING):
+        raise OutputExistsError(f"{record}: not capexport's, but in its way; move it")
+    return lines
 
 
-def _readable_name(path: Path | str) -> str:
-    """File names may hold bytes that are no UTF-8; results may not."""
-    return os.fsencode(path).decode("utf-8", "replace")
+@contextmanager
+def _naming(name: str | Path) -> Iterator[None]:
+    """A full disk is reported without the file that met it."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(name)) from error
 
 
 def _refuse_clashes(paths: Sequence[Path], key: Callable[[Path], str], what: str) -> None:
@@ -218,4 +489,6 @@ def _refuse_clashes(paths: Sequence[Path], key: Callable[[Path], str], what: str
 
 
 def _refuse_clashing_ids(paths: Sequence[Path]) -> None:
-    _refuse_clashes(paths, lambda path: str(coco_image_id(path.name)), "COCO image id")
+    _refuse_clashes(
+        paths, lambda path: str(coco_image_id(readable_name(path.name))), "COCO image id"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import numpy as np
 
 from capexport.artifact import Manifest
-from capexport.bulk.outputs import Output
+from capexport.bulk.outputs import Captioned, Output
 from capexport.captioner import Captioner, open_artifact
 from capexport.decoding import DecodingKeywords
 from capexport.errors import ImageError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Files, their pixels, and the errors of those that cannot be read; then files and captions.
 _Batch: TypeAlias = tuple[list[Path], FloatArray, list[ImageError]]
-_Captioned: TypeAlias = tuple[list[tuple[Path, str]], list[ImageError]]
+_Rows: TypeAlias = tuple[Sequence[Captioned], list[ImageError]]
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -57,6 +57,10 @@ def caption_files(
     batch_size: int,
     workers: int = 1,
     prompt: str | None = None,
+    prefix: str = "",
+    suffix: str = "",
+    scores: bool = False,
+    content: Mapping[Path, bytes] | None = None,
     **options: Unpack[DecodingKeywords],
 ) -> Iterator[tuple[int, list[ImageError]]]:
     """Caption `paths` into `output`, in their order, batch by batch.
@@ -64,21 +68,30 @@ def caption_files(
     `workers` threads read a batch each and, where the captioner is of one thread, caption it too;
     a captioner of several threads takes their batches in turn, the next ones being read
     meanwhile. However many files there are, no more than `2 * workers` batches are read and not
-    yet written. `prompt` and `options` are as for `Captioner.caption`.
+    yet written.
 
+    Args:
+        prompt, options: as for `Captioner.caption`.
+        prefix, suffix: what every caption gets in front and behind, such as a style's name.
+        scores: whether rows hold the captions' log-probabilities too.
+        content: encoded images that are no files, by the path that stands for them.
     Yields:
         After each batch, how many files it took, and the errors of those that cannot be read.
     """
 
-    def caption(batch: _Batch) -> _Captioned:
+    def caption(batch: _Batch) -> _Rows:
         readable, pixels, errors = batch
         if not readable:
             return [], errors
         prompts = None if prompt is None else [prompt] * len(readable)
         captions = captioner.caption_pixels(pixels, prompts=prompts, **options)
-        return [(path, c.text) for path, c in zip(readable, captions, strict=True)], errors
+        texts = (f"{prefix}{caption.text}{suffix}" for caption in captions)
+        if not scores:
+            return list(zip(readable, texts, strict=True)), errors
+        numbers = (caption.log_probability for caption in captions)
+        return list(zip(readable, texts, numbers, strict=True)), errors
 
-    read = partial(_read, captioner)
+    read = partial(_read, captioner, content or {})
     starts = range(0, len(paths), batch_size)
     batches = (paths[start : start + batch_size] for start in starts)
     pool = ThreadPoolExecutor(workers)
@@ -96,14 +109,14 @@ def caption_files(
     output.finish()
 
 
-def _read(captioner: Captioner, batch: Sequence[Path]) -> _Batch:
+def _read(captioner: Captioner, content: Mapping[Path, bytes], batch: Sequence[Path]) -> _Batch:
     side = captioner.image.crop
     pixels = np.empty((len(batch), 3, side, side), np.float32)
     readable: list[Path] = []
     errors: list[ImageError] = []
     for path in batch:
         try:
-            captioner.preprocess(path, pixels[len(readable)])
+            captioner.preprocess(content.get(path, path), pixels[len(readable)])
             readable.append(path)
         except ImageError as error:
             errors.append(error)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from importlib import metadata
+from pathlib import Path
 
-from capexport.cli import blip2, caption, inspect, lstm
+import capexport
 from capexport.cli.command import run_command, show_progress, teaching
-from capexport.cli.lstm import bundled_checkpoint
 
 __all__ = ["bundled_checkpoint", "main", "run_command", "show_progress", "teaching"]
 
@@ -16,20 +15,31 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code.
 
     0: done; 1: some images could not be read; 2: refused, with one line that says why;
-    130: interrupted; 141: nobody reads standard output any more.
+    130: interrupted; 143: stopped by SIGTERM; 141: nobody reads standard output any more.
     """
+    return run_command("capexport", lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     options = _parser().parse_args(argv)
     show_progress()
-    return run_command("capexport", lambda: int(options.run(options)))
+    return int(options.run(options))
+
+
+def bundled_checkpoint() -> Path:
+    from capexport.cli.lstm import bundled_checkpoint
+
+    return bundled_checkpoint()
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Here, where Ctrl-C is answered already: numpy and Pillow take a while.
+    from capexport.cli import blip2, caption, inspect, lstm
+
     parser = argparse.ArgumentParser(
         prog="capexport", description="Image captioning from training to production."
     )
-    parser.add_argument(
-        "--version", action="version", version=f"capexport {metadata.version('capexport')}"
-    )
+    parser.add_argument("--version", action="version", version=f"capexport {capexport.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (lstm, blip2, caption, inspect):
         command.add_parser(commands)

@@ -2,7 +2,11 @@
 
 import sys
 
-from capexport.cli import main
+try:
+    from capexport.cli import main
+except KeyboardInterrupt:  # `main` answers any later one
+    print("capexport: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from capexport.artifact import refuse_existing
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
 from capexport.errors import MissingExtraError
@@ -54,6 +55,9 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    # What the arguments alone tell is refused before torch is imported.
+    refuse_existing(options.out)
+    photos = find_images(options.photos, sys.stdin) if options.photos else []
     try:
         from capexport.export.blip2 import export_blip2
         from capexport.models.blip2_checkpoint import find_checkpoint
@@ -64,7 +68,6 @@ def _run(options: argparse.Namespace) -> int:
     # Without a network it warns of every attempt; the error at the end says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     folder, source = find_checkpoint(options.model, options.revision)
-    photos = find_images(options.photos, sys.stdin) if options.photos else []
     manifest = export_blip2(folder, options.out, options.precision, source=source, photos=photos)
     assert manifest.parity is not None
     captions = manifest.parity.captions

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +18,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from capexport.artifact import FILE_NAME, local_folder, sha256_of
-from capexport.bulk.files import find_images
-from capexport.bulk.outputs import (
-    FORMATS,
-    FileOutput,
-    Output,
-    SideCars,
-    StreamOutput,
-    journal_of,
-)
+from capexport.bulk.files import READERS, Found, search
+from capexport.bulk.names import shown
+from capexport.bulk.outputs import FORMATS, FileOutput, Output, SideCars, StreamOutput
 from capexport.bulk.run import caption_files, open_captioner
 from capexport.captioner import BUNDLED_ARTIFACT
-from capexport.cli.command import teaching
+from capexport.cli.command import say, teaching
 from capexport.decoding import DecodingOptions
 from capexport.errors import ImageError, OptionError
+from capexport.preprocessing import image_suffixes
 from capexport.sessions import available_cores
 
 # A flag for each option of decoding that has words for its help.
 DECODING_FLAGS = [item for item in dataclasses.fields(DecodingOptions) if "help" in item.metadata]
 _TYPES = {"int": int, "float": float}
+_FORMAT_OF = {".jsonl": "jsonl", ".csv": "csv", ".json": "coco"}
 
 
 def add_parser(commands: Any) -> None:
@@ -43,15 +43,10 @@ def add_parser(commands: Any) -> None:
             "Caption images with an exported model. One unreadable image does not stop the rest: "
             "it is reported, and the exit code is 1.",
             "capexport caption photo.jpg",
-            "capexport caption -m artifacts/first photos/ --format jsonl --out metadata.jsonl",
-            "find . -name '*.png' | capexport caption -m artifacts/first - --format txt",
+            "capexport caption -m artifacts/first photos/ --out photos/metadata.jsonl",
+            "capexport caption photos/ --format txt --prefix 'in the style of xyz, '",
+            "find . -name '*.png' -print0 | capexport caption - --format csv",
         ),
-    )
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="files, folders (searched in depth), glob patterns, or - for a list on standard input",
     )
     parser.add_argument(
         "-m",
@@ -60,104 +55,225 @@ def add_parser(commands: Any) -> None:
         help="exported folder, or its id on the hub (default: the Flickr8k captioner that comes "
         "with capexport)",
     )
-    parser.add_argument(
+    _add_files(parser.add_argument_group("which images"))
+    _add_outputs(parser.add_argument_group("where captions go"))
+    _add_captions(parser.add_argument_group("what captions say"))
+    running = parser.add_argument_group("how it runs")
+    running.add_argument(
+        "--device", default="cpu", help="cpu (default), cuda, cuda:1, or auto: the first that works"
+    )
+    running.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    running.add_argument("--batch-size", type=int, metavar="N", help="default: 32, for a BLIP-2 8")
+    running.add_argument(
+        "--quiet", action="store_true", help="say nothing but captions and what went wrong"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _add_files(group: Any) -> None:
+    group.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="files, folders (searched in depth), glob patterns, or - for standard input: a list "
+        "of files, one a line or NUL between them, or an image",
+    )
+    group.add_argument(
+        "--no-recursive", action="store_true", help="search folders without those in them"
+    )
+    group.add_argument(
+        "--limit", type=int, metavar="N", help="caption the first N of them; with --resume, N more"
+    )
+
+
+def _add_outputs(group: Any) -> None:
+    group.add_argument(
         "--format",
         choices=FORMATS,
-        default="text",
-        help="text: name and caption, tab between (default); jsonl: metadata.jsonl of Hugging Face "
-        "datasets; coco: COCO results; txt: a file beside each image, as LoRA trainers read",
+        help="text: name and caption, tab between; jsonl: metadata.jsonl of Hugging Face datasets; "
+        "csv: a table, for spreadsheets too; coco: COCO results; txt: a file beside each image, as "
+        "LoRA trainers read (default: what --out ends with, .jsonl, .csv or, for coco, .json; txt "
+        "for --out-dir and --extension; else text)",
     )
-    parser.add_argument(
+    group.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+    group.add_argument(
+        "--out-dir", type=Path, metavar="DIR", help="txt: folder for the files, in subfolders alike"
+    )
+    group.add_argument("--extension", metavar=".EXT", help="txt: of the files (default: .txt)")
+    group.add_argument(
+        "--resume",
+        "--skip-existing",
+        action="store_true",
+        help="caption what is missing in --out, or has no file with txt, and keep the rest",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace what is there: --out, or files of txt"
+    )
+    group.add_argument(
+        "--scores", action="store_true", help="jsonl, csv: add each caption's log-probability"
+    )
+
+
+def _add_captions(group: Any) -> None:
+    group.add_argument(
         "--prompt", metavar="TEXT", help="what captions go on from, or a question (BLIP-2)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with an interrupted --out or txt run"
-    )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 32, for a BLIP-2 8")
+    group.add_argument("--prefix", default="", metavar="TEXT", help="put before every caption")
+    group.add_argument("--suffix", default="", metavar="TEXT", help="put behind every caption")
     for option in DECODING_FLAGS:
-        parser.add_argument(
+        group.add_argument(
             f"--{option.name.replace('_', '-')}",
             type=_TYPES[str(option.type)],
             metavar="N",
             help=f"{option.metadata['help']} (default: the model's own)",
         )
-    parser.add_argument(
-        "--device", default="cpu", help="cpu (default), cuda, cuda:1, or auto: the first that works"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    began = time.monotonic()
     _check(options)
-    out = options.out
-    if options.resume and out and out.exists() and not journal_of(out).exists():
-        print(f"capexport: {out} is complete", file=sys.stderr)
-        return 0
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if options.quiet:
+        logging.getLogger("capexport").setLevel(logging.WARNING)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     # Pillow still refuses real decompression bombs; its warning names no file.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    paths = find_images(options.paths, sys.stdin)
+    found = search(options.paths, sys.stdin, not options.no_recursive)
     model = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
     captioner = open_captioner(model, options.device, options.threads)
     given = {item.name: getattr(options, item.name) for item in DECODING_FLAGS}
     changes: Any = {name: value for name, value in given.items() if value is not None}
     dataclasses.replace(captioner.options, **changes)  # refused before anything is written
-    output = _output(options, paths, f"{sha256_of(model / FILE_NAME)} {changes}")
-    todo = [path for path in paths if not output.done(path)]
-    results = caption_files(
-        captioner,
-        todo,
-        output,
-        batch_size=options.batch_size or captioner.batch_size,
-        workers=options.threads or available_cores(),
-        prompt=options.prompt,
-        **changes,
-    )
-    resumable = bool(out) or options.format == "txt"
-    failed = _follow(results, len(paths), len(paths) - len(todo), resumable)
-    if failed:
-        print(f"capexport: {failed} of {len(paths)} images could not be read", file=sys.stderr)
-    return 1 if failed else 0
+    key = f"{sha256_of(model / FILE_NAME)} {changes} prompt={options.prompt!r}"
+    with closing(_output(options, found, key)) as output:
+        missing = [path for path in found.paths if not output.done(path)]
+        todo = missing[: options.limit]
+        results = caption_files(
+            captioner,
+            todo,
+            output,
+            batch_size=options.batch_size or captioner.batch_size,
+            workers=options.threads or available_cores(),
+            prompt=options.prompt,
+            prefix=options.prefix,
+            suffix=options.suffix,
+            scores=options.scores,
+            content=found.content,
+            **changes,
+        )
+        failed = _follow(results, options, len(todo))
+    left_out = found.ignored.copy()
+    left_out["there already"] = len(found.paths) - len(missing)
+    left_out["for later"] = len(missing) - len(todo)
+    if not options.quiet:
+        say(_summary(options, found, left_out, len(todo), failed, time.monotonic() - began))
+    return 1 if failed or found.problems or found.unreadable() else 0
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what the arguments alone tell."""
-    if options.batch_size is not None and options.batch_size < 1:
-        raise OptionError(f"--batch-size must be at least 1, got {options.batch_size}")
-    if options.format == "txt" and options.out:
-        raise OptionError("--format txt writes beside the images: leave out --out")
-    if options.resume and options.format != "txt" and not options.out:
-        raise OptionError("--resume needs --out FILE (or --format txt) to go on with")
+    """Refuse what the arguments alone tell; find the format where none is given."""
+    for name in ("batch_size", "threads", "limit"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    beside = options.out_dir is not None or options.extension is not None
+    if options.format is None:
+        suffix = options.out.suffix.lower() if options.out else ""
+        options.format = "txt" if beside else _FORMAT_OF.get(suffix, "text")
+    txt = options.format == "txt"
+    if txt and options.out:
+        raise OptionError("--format txt writes beside the images, or to --out-dir: leave out --out")
+    if beside and not txt:
+        raise OptionError(f"--out-dir and --extension go with --format txt, not {options.format}")
+    if options.extension is not None:
+        options.extension = _checked_extension(options.extension)
+    for flag in ("resume", "overwrite"):
+        if getattr(options, flag) and not (txt or options.out):
+            raise OptionError(f"--{flag} needs --out FILE (or --format txt) to go on with")
+    if options.resume and options.overwrite:
+        raise OptionError("--resume keeps what --overwrite replaces: choose one")
+    if options.scores and options.format not in ("jsonl", "csv"):
+        raise OptionError(f"--scores needs --format jsonl or csv; {options.format} has no place")
+    if sys.stdout is None and not (txt or options.out):
+        raise OptionError("standard output is closed: name a file with --out")
 
 
-def _output(options: argparse.Namespace, paths: Sequence[Path], key: str) -> Output:
-    """Where captions go; `key` says what a journal was begun with."""
+def _checked_extension(extension: str) -> str:
+    suffix = f".{extension.removeprefix('.')}"
+    if Path(f"x{suffix}").suffix != suffix or "\0" in suffix:
+        raise OptionError(f"--extension takes one such as .caption, got {extension!r}")
+    if suffix.lower() in image_suffixes() | READERS.keys():
+        raise OptionError(f"--extension {suffix} is an image's")
+    return suffix
+
+
+def _output(options: argparse.Namespace, found: Found, key: str) -> Output:
+    """Where captions go; `key` says what else a journal was begun with."""
+    paths, resume = found.paths, options.resume
     if options.format == "txt":
-        return SideCars(paths, options.resume)
-    if options.out:
-        key = f"{key} prompt={options.prompt!r}"
-        return FileOutput(options.out, options.format, paths, key, options.resume)
-    return StreamOutput(options.format, sys.stdout, paths)
+        if found.content:
+            raise OptionError("an image on standard input has no folder for a file beside it")
+        suffix, folder = options.extension or ".txt", options.out_dir
+        return SideCars(
+            paths,
+            resume,
+            overwrite=options.overwrite,
+            target=lambda p: (folder / found.below(p) if folder else p).with_suffix(suffix),
+        )
+    if not options.out:
+        return StreamOutput(options.format, sys.stdout, paths, options.scores)
+    if options.out in paths:
+        raise OptionError(f"{options.out}: is one of the images; --out takes another name")
+    if options.prefix or options.suffix:
+        key += f" prefix={options.prefix!r} suffix={options.suffix!r}"
+    return FileOutput(
+        options.out,
+        options.format,
+        paths,
+        key,
+        resume,
+        overwrite=options.overwrite,
+        scores=options.scores,
+    )
 
 
 def _follow(
-    results: Iterator[tuple[int, list[ImageError]]], total: int, done: int, resumable: bool
+    results: Iterator[tuple[int, list[ImageError]]], options: argparse.Namespace, total: int
 ) -> int:
     """Show progress and errors as they come; how many images could not be read."""
     failed = 0
-    with tqdm(total=total, initial=done, unit="image", disable=None) as bar:
+    with tqdm(total=total, unit="image", disable=True if options.quiet else None) as bar:
         try:
             for count, errors in results:
                 for error in errors:
-                    tqdm.write(f"capexport: {error}", file=sys.stderr)
+                    say(f"capexport: {shown(str(error))}")
                 failed += len(errors)
                 bar.update(count)
         except KeyboardInterrupt:
-            if resumable:
-                tqdm.write("capexport: captions so far are kept; go on with --resume", sys.stderr)
+            if options.out or options.format == "txt":
+                say("capexport: captions so far are kept; go on with --resume")
             raise
     return failed
+
+
+def _summary(
+    options: argparse.Namespace,
+    found: Found,
+    left_out: Counter[str],
+    tried: int,
+    failed: int,
+    seconds: float,
+) -> str:
+    """What a run has come to, on one line."""
+    reasons = ", ".join(f"{n} {shown(reason)}" for reason, n in left_out.items() if n)
+    line = f"{tried - failed} captioned, {left_out.total()} left out"
+    line += f" ({reasons})" if reasons else ""
+    line += f", {failed} failed in {seconds:.1f} s"
+    if failed:
+        line += f": {failed} of {len(found.paths)} images could not be read"
+    named = {path.suffix.lower() for path in found.paths} - image_suffixes() if failed else ()
+    for suffix in READERS.keys() & {*found.unreadable(), *named}:
+        line += f"; {suffix}: {READERS[suffix]}"
+    whole = not (failed or found.problems or found.unreadable() or left_out["for later"])
+    if options.out and whole and not tried:
+        line = f"{shown(str(options.out))} is complete: {line}"
+    return f"capexport: {line}"

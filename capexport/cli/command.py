@@ -5,21 +5,39 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
-from tqdm import tqdm
-
+from capexport.bulk.names import shown
 from capexport.errors import CapexportError
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that asks for the end as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class _ToStderr(logging.Handler):
     """Messages above the progress bars, on whatever standard error is at the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        say("\n".join(map(shown, self.format(record).split("\n"))))
+
+
+def say(line: str) -> None:
+    """Print on standard error, if anybody still listens, above the progress bars."""
+    from tqdm import tqdm
+
+    with suppress(OSError):
+        tqdm.write(line, file=sys.stderr)
 
 
 def show_progress() -> None:
@@ -31,18 +49,69 @@ def show_progress() -> None:
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:
-    """`command()`, with the errors a user can mend as one line on standard error."""
+    """`command()`, with the errors a user can mend as one line on standard error.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, with 128 and the signal's number as the exit code.
+    """
+    _open_standard_streams()
     try:
-        return command()
+        with _stopped_by(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            code = command()
+            if sys.stdout:
+                sys.stdout.flush()
+            return code
     except BrokenPipeError:  # as when `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        code = 141
     except (CapexportError, OSError, ValueError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        say(f"{name}: {shown(str(error))}")
+        code = 2
+    except _Stopped as stop:
+        say(f"{name}: stopped by {signal.Signals(stop.number).name}")
+        code = 128 + stop.number
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return 130
+        say(f"{name}: interrupted")
+        code = 130
+    _give_up(sys.stdout)
+    return code
+
+
+def _open_standard_streams() -> None:
+    """Where one is closed, the next file to be opened would take its place, and messages of C
+    libraries would end in it; and `print` takes no standard error for standard output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+@contextmanager
+def _stopped_by(*numbers: int) -> Iterator[None]:
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _give_up(stream: TextIO | None) -> None:
+    """Where a stream cannot be written to, keep Python from trying once more at its own end."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def teaching(description: str, *examples: str) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
-from capexport.artifact import Manifest, local_folder
+from capexport.artifact import Manifest, Parity, Provenance, local_folder
+from capexport.bulk.names import shown
+from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli.command import teaching
+from capexport.metrics import format_scores
 
 
 def add_parser(commands: Any) -> None:
@@ -14,14 +18,85 @@ def add_parser(commands: Any) -> None:
         "inspect",
         help="check an exported folder and say what it is",
         **teaching(
-            "Check an exported folder against its manifest, and print the manifest.",
-            "capexport inspect artifacts/first",
+            "Check every file of an exported folder against its manifest, and say in words what "
+            "the folder holds.",
+            "capexport inspect                                # the captioner that comes along",
+            "capexport inspect artifacts/first --json",
         ),
     )
-    parser.add_argument("model", metavar="DIR", help="exported folder, or its id on the hub")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="DIR",
+        help="exported folder, or its id on the hub (default: the captioner that comes with "
+        "capexport)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the manifest instead")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    print(Manifest.read(local_folder(options.model), thorough=True).to_json())
+    folder = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
+    manifest = Manifest.read(folder, thorough=True)
+    if options.json:
+        print(manifest.to_json())
+        return 0
+    size = sum(record.bytes for record in manifest.files.values()) / 1e6
+    print(f"{shown(str(folder))}: a {manifest.family} captioner in {manifest.precision}")
+    print(f"  files: {len(manifest.files)}, {size:.1f} MB, all as the manifest says")
+    for title, words in [
+        *_use(manifest),
+        *_origin(manifest.provenance),
+        *(_comparison(manifest.parity) if manifest.parity else ()),
+    ]:
+        print(f"  {title}: {shown(words)}")
     return 0
+
+
+def _use(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    image, decoding = manifest.image, manifest.decoding
+    edge = "the shorter edge" if image.keep_aspect else "both edges"
+    yield (
+        "images",
+        f"{edge} resized to {image.resize} pixels, of which the central {image.crop} x "
+        f"{image.crop} count",
+    )
+    penalty = decoding.repetition_penalty
+    yield (
+        "captions",
+        f"at most {decoding.max_tokens} tokens"
+        + (f", at least {decoding.min_tokens}" if decoding.min_tokens else "")
+        + (f", repetition penalty {penalty:g}" if penalty != 1 else "")
+        + (", by default; prompts are taken" if manifest.prompt else ", by default; no prompts"),
+    )
+
+
+def _origin(provenance: Provenance) -> Iterator[tuple[str, str]]:
+    if provenance.source:
+        revision = f" at {provenance.revision}" if provenance.revision else ""
+        yield "source", f"{provenance.source}{revision}"
+    if provenance.licence:
+        yield "licence", provenance.licence
+    for key, value in (provenance.training or {}).items():
+        if key in ("command", "photos"):
+            counts = value.items() if isinstance(value, dict) else ()
+            yield (
+                "trained with" if key == "command" else "photos",
+                ", ".join(f"{count} {split}" for split, count in counts) or str(value),
+            )
+    for note in provenance.assumed or ():
+        yield "assumed", note
+    yield "exported by", f"{provenance.exporter}, opset {provenance.opset}"
+
+
+def _comparison(parity: Parity) -> Iterator[tuple[str, str]]:
+    captions = parity.captions
+    yield (
+        "compared with PyTorch in float32",
+        f"{captions.identical} of {captions.compared or captions.images} captions identical"
+        + (f", on {parity.inputs}" if parity.inputs else ""),
+    )
+    if parity.int8 and "identical_captions" in parity.int8:
+        yield "after rounding to 8 bits", f"{parity.int8['identical_captions']:.1%} identical"
+    for name, metrics in (parity.metrics or {}).items():
+        yield f"scores of {name}", format_scores(metrics)

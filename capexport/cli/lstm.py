@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from capexport.artifact import Manifest
+from capexport.artifact import Manifest, refuse_existing
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
-from capexport.errors import CheckpointError, MissingExtraError
+from capexport.errors import CheckpointError, MissingExtraError, OptionError
 from capexport.metrics import format_scores
 from capexport.references import read_references
 
@@ -82,6 +82,15 @@ def bundled_checkpoint() -> Path:
 
 
 def _run(options: argparse.Namespace) -> int:
+    # What the arguments alone tell is refused before torch is imported.
+    refuse_existing(options.out)
+    if (options.precision == "int8") != bool(options.calibration):
+        raise OptionError("int8, and int8 alone, needs --calibration photos: a hundred or so")
+    photos, calibration = (
+        find_images(paths, sys.stdin) if paths else []
+        for paths in (options.photos, options.calibration)
+    )
+    references = read_references(options.references) if options.references else None
     try:
         from capexport.export.cnn_lstm import export_cnn_lstm
         from capexport.models.checkpoint import load_checkpoint
@@ -90,17 +99,13 @@ def _run(options: argparse.Namespace) -> int:
             f"exporting needs `pip install 'capexport[cpu,export]'` ({error})"
         ) from error
     checkpoint = load_checkpoint(options.checkpoint or bundled_checkpoint())
-    photos, calibration = (
-        find_images(paths, sys.stdin) if paths else []
-        for paths in (options.photos, options.calibration)
-    )
     manifest = export_cnn_lstm(
         checkpoint,
         options.out,
         photos,
         precision=options.precision,
         calibration=calibration,
-        references=read_references(options.references) if options.references else None,
+        references=references,
     )
     _report(options.out, manifest)
     return 0

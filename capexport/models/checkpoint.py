@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from capexport.artifact import replace_file, sha256_of, typed
+from capexport.artifact import replace_file, replacing_binary_file, sha256_of, typed
 from capexport.errors import CheckpointError
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig
@@ -57,7 +55,8 @@ def save_checkpoint(
     content = save(state)
     checkpoint.sha256 = hashlib.sha256(content).hexdigest()
     weights = f"weights-{checkpoint.sha256[:12]}.safetensors"
-    write_bytes(folder / weights, content)
+    with replacing_binary_file(folder / weights) as file:
+        file.write(content)
     document = {
         "schema": SCHEMA,
         "family": "cnn-lstm",
@@ -72,30 +71,6 @@ def save_checkpoint(
     for stale in folder.glob("weights-*.safetensors"):
         if stale.name != weights:
             stale.unlink()
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file that holds the old or the new content, never part of it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=file.parent, prefix=f"{file.name}.", suffix=".partial", delete=False
-        ) as stream:
-            draft = Path(stream.name)
-            try:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-                stream.close()
-                draft.chmod(0o644)  # temporary files are their owner's alone
-                draft.replace(file)
-            finally:
-                draft.unlink(missing_ok=True)
-    except OSError as error:  # a full disk is reported without a name
-        raise error if error.filename else OSError(error.errno, error.strerror, str(file)) from None
 
 
 def find_checkpoint(folder: Path) -> Path:

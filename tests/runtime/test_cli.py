@@ -163,7 +163,9 @@ def test_kill_and_resume(artifact, photos, wanted, tmp_path, capsys):
     assert [row["text"] for row in rows] == wanted[:-1]
     assert len({row["file_name"] for row in rows}) == len(photos) - 1
     assert not journal.exists()
-    assert main(["caption", *arguments, "--resume"]) == 0
+    assert main(["caption", *arguments, "--resume"]) == 1  # one is missing still
+    assert "is complete" not in capsys.readouterr().err
+    assert main(["caption", *arguments[:-5], *arguments[-4:], "--resume"]) == 0
     assert "captions.jsonl is complete" in capsys.readouterr().err
     assert [json.loads(line)[1] for line in before] == wanted[: len(before)]
 
@@ -187,7 +189,7 @@ def test_decoding_flags_reach_captions_and_the_journal(
     out = tmp_path / "out.jsonl"
     begun = FileOutput(out, "jsonl", photos, _key(artifact, option), resume=False)
     begun.write([(photos[0], "begun")])
-    begun._stream.close()
+    begun.close()
     plain = [word for word in command if word not in flag]
     assert main([*plain, "--out", str(out), "--format", "jsonl", "--resume"]) == 2
     assert "another model or other options" in capsys.readouterr().err
@@ -223,7 +225,12 @@ def test_coco_ids_that_clash(artifact, photos, tmp_path, capsys):
 
 
 def test_inspect(artifact, capsys):
+    assert main(["inspect"]) == 0
+    words = capsys.readouterr().out
+    assert "a cnn-lstm captioner in int8" in words and "8.3 MB" in words and "{" not in words
     assert main(["inspect", str(artifact)]) == 0
+    assert "in fp32" in capsys.readouterr().out
+    assert main(["inspect", str(artifact), "--json"]) == 0
     manifest = json.loads(capsys.readouterr().out)
     assert manifest["family"] == "cnn-lstm"
     graphs = {"encoder.onnx", "decoder_step.onnx", "decoder_loop.onnx"}
@@ -245,3 +252,74 @@ def test_help(command, capsys):
     assert caught.value.code == 0
     if command:
         assert "example" in capsys.readouterr().out
+
+
+def test_images_that_nothing_here_reads_are_said_at_the_end(artifact, photos, capsys):
+    folder = photos[0].parent
+    (folder / "IMG_1.DNG").write_bytes(b"II*\0")
+    assert main(["caption", "-m", str(artifact), str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == len(photos)
+    [line] = captured.err.splitlines()
+    assert "12 captioned, 1 left out (1 .dng), 0 failed in" in line
+    assert ".dng: dcraw converts them to TIFF" in line
+    assert main(["caption", "-m", str(artifact), str(folder / "IMG_1.DNG")]) == 1
+    assert ".dng: dcraw" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_shell_s_pattern_among_side_cars(artifact, photos, capsys):
+    folder = photos[0].parent
+    assert main(["caption", "-m", str(artifact), str(folder), "--format", "txt"]) == 0
+    (folder / "metadata.jsonl").write_text("{}\n")
+    (folder / "texts").mkdir()
+    capsys.readouterr()
+    assert main(["caption", "-m", str(artifact), *map(str, folder.iterdir())]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("\n") == len(photos)
+    assert "12 captioned, 14 left out" in said.err and "12 .txt" in said.err
+
+
+def test_names_and_words_carry_no_escapes_to_the_terminal(artifact, photos, capsys):
+    evil = photos[0].with_name("\x1b]0;owned\x07\x9b1m\u202e.jpg")
+    evil.write_bytes(b"no image")
+    forged = photos[0].rename(photos[0].with_name("a\nforged.jpg\ta caption\n.jpg"))
+    for style in ("text", "csv", "jsonl"):
+        command = ["caption", "-m", str(artifact), str(evil), str(forged), "--format", style]
+        assert main([*command, "--prefix", "\x1b[31m\n"]) == 1
+        captured = capsys.readouterr()
+        assert not set("\x1b\x07\x9b\u202e") & set(captured.out + captured.err)
+        assert captured.out.count("\n") == 1 + (style == "csv")
+    assert main(["caption", "-m", str(artifact), "\x1b[31m*"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--resume", "--overwrite", "--out", "x"], "choose one"),
+        (["--overwrite"], "--overwrite needs --out"),
+        (["--format", "csv", "--out-dir", "x"], "go with --format txt"),
+        (["--out", "x.jsonl", "--extension", ".tag"], "leave out --out"),
+        (["--prompt", "a dog"], "takes no prompt"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    arguments, message, artifact, photos, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["caption", "-m", str(artifact), str(photos[0]), *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
+@pytest.mark.parametrize(
+    ("name", "style"), [("x.JSONL", "jsonl"), ("x.csv", "csv"), ("x.json", "coco"), ("x", "text")]
+)
+def test_the_format_follows_from_the_output_s_name(name, style, artifact, photos, tmp_path):
+    command = ["caption", "-m", str(artifact), *map(str, photos)]
+    assert main([*command, "--out", str(tmp_path / name)]) == 0
+    assert main([*command, "--out", str(tmp_path / "y"), "--format", style]) == 0
+    assert (tmp_path / name).read_bytes() == (tmp_path / "y").read_bytes()

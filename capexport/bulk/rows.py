@@ -1,0 +1,109 @@
+"""The formats of rows: what is written, and how it is read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO, TypeAlias
+
+from capexport.bulk.names import UNSAFE, escaped, original_name, readable_name, shown, unescaped
+
+# A file's name in the results, its caption and, where asked for, the caption's log-probability.
+Row: TypeAlias = tuple[str, str] | tuple[str, str, float]
+
+COLUMNS = ("file_name", "text", "log_probability")
+# A spreadsheet runs what begins so. `./=1.jpg` is the same file; a caption gets an apostrophe.
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def coco_image_id(name: str) -> int | str:
+    """The number in `COCO_val2014_000000000042.jpg` or `42.jpg`; any other name without suffix."""
+    stem = Path(name).stem
+    number = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", stem)
+    return int(number[1]) if number else stem
+
+
+class RowWriter:
+    """Writes a `text`, `jsonl`, `csv` or `coco` file, row by row; csv names `columns` first."""
+
+    def __init__(self, stream: TextIO, style: str, columns: int = 2) -> None:
+        self._stream, self._style = stream, style
+        self._csv = csv.writer(stream, lineterminator="\n")
+        self._separator = ""
+        if style == "csv":
+            self._csv.writerow(COLUMNS[:columns])
+        elif style == "coco":
+            stream.write("[\n")
+
+    def write(self, row: Row) -> None:
+        name, text, *score = row
+        if self._style == "csv":
+            name, text = shown(name), escaped(text)
+            name = f"./{name}" if name.startswith(_FORMULA) else name
+            text = f"'{text}" if _is_formula(text) else text
+            self._csv.writerow([name, text, *score])
+        elif self._style == "coco":
+            result = {"image_id": coco_image_id(name), "caption": text}
+            self._stream.write(self._separator + to_json(result))
+            self._separator = ",\n"
+        elif self._style == "jsonl":
+            # The third column is missing where no score was asked for.
+            self._stream.write(to_json(dict(zip(COLUMNS, row, strict=False))) + "\n")
+        else:
+            self._stream.write(f"{shown(name)}\t{escaped(text)}\n")
+
+    def finish(self) -> None:
+        if self._style == "coco":
+            self._stream.write("\n]\n")
+
+
+def read_rows(
+    stream: TextIO, style: str, columns: int, names: Mapping[int | str, str]
+) -> Iterator[Row]:
+    """What `RowWriter` wrote. `names` tells the files of COCO's ids; others than those are gone.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is something else, or has been edited into that.
+    """
+    wanted = COLUMNS[:columns]
+    if style == "coco":
+        for item in json.load(stream):
+            if item["image_id"] in names:
+                yield _row(names[item["image_id"]], item["caption"])
+    elif style == "csv":
+        header, *rows = csv.reader(stream, strict=True)
+        if tuple(header) != wanted:
+            raise ValueError(f"its columns are {', '.join(header)}")
+        for name, text, *score in rows:
+            text = text[1:] if text.startswith("'") and _is_formula(text) else text
+            name = original_name(name.removeprefix("./"))
+            yield _row(readable_name(name), unescaped(text), *map(float, score))
+    elif style == "jsonl":
+        for document in map(json.loads, stream):
+            if set(document) != set(wanted):
+                raise ValueError(f"a row has the fields {', '.join(document)}")
+            yield _row(*(document[column] for column in wanted))
+    else:
+        for line in stream:
+            name, text = line.rstrip("\r\n").split("\t")
+            yield readable_name(original_name(name)), unescaped(text)
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON without anything that a terminal would act on."""
+    text = json.dumps(value, ensure_ascii=False)
+    # JSON escapes only the control characters of ASCII by itself.
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _is_formula(text: str) -> bool:
+    return text.lstrip("'").startswith(_FORMULA)
+
+
+def _row(name: Any, text: Any, *score: Any) -> Row:
+    if not (isinstance(name, str) and isinstance(text, str) and len(score) < 2):
+        raise ValueError(f"no row: {(name, text, *score)}")
+    return (name, text, float(score[0])) if score else (name, text)
