@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from importlib import metadata
 
+import capexport
 from capexport.cli import blip2, caption, inspect, lstm
 from capexport.cli.command import run_command, show_progress, teaching
 from capexport.cli.lstm import bundled_checkpoint
@@ -27,9 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="capexport", description="Image captioning from training to production."
     )
-    parser.add_argument(
-        "--version", action="version", version=f"capexport {metadata.version('capexport')}"
-    )
+    parser.add_argument("--version", action="version", version=f"capexport {capexport.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (lstm, blip2, caption, inspect):
         command.add_parser(commands)

@@ -100,12 +100,17 @@ def test_swapped_graphs_with_matching_hashes(copied: Path):
 
 def test_a_graph_that_onnxruntime_cannot_read(copied: Path):
     path = copied / "encoder.onnx"
-    path.write_bytes(b"no graph")
-    files = json.loads((copied / "manifest.json").read_text())["files"]
-    files["encoder.onnx"] = {"bytes": 8, "sha256": sha256_of(path)}
-    edit_manifest(copied, files=files)
-    with pytest.raises(ArtifactError, match="cannot load this graph"):
-        Captioner.load(copied)
+    for content, message in (
+        (b"no graph", "no ONNX graph"),
+        (b"", "no ONNX graph"),
+        (b"\x08\x0a", "cannot load this graph"),  # nothing but a version
+    ):
+        path.write_bytes(content)
+        files = json.loads((copied / "manifest.json").read_text())["files"]
+        files["encoder.onnx"] = {"bytes": len(content), "sha256": sha256_of(path)}
+        edit_manifest(copied, files=files)
+        with pytest.raises(ArtifactError, match=rf"encoder\.onnx.*{message}"):
+            Captioner.load(copied)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,7 @@ def test_a_graph_that_onnxruntime_cannot_read(copied: Path):
         ({"family": "transformer-9"}, "unknown model family"),
         ({"image": {"resize": 3}}, "damaged manifest"),
         ({"decoding": {}}, "damaged manifest: decoding.end_tokens is missing"),
-        ({"files": {"../encoder.onnx": {"bytes": 1, "sha256": ""}}}, "not a plain file name"),
+        ({"files": {"../encoder.onnx": {"bytes": 1, "sha256": "0" * 64}}}, "not a plain file name"),
         ({"files": {}}, r"lists no vocabulary\.json"),
         ({"state": None}, "damaged manifest: state is no dict"),
         ({"unknown_field": 1}, "damaged manifest"),
@@ -148,7 +153,7 @@ def test_a_vocabulary_of_another_size(copied: Path, photos: list[Path], looped: 
         if file.name != "manifest.json"
     }
     edit_manifest(copied, files=files)
-    with pytest.raises(ArtifactError, match=f"{len(words) + 1} words, but logits for {len(words)}"):
+    with pytest.raises(ArtifactError, match=f"{len(words)}.*the words want .*{len(words) + 1}"):
         Captioner.load(copied).caption(photos[0], repetition_penalty=1.5)
 
 
