@@ -392,14 +392,15 @@ def local_folder(folder: str | os.PathLike[str], revision: str | None = None) ->
     except ArtifactError:
         raise
     except Exception as error:  # the client's own, its checks', and those of the HTTP library
+        unreachable = isinstance(error, LocalEntryNotFoundError)
         absent = isinstance(error, EntryNotFoundError)
-        if absent and _holds_pytorch_blip2(name, revision):
+        if absent and _holds_pytorch_blip2(name, revision, local_files_only=unreachable):
             raise ArtifactNotFoundError(
-                f"{name}: a PyTorch checkpoint, which PyTorch runs; export it first: "
+                f"{name}: a PyTorch checkpoint, no export; export it first: "
                 f"`capexport blip2 --model {name} --out DIR`, then load DIR"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if absent and not isinstance(error, LocalEntryNotFoundError):
+        if absent and not unreachable:
             raise ArtifactNotFoundError(
                 f"{name}: that repository is no complete capexport export: {reason}"
             ) from error
@@ -410,11 +411,11 @@ def local_folder(folder: str | os.PathLike[str], revision: str | None = None) ->
     return manifest.parent
 
 
-def _holds_pytorch_blip2(name: str, revision: str | None) -> bool:
+def _holds_pytorch_blip2(name: str, revision: str | None, **how: bool) -> bool:
     from huggingface_hub import hf_hub_download
 
     try:
-        config = Path(hf_hub_download(name, "config.json", revision=revision))
+        config = Path(hf_hub_download(name, "config.json", revision=revision, **how))
         return bool(json.loads(config.read_text(encoding="utf-8"))["model_type"] == "blip-2")
     except Exception:  # as in `local_folder`, or whatever else is called config.json
         return False

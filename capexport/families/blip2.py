@@ -68,9 +68,9 @@ class PromptTokenizer:
             for prompt in prompts:
                 if not isinstance(prompt, str) or not _encodable(prompt):
                     raise OptionError(f"a prompt must be text, got {prompt!r:.80}")
+            # One by one: of a batch, tokenizers makes threads, which no fork outlives.
             with self._blamed(f"fails at {prompts!r:.80}"):
-                encodings = self._tokenizer.encode_batch(list(prompts))
-            rows = [encoding.ids for encoding in encodings]
+                rows = [self._tokenizer.encode(prompt).ids for prompt in prompts]
         longest = max(map(len, rows))
         tokens = np.full((batch, spec.query_tokens + longest), spec.pad_token, np.int64)
         mask = np.zeros_like(tokens)
