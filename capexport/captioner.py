@@ -250,6 +250,8 @@ class Captioner:
             images, prompts = list(images), list(prompt)
             if len(prompts) != len(images):
                 raise OptionError(f"{len(prompts)} prompts for {len(images)} images")
+            if not all(isinstance(one, str) for one in prompts):
+                raise OptionError("a prompt must be text: pass one for all images, or one for each")
         results = self._stream(zip(images, prompts, strict=False), size, "raise", options)
         return [caption for _, caption in results]
 
@@ -308,7 +310,7 @@ class Captioner:
                 prompts = [prompt for _, prompt in batch if prompt is not None]
                 captions = self.caption_pixels(
                     pixels,
-                    prompts=prompts or None,
+                    prompts=prompts or None,  # all images have one, or none has
                     preprocess_seconds=time.perf_counter() - began,
                     **options,
                 )
