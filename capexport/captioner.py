@@ -25,13 +25,8 @@ from capexport.decoding import (
     changed,
     greedy,
 )
-from capexport.errors import (
-    ArtifactError,
-    CapexportError,
-    DeviceError,
-    OptionError,
-)
-from capexport.families import find_family
+from capexport.errors import ArtifactError, CapexportError, OptionError
+from capexport.families import MISFIT, find_family
 from capexport.preprocessing import FloatArray, ImageSource, ImageSpec, preprocess
 from capexport.reading import ImageReader, is_one_image
 from capexport.sessions import Providers, Target, available_cores, targets
@@ -41,9 +36,6 @@ if TYPE_CHECKING:
 
 # Trained on Flickr8k, in int8; artifacts/README.md says how it was made.
 BUNDLED_ARTIFACT = Path(__file__).parent / "default"
-
-# What the parts of an artifact raise that fit neither each other nor the manifest.
-_MISFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 log = logging.getLogger("capexport")
 
@@ -155,23 +147,20 @@ class Captioner:
             DownloadError: a Hugging Face id cannot be downloaded.
             OptionError: arguments that contradict each other, or fewer threads than 1.
         """
-        candidates = targets(device, threads, providers, session_options)
-        path = BUNDLED_ARTIFACT if folder is None else local_folder(folder, revision)
+        settings: Any = {
+            "device": device,
+            "threads": threads,
+            "providers": providers,
+            "session_options": session_options,
+        }
+        candidates = targets(**settings)
+        path = local_folder(BUNDLED_ARTIFACT if folder is None else folder, revision)
         captioner = open_artifact(path, Manifest.read(path), *candidates)
-        source: Path | str | None = None
-        if folder is not None:
-            downloaded = path != Path(folder)
-            source = os.fspath(folder) if downloaded else path.absolute()
-            revision = path.name if downloaded else None
-        captioner._reload = partial(
-            cls.load,
-            source,
-            revision=revision,
-            device=device,
-            threads=threads,
-            providers=providers,
-            session_options=session_options,
-        )
+        if folder is not None and path == Path(folder):
+            folder = path.absolute()
+        elif folder is not None:
+            revision = path.name  # the commit, whatever a branch is by then
+        captioner._reload = partial(cls.load, folder, revision=revision, **settings)
         return captioner
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -305,6 +294,9 @@ class Captioner:
                 kept = [row for row, error in enumerate(errors) if not error]
                 if on_error == "raise":
                     kept = kept[: errors.index(failed)]
+                else:
+                    for error in filter(None, errors):
+                        log.warning("skipped: %s", error)
                 batch, pixels = [batch[row] for row in kept], pixels[kept]
             if batch:
                 prompts = [prompt for _, prompt in batch if prompt is not None]
@@ -317,8 +309,6 @@ class Captioner:
                 yield from zip((image for image, _ in batch), captions, strict=True)
             if failed and on_error == "raise":
                 raise failed
-            for error in filter(None, errors):
-                log.warning("skipped: %s", error)
 
     def preprocess(self, image: ImageSource, out: FloatArray | None = None) -> FloatArray:
         """One image, made ready for `caption_pixels`: float32 (3, height, width).
@@ -364,7 +354,7 @@ class Captioner:
             ]
         except CapexportError:
             raise
-        except _MISFIT as error:
+        except MISFIT as error:
             raise ArtifactError(
                 f"{self.folder or self._title}: the model's parts do not fit together: {error!r}; "
                 "export again"
@@ -374,26 +364,10 @@ class Captioner:
 def open_artifact(path: Path, manifest: Manifest, *candidates: Target) -> Captioner:
     """What `Captioner.load` does once the manifest has been read, and with it every file hashed:
     open the artifact on the first of `candidates` that works."""
-    for target in candidates[:-1]:
-        try:
-            return _open_on(path, manifest, target)
-        except DeviceError as error:
-            log.info("%s cannot be used: %s", target.name, error)
-    return _open_on(path, manifest, candidates[-1])
-
-
-def _open_on(path: Path, manifest: Manifest, target: Target) -> Captioner:
-    try:
-        family = find_family(manifest.family)
-        encoder, decoder, text = family.open(path, manifest, target)
-    except CapexportError:
-        raise
-    except _MISFIT as error:
-        raise ArtifactError(f"{path}: incomplete artifact: {error!r}; export again") from error
+    family = find_family(manifest.family)
+    parts, target = family.open_on_first(path, manifest, candidates)
     captioner = Captioner(
-        encoder,
-        decoder,
-        text,
+        *parts,
         manifest.image,
         manifest.decoding.options,
         threads=target.threads,

@@ -48,7 +48,7 @@ class PromptTokenizer:
         except BaseException as error:
             # tokenizers raises bare exceptions, and where Rust panics, what is no Exception.
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise ArtifactError(f"{self.path}: {what}: {error}; export again") from error
+                raise ArtifactError(f"{self.path}: {what}: {error!s:.300}; export again") from error
             raise
 
     def __len__(self) -> int:

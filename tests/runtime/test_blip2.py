@@ -281,4 +281,5 @@ assert os.waitpid(child, 0)[1] == 0
 """
     command = [sys.executable, "-c", code, str(blip2_artifact), *map(str, photos[:4])]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "parallelism" not in outcome.stderr, "tokenizers warns of its own threads"
