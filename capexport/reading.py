@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,6 @@ class ImageReader:
 
 
 def is_one_image(images: Any) -> TypeIs[ImageSource]:
-    """Is it one image, and not several? Bytes, files and arrays can be iterated over, too."""
-    one = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Image.Image)
+    """Is it one image, or meant as one? Bytes, files and arrays can be iterated over, too."""
+    one = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Image.Image, Mapping)
     return isinstance(images, one) or hasattr(images, "read") or not isinstance(images, Iterable)

@@ -30,7 +30,7 @@ Value: TypeAlias = Any
 Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 
 # onnxruntime 1.31 and later report home unless this is set before they are imported, and their
-# reporting thread hangs the exit of a forked process. Whoever wants it sets it to 0.
+# reporting thread hangs the exit of a forked process. What is set already stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

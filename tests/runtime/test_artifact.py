@@ -25,7 +25,7 @@ from capexport import (
 from capexport.artifact import Manifest, PromptSpec, sha256_of, typed
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import main
-from capexport.onnx_file import check_graph
+from capexport.onnx_file import _MESSAGES, check_graph
 from capexport.preprocessing import ImageSpec
 
 BLANK = np.zeros((8, 8, 3), np.uint8)
@@ -402,3 +402,28 @@ def test_repositories_that_are_no_export(hub: type[Hub]):
         assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(OptionError, match="no revision"):
         Captioner.load("somewhere", revision="v1")
+
+
+def test_field_numbers_are_those_of_onnx():
+    onnx = pytest.importorskip("onnx")
+    messages = {
+        "model": "ModelProto", "training": "TrainingInfoProto", "main graph": "GraphProto",
+        "graph": "GraphProto", "function": "FunctionProto", "main node": "NodeProto",
+        "node": "NodeProto", "attribute": "AttributeProto", "sparse": "SparseTensorProto",
+        "tensor": "TensorProto", "external data": "StringStringEntryProto",
+    }  # fmt: skip
+    entries = {("TensorProto", "external_data")}  # the only such entries that name files
+    for kind, fields in _MESSAGES.items():
+        declared = getattr(onnx, messages[kind]).DESCRIPTOR.fields
+        leading = {
+            field.number: field.message_type.name
+            for field in declared
+            if field.message_type and field.message_type.name in messages.values()
+            if field.message_type.name != "StringStringEntryProto"
+            or (messages[kind], field.name) in entries
+        }
+        assert {number: messages[inner] for number, inner in fields.items()} == leading
+    node = onnx.NodeProto.DESCRIPTOR.fields_by_name
+    assert (node["input"].number, node["op_type"].number) == (1, 4)
+    entry = onnx.StringStringEntryProto.DESCRIPTOR.fields_by_name
+    assert (entry["key"].number, entry["value"].number) == (1, 2)

@@ -334,14 +334,16 @@ def test_threads_share_a_captioner(artifact: Path, photos: list[Path]):
 
 def test_whatever_gives_images(captioner: Captioner, photos: list[Path]):
     wanted = [caption.tokens for caption in captioner.caption(photos)]
-    for images in (iter(photos), dict.fromkeys(photos), tuple(photos), (str(p) for p in photos)):
+    several = dict(enumerate(photos)).values()
+    for images in (iter(photos), several, tuple(photos), (str(photo) for photo in photos)):
         assert [c.tokens for c in captioner.caption(images, batch_size=5)] == wanted
     with photos[0].open("rb") as file:  # its lines are no images
         assert captioner.caption(file).tokens == wanted[0]
     assert captioner.caption(np.asarray(Image.open(photos[0]))).tokens == wanted[0]
     assert captioner.caption(iter([])) == []
-    with pytest.raises(ImageError):
-        captioner.caption(3)
+    for other in (3, {"bytes": b""}):
+        with pytest.raises(ImageError, match="cannot read an image from"):
+            captioner.caption(other)
 
 
 def test_a_stream_takes_images_as_captions_are_asked_for(captioner: Captioner, photos: list[Path]):
@@ -413,3 +415,20 @@ def test_closing(artifact: Path, photos: list[Path]):
             refused()
     captioner.close()
     assert threading.active_count() == before
+
+
+def test_no_metadata_of_the_package_is_needed(photos: list[Path]):
+    """As in an application that was frozen into one file."""
+    code = """
+import importlib.metadata as metadata, sys
+found = metadata.distribution
+def frozen(name):
+    if name == "capexport":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.distribution = frozen
+from capexport.cli import main
+assert main(["caption", sys.argv[1]]) == 0
+main(["--version"])
+"""
+    assert run_python(code, photos[0]).splitlines()[1].startswith("capexport ")
