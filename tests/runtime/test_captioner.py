@@ -342,7 +342,7 @@ def test_whatever_gives_images(captioner: Captioner, photos: list[Path]):
     assert captioner.caption(np.asarray(Image.open(photos[0]))).tokens == wanted[0]
     assert captioner.caption(iter([])) == []
     for other in (3, {"bytes": b""}):
-        with pytest.raises(ImageError, match="cannot read an image from"):
+        with pytest.raises(ImageError):
             captioner.caption(other)
 
 
