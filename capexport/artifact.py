@@ -8,10 +8,11 @@ import io
 import json
 import os
 import re
+import reprlib
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,18 @@ from capexport.errors import (
     ArtifactError,
     ArtifactNotFoundError,
     DownloadError,
+    OptionError,
     OutputExistsError,
 )
+from capexport.onnx_file import check_graph
 from capexport.preprocessing import ImageSpec
 
 FILE_NAME = "manifest.json"
 SCHEMA = 1
 _ALWAYS_HASHED = 256 * 10**6  # bytes: what takes about a second
+_LONGEST_MANIFEST = 10 * 10**6  # bytes
+_LARGEST_IMAGE = 2048  # pixels of an edge
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 # Fields of manifests written before, which nothing reads any more.
 _RETIRED = {"PromptSpec": {"padding_side"}}
 
@@ -42,6 +48,10 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if self.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError("no size and SHA-256 of a file")
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Decoding(DecodingOptions):
         """Hold all tokens, and `more`, to the vocabulary.
 
         Raises:
-            ArtifactError: one lies outside of it.
+            ArtifactError: one lies outside of it, or none is left for captions.
         """
         start = () if self.start_token is None else (self.start_token,)
         for token in (*start, *self.end_tokens, *self.suppress_tokens, *more):
@@ -68,6 +78,8 @@ class Decoding(DecodingOptions):
                     f"{path}: token {token} lies outside the vocabulary of {vocabulary_size}; "
                     "export again"
                 )
+        if len({*self.end_tokens, *self.suppress_tokens}) >= vocabulary_size:
+            raise ArtifactError(f"{path}: suppress_tokens leave nothing to say; export again")
 
 
 @dataclass(frozen=True)
@@ -184,8 +196,15 @@ class Manifest:
 
     def __post_init__(self) -> None:
         for name in self.files:
-            if Path(name).name != name:
-                raise ValueError(f"{name!r} is not a plain file name")
+            if not _PLAIN_NAME.fullmatch(name):
+                raise ValueError(f"{name!r:.80} is not a plain file name")
+        image = self.image
+        if image.resize > _LARGEST_IMAGE:
+            raise ValueError(f"image.resize must be at most {_LARGEST_IMAGE}, got {image.resize}")
+        if not all(abs(mean) < 1e3 for mean in image.mean):
+            raise ValueError(f"image.mean is out of range: {image.mean}")
+        if not all(1e-3 < std < 1e3 for std in image.std):
+            raise ValueError(f"image.std is out of range: {image.std}")
 
     def to_json(self) -> str:
         return json.dumps(_plain(self), indent=1)
@@ -206,25 +225,36 @@ class Manifest:
                 another type or range, or a file that was altered.
         """
         path = folder / FILE_NAME
-        if not path.is_file():
+        if not _is(Path.is_file, path):
             raise ArtifactNotFoundError(
                 f"{folder}: no {FILE_NAME} there; pass the folder that a capexport export wrote"
             )
+        manifest = cls.parse(path)
+        manifest.check_files(folder, thorough)
+        return manifest
+
+    @classmethod
+    def parse(cls, path: Path) -> Manifest:
+        """Read `path` alone, and none of the files that it lists.
+
+        Raises:
+            ArtifactError: as `read`.
+        """
         try:
+            if path.stat().st_size > _LONGEST_MANIFEST:
+                raise ValueError(f"more than {_LONGEST_MANIFEST} bytes")
             document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
             if not isinstance(document, dict) or document.get("schema") != SCHEMA:
                 schema = document.get("schema") if isinstance(document, dict) else None
                 raise ArtifactError(
-                    f"{path}: schema {schema!r}, but this capexport reads schema {SCHEMA}; "
-                    "upgrade capexport, or export the model again"
+                    f"{path}: schema {reprlib.repr(schema)}, but this capexport reads schema "
+                    f"{SCHEMA}; upgrade capexport, or export the model again"
                 )
-            manifest = typed(cls, document)
+            return typed(cls, document)
         except ArtifactError:
             raise
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{path}: damaged manifest: {error}; export again") from error
-        manifest.check_files(folder, thorough)
-        return manifest
 
     def file(self, folder: Path, name: str) -> Path:
         """The path of a file that the manifest vouches for."""
@@ -233,15 +263,31 @@ class Manifest:
         return folder / name
 
     def check_files(self, folder: Path, thorough: bool) -> None:
+        """Hold the files to their records, and what graphs read to the files."""
         for name, record in self.files.items():
             file = folder / name
-            if not file.is_file():
+            if not _is(Path.is_file, file):
                 raise ArtifactNotFoundError(f"{file}: missing; export or copy the folder again")
-            hashed = thorough or record.bytes <= _ALWAYS_HASHED
-            if file.stat().st_size != record.bytes or (hashed and sha256_of(file) != record.sha256):
+            try:
+                altered = file.stat().st_size != record.bytes
+                if not altered and (thorough or record.bytes <= _ALWAYS_HASHED):
+                    altered = sha256_of(file) != record.sha256
+            except OSError as error:
+                raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
+            if altered:
                 raise ArtifactError(
                     f"{file}: altered or damaged since the export; export or copy it again"
                 )
+            if file.suffix == ".onnx":
+                check_graph(file, self.files)
+
+
+def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+    """`path.is_file()` or `path.exists()`, and no error for a name that no file can have."""
+    try:
+        return kind(path)
+    except (OSError, ValueError):
+        return False
 
 
 def typed(kind: type[T], value: Any, name: str = "") -> T:
@@ -272,7 +318,8 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
         return float(value)
     if kind is Any or type(value) is kind:
         return value
-    raise ValueError(f"{name or 'it'} is no {getattr(kind, '__name__', kind)}: {value!r}")
+    shown = reprlib.repr(value)
+    raise ValueError(f"{name or 'it'} is no {getattr(kind, '__name__', kind)}: {shown}")
 
 
 def _dataclass(kind: Any, values: dict[str, Any], name: str) -> Any:
@@ -280,7 +327,7 @@ def _dataclass(kind: Any, values: dict[str, Any], name: str) -> Any:
     hints = get_type_hints(kind)
     values = {k: v for k, v in values.items() if k not in _RETIRED.get(kind.__name__, ())}
     if unknown := sorted(values.keys() - hints.keys()):
-        raise ValueError(f"unknown field {prefix}{unknown[0]}")
+        raise ValueError(f"unknown field {prefix}{unknown[0]:.80}")
     for item in dataclasses.fields(kind):
         needed = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if needed and item.name not in values:
@@ -313,30 +360,68 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).parent.exists()
 
 
-def local_folder(folder: str | os.PathLike[str]) -> Path:
+def local_folder(folder: str | os.PathLike[str], revision: str | None = None) -> Path:
     """`folder`, or the local copy of what it names on the Hugging Face hub.
 
+    Of a repository, the manifest is downloaded, and then the files that it lists.
+
+    Args:
+        revision: branch, tag or commit of a repository; its main branch by default.
     Raises:
-        ArtifactNotFoundError, DownloadError: it is an id, but cannot be downloaded.
+        ArtifactNotFoundError: neither a folder, nor a repository that holds an export.
+        ArtifactError: the repository's manifest is damaged.
+        DownloadError: it is an id, but cannot be downloaded.
+        OptionError: a revision of a folder.
     """
     path = Path(folder)
-    if path.exists() or not is_hub_id(os.fspath(folder)):
+    name = os.fspath(folder)
+    if _is(Path.exists, path) or not is_hub_id(name):
+        if revision is not None:
+            raise OptionError(f"{name}: a folder has no revision: pass an id of the hub")
         return path
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        import huggingface_hub as hub
+        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
         raise ArtifactNotFoundError(
-            f"{folder}: no such folder; if it is a Hugging Face id, first "
+            f"{name}: no such folder; if it is a Hugging Face id, first "
             "`pip install 'capexport[tokenizers]'`"
         ) from error
     try:
-        return Path(snapshot_download(os.fspath(folder)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        manifest = Path(hub.hf_hub_download(name, FILE_NAME, revision=revision))
+        commit = manifest.parent.name
+        for file in Manifest.parse(manifest).files:
+            hub.hf_hub_download(name, file, revision=commit)
+    except ArtifactError:
+        raise
+    except Exception as error:  # the client's own, its checks', and those of the HTTP library
+        unreachable = isinstance(error, LocalEntryNotFoundError)
+        absent = isinstance(error, EntryNotFoundError)
+        if absent and _holds_pytorch_blip2(name, revision, local_files_only=unreachable):
+            raise ArtifactNotFoundError(
+                f"{name}: a PyTorch checkpoint, no export; export it first: "
+                f"`capexport blip2 --model {name} --out DIR`, then load DIR"
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if absent and not unreachable:
+            raise ArtifactNotFoundError(
+                f"{name}: that repository is no complete capexport export: {reason}"
+            ) from error
         raise DownloadError(
-            f"{folder}: no such folder, nor one that can be downloaded from the Hugging Face hub: "
-            f"{str(error).splitlines()[0]}"
+            f"{name}: no such folder, nor one that can be downloaded from the Hugging Face hub: "
+            f"{reason}"
         ) from error
+    return manifest.parent
+
+
+def _holds_pytorch_blip2(name: str, revision: str | None, **how: bool) -> bool:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        config = Path(hf_hub_download(name, "config.json", revision=revision, **how))
+        return bool(json.loads(config.read_text(encoding="utf-8"))["model_type"] == "blip-2")
+    except Exception:  # as in `local_folder`, or whatever else is called config.json
+        return False
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -24,9 +25,10 @@ from capexport.decoding import (
     changed,
     greedy,
 )
-from capexport.errors import ArtifactError, CapexportError, DeviceError, OptionError
-from capexport.families import find_family
+from capexport.errors import ArtifactError, CapexportError, OptionError
+from capexport.families import MISFIT, find_family
 from capexport.preprocessing import FloatArray, ImageSource, ImageSpec, preprocess
+from capexport.reading import ImageReader, is_one_image
 from capexport.sessions import Providers, Target, available_cores, targets
 
 if TYPE_CHECKING:
@@ -71,11 +73,20 @@ class Captioner:
     ONNX graphs (`Captioner.load`) and PyTorch modules (`capexport.models.torch_captioner`) go
     through this same class.
 
+    Several threads may use one captioner at once; where many requests come together, one loaded
+    with `threads=1` serves most for its CPU time. It goes on in a forked process (not on a GPU,
+    which no fork can share), and pickles as what it was loaded from.
+
     Attributes:
         device: where it runs, such as "cpu" or "cuda:1".
         threads: CPU threads of preprocessing.
         batch_size: how many images of a list go through the model together by default.
+        folder: the artifact that it was opened from, if any.
     """
+
+    folder: Path | None = None
+    _reload: partial[Captioner] | None = None
+    _closed = False
 
     def __init__(
         self,
@@ -100,6 +111,7 @@ class Captioner:
         self.batch_size = batch_size
         self.device = device
         self._title = title
+        self._reader = ImageReader(image, self.threads)
 
     def __repr__(self) -> str:
         return f"<Captioner: {self._title} on {self.device}, {self.threads} threads>"
@@ -109,6 +121,7 @@ class Captioner:
         cls,
         folder: str | os.PathLike[str] | None = None,
         *,
+        revision: str | None = None,
         device: str = "cpu",
         threads: int | None = None,
         providers: Providers | None = None,
@@ -120,6 +133,7 @@ class Captioner:
             folder: what an export's `--out` wrote, or the Hugging Face id (`owner/name`) of such
                 a folder; by default `BUNDLED_ARTIFACT`, the Flickr8k captioner that comes with
                 the package.
+            revision: branch, tag or commit of an id; its main branch by default.
             device: "cpu", "cuda", "cuda:1" for the second GPU, or "auto": the first that works,
                 the CPU last.
             threads: CPU threads for preprocessing and the graphs; all cores by default.
@@ -133,11 +147,42 @@ class Captioner:
             DownloadError: a Hugging Face id cannot be downloaded.
             OptionError: arguments that contradict each other, or fewer threads than 1.
         """
-        path = BUNDLED_ARTIFACT if folder is None else local_folder(folder)
-        candidates = targets(device, threads, providers, session_options)
-        return open_artifact(path, Manifest.read(path), *candidates)
+        settings: Any = {
+            "device": device,
+            "threads": threads,
+            "providers": providers,
+            "session_options": session_options,
+        }
+        candidates = targets(**settings)
+        path = local_folder(BUNDLED_ARTIFACT if folder is None else folder, revision)
+        captioner = open_artifact(path, Manifest.read(path), *candidates)
+        if folder is not None and path == Path(folder):
+            folder = path.absolute()
+        elif folder is not None:
+            revision = path.name  # the commit, whatever a branch is by then
+        captioner._reload = partial(cls.load, folder, revision=revision, **settings)
+        return captioner
 
-    @overload  # a str is a Sequence too, but counts as one path
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._reload is None:
+            raise TypeError("a captioner that Captioner.load did not make cannot be pickled")
+        return self._reload, (), {"options": self.options, "batch_size": self.batch_size}
+
+    def __enter__(self) -> Captioner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads and free the graphs, as the end of a `with` block does; from then on,
+        captions are refused."""
+        self._closed = True
+        self._reader.close()
+        vars(self).pop("encoder", None)
+        vars(self).pop("decoder", None)
+
+    @overload  # a str is iterable too, but counts as one path
     def caption(  # type: ignore[overload-overlap]
         self,
         images: ImageSource,
@@ -150,22 +195,22 @@ class Captioner:
     @overload
     def caption(
         self,
-        images: Sequence[ImageSource],
+        images: Iterable[ImageSource],
         *,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | Iterable[str] | None = None,
         batch_size: int | None = None,
         **options: Unpack[DecodingKeywords],
     ) -> list[Caption]: ...
 
     def caption(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: ImageSource | Iterable[ImageSource],
         *,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | Iterable[str] | None = None,
         batch_size: int | None = None,
         **options: Unpack[DecodingKeywords],
     ) -> Caption | list[Caption]:
-        """Caption one image, or a list or tuple of them.
+        """Caption one image, or several: a list, a generator, or whatever else gives them.
 
         Args:
             images: paths, encoded bytes, binary files, PIL images, or uint8 arrays of shape
@@ -180,45 +225,90 @@ class Captioner:
         Returns:
             One `Caption`, or as many as images, in their order.
         Raises:
-            ImageNotFoundError, ImageError: an image cannot be read.
+            ImageNotFoundError, ImageError: an image cannot be read; `stream` can go on.
             OptionError: an argument is out of range, or doesn't suit the model.
         """
-        if not isinstance(images, list | tuple):
-            return self._caption([images], prompt, 1, options)[0]  # type: ignore[list-item]
-        size = self.batch_size if batch_size is None else batch_size
-        return self._caption(images, prompt, size, options)
+        size = self._checked(batch_size)
+        if is_one_image(images):
+            return self.caption([images], prompt=prompt, **options)[0]
+        images = iter(images)
+        prompts: Iterable[str | None] = repeat(None)
+        if isinstance(prompt, str):
+            prompts = repeat(prompt)
+        elif prompt is not None:
+            images, prompts = list(images), list(prompt)
+            if len(prompts) != len(images):
+                raise OptionError(f"{len(prompts)} prompts for {len(images)} images")
+            if not all(isinstance(one, str) for one in prompts):
+                raise OptionError("a prompt must be text: pass one for all images, or one for each")
+        results = self._stream(zip(images, prompts, strict=False), size, "raise", options)
+        return [caption for _, caption in results]
 
-    def _caption(
+    def stream(
         self,
-        images: Sequence[ImageSource],
-        prompt: str | Sequence[str] | None,
-        batch_size: int,
-        options: DecodingKeywords,
-    ) -> list[Caption]:
-        if batch_size < 1:
-            raise OptionError(f"batch_size must be at least 1, got {batch_size}")
-        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-        if prompts is not None and len(prompts) != len(images):
-            raise OptionError(f"{len(prompts)} prompts for {len(images)} images")
-        captions: list[Caption] = []
-        for start in range(0, len(images), batch_size):
-            began = time.perf_counter()
-            batch = images[start : start + batch_size]
-            pixels = np.empty((len(batch), 3, self.image.crop, self.image.crop), np.float32)
-            apply = self._pool.map if len(batch) > 1 else map  # one is not worth a thread
-            for _ in apply(self.preprocess, batch, pixels):
-                pass
-            captions += self.caption_pixels(
-                pixels,
-                prompts=prompts and prompts[start : start + batch_size],
-                preprocess_seconds=time.perf_counter() - began,
-                **options,
-            )
-        return captions
+        images: Iterable[ImageSource],
+        *,
+        prompt: str | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        batch_size: int | None = None,
+        **options: Unpack[DecodingKeywords],
+    ) -> Iterator[tuple[ImageSource, Caption]]:
+        """Caption any number of images, a batch whenever the next caption is asked for.
 
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.threads)
+        No more of them are held than a batch, and `images` may go on for ever.
+
+        Args:
+            on_error: what an image that cannot be read does: "raise" its `ImageError`, after the
+                captions of those before it, or "skip" it, with a warning in the log.
+            images, batch_size, options: as of `caption`; `prompt` is one for all.
+        Yields:
+            Each image, as it was given, and its `Caption`, in order.
+        """
+        size = self._checked(batch_size)
+        if on_error not in ("raise", "skip"):
+            raise OptionError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        changed(self.options, options)  # refused here, not at the first caption
+        images = [images] if is_one_image(images) else images
+        return self._stream(zip(images, repeat(prompt)), size, on_error, options)
+
+    def _checked(self, batch_size: int | None) -> int:
+        size = self.batch_size if batch_size is None else batch_size
+        if size < 1:
+            raise OptionError(f"batch_size must be at least 1, got {size}")
+        if self._closed:
+            raise OptionError("this captioner is closed")
+        return size
+
+    def _stream(
+        self,
+        pairs: Iterator[tuple[ImageSource, str | None]],
+        batch_size: int,
+        on_error: str,
+        options: DecodingKeywords,
+    ) -> Iterator[tuple[ImageSource, Caption]]:
+        while batch := list(islice(pairs, batch_size)):
+            began = time.perf_counter()
+            pixels, errors = self._reader.read([image for image, _ in batch])
+            failed = next((error for error in errors if error), None)
+            if failed:
+                kept = [row for row, error in enumerate(errors) if not error]
+                if on_error == "raise":
+                    kept = kept[: errors.index(failed)]
+                else:
+                    for error in filter(None, errors):
+                        log.warning("skipped: %s", error)
+                batch, pixels = [batch[row] for row in kept], pixels[kept]
+            if batch:
+                prompts = [prompt for _, prompt in batch if prompt is not None]
+                captions = self.caption_pixels(
+                    pixels,
+                    prompts=prompts or None,  # all images have one, or none has
+                    preprocess_seconds=time.perf_counter() - began,
+                    **options,
+                )
+                yield from zip((image for image, _ in batch), captions, strict=True)
+            if failed and on_error == "raise":
+                raise failed
 
     def preprocess(self, image: ImageSource, out: FloatArray | None = None) -> FloatArray:
         """One image, made ready for `caption_pixels`: float32 (3, height, width).
@@ -243,50 +333,41 @@ class Captioner:
             preprocess_seconds: what preprocessing took, for `Timing`.
             options: as of `caption`.
         """
+        self._checked(None)
         own = changed(self.options, options)
         # A bound that was asked for must fit behind the prompt; the default one yields.
         needed = max(1, options.get("max_tokens") or 1, own.min_tokens)
         framed = self.text.frame(prompts, len(pixels), needed)
-        began = time.perf_counter()
-        features = self.encoder(pixels)
-        encoded = time.perf_counter()
-        hypotheses = greedy(self.decoder, features, own, framed)
-        decoded = time.perf_counter()
-        timing = Timing(len(pixels), preprocess_seconds, encoded - began, decoded - encoded)
-        return [
-            Caption(
-                self.text.decode(hypothesis.tokens),
-                tuple(hypothesis.tokens),
-                hypothesis.log_probability,
-                timing,
-            )
-            for hypothesis in hypotheses
-        ]
+        try:
+            with np.errstate(all="ignore"):
+                began = time.perf_counter()
+                features = self.encoder(pixels)
+                encoded = time.perf_counter()
+                hypotheses = greedy(self.decoder, features, own, framed)
+                decoded = time.perf_counter()
+            timing = Timing(len(pixels), preprocess_seconds, encoded - began, decoded - encoded)
+            if not all(math.isfinite(hypothesis.log_probability) for hypothesis in hypotheses):
+                raise ArithmeticError("probabilities that are no numbers")
+            return [
+                Caption(self.text.decode(h.tokens), tuple(h.tokens), h.log_probability, timing)
+                for h in hypotheses
+            ]
+        except CapexportError:
+            raise
+        except MISFIT as error:
+            raise ArtifactError(
+                f"{self.folder or self._title}: the model's parts do not fit together: {error!r}; "
+                "export again"
+            ) from error
 
 
 def open_artifact(path: Path, manifest: Manifest, *candidates: Target) -> Captioner:
     """What `Captioner.load` does once the manifest has been read, and with it every file hashed:
     open the artifact on the first of `candidates` that works."""
-    for target in candidates[:-1]:
-        try:
-            return _open_on(path, manifest, target)
-        except DeviceError as error:
-            log.info("%s cannot be used: %s", target.name, error)
-    return _open_on(path, manifest, candidates[-1])
-
-
-def _open_on(path: Path, manifest: Manifest, target: Target) -> Captioner:
-    try:
-        family = find_family(manifest.family)
-        encoder, decoder, text = family.open(path, manifest, target)
-    except CapexportError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path}: incomplete artifact: {error!r}; export again") from error
-    return Captioner(
-        encoder,
-        decoder,
-        text,
+    family = find_family(manifest.family)
+    parts, target = family.open_on_first(path, manifest, candidates)
+    captioner = Captioner(
+        *parts,
         manifest.image,
         manifest.decoding.options,
         threads=target.threads,
@@ -294,3 +375,5 @@ def _open_on(path: Path, manifest: Manifest, target: Target) -> Captioner:
         device=target.name,
         title=f"{manifest.family} {manifest.precision}",
     )
+    captioner.folder = path
+    return captioner

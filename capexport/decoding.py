@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from capexport.errors import OptionError
 from capexport.preprocessing import FloatArray
 
+LONGEST_CAPTION = 2048  # tokens: a model that never ends is stopped
+
 TokenArray: TypeAlias = NDArray[np.int64]
 # What a decoder carries from step to step: tensors by name, batch on axis 0 of each. They are
 # arrays, torch tensors, or values that stay on a device; their owner alone looks inside.
@@ -130,8 +132,10 @@ class DecodingOptions:
                 _require(name, token, numbers.Integral, "a tuple of token ids")
                 if token < 0:
                     raise OptionError(f"{name} must be at least 0, got {token}")
-        if self.max_tokens < 1:
-            raise OptionError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 1 <= self.max_tokens <= LONGEST_CAPTION:
+            raise OptionError(
+                f"max_tokens must be at least 1, at most {LONGEST_CAPTION}, got {self.max_tokens}"
+            )
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise OptionError(
                 f"min_tokens must lie in 0..max_tokens ({self.max_tokens}), got {self.min_tokens}"

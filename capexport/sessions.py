@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
+import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +28,10 @@ if TYPE_CHECKING:
 Value: TypeAlias = Any
 # As `onnxruntime.InferenceSession` takes them: names, or names with options.
 Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
+
+# onnxruntime 1.31 and later report home unless this is set before they are imported, and their
+# reporting thread hangs the exit of a forked process. What is set already stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -84,10 +95,66 @@ def runtime_version() -> str:
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """CPU cores that this process may use, a container's quota counted."""
+    affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    return min(cores, cpu_quota() or cores)
+
+
+def cpu_quota(root: Path = Path("/")) -> int | None:
+    """CPUs that control groups (version 1 or 2) grant this process, as containers set them:
+    the least of its own group and those around it, rounded up. None where nothing is set.
+
+    Source: "CPU Interface Files" in Linux' cgroup-v2.rst, and sched-bwc.rst.
+    """
+    base = root / "sys/fs/cgroup"
+    folders = {base, base / "cpu", base / "cpu,cpuacct"}  # in a container, its own group's
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        groups = []
+    for line in groups:
+        _, controllers, name = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            group = base / controllers / name.strip("/")
+            folders.update(folder for folder in (group, *group.parents) if base in folder.parents)
+    return min(filter(None, map(_quota_of, folders)), default=None)
+
+
+def _quota_of(group: Path) -> int | None:
+    """CPUs, of one control group."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        return math.ceil(int(quota) / int(period)) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return None
+
+
+@cache
+def _load_cuda_libraries() -> str:
+    """Load what NVIDIA's packages of the gpu extra brought; returns what could not be loaded."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        getattr(_import_onnxruntime(), "preload_dlls", lambda **_: None)(directory="")
+    return said.getvalue().strip()
+
+
+def _cuda_trouble(index: int) -> str | None:
+    """What keeps CUDA from computing on a GPU, as far as its driver can tell."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver is installed here (a container must be given its GPUs)"
+    count = ctypes.c_int()
+    if (code := driver.cuInit(0)) or (code := driver.cuDeviceGetCount(ctypes.byref(count))):
+        return f"the NVIDIA driver does not work (CUDA error {code}): see what nvidia-smi says"
+    if index >= count.value:
+        return f"there is no GPU {index}: the NVIDIA driver finds {count.value}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -148,19 +215,35 @@ class Target:
             ArtifactError: onnxruntime cannot load the graph.
         """
         self.require_provider()
+        open_session = partial(self._session, path, threads, mapped)
+        on_host = self.device.memory == "cpu" and not bound
+        memory = None if on_host else (self.device.memory, self.index or 0)
+        return Graph(path, open_session(), memory, open_session)
+
+    def _session(self, path: Path, threads: int | None, mapped: bool) -> Any:
+        cuda = self.device.memory == "cuda"
+        unloaded = _load_cuda_libraries() if cuda else ""
         providers = list(self.providers) or [(self.device.provider, self._provider_options())]
         options = self.session_options or self._session_options(threads or self.threads, mapped)
         try:
             session = _import_onnxruntime().InferenceSession(path, options, providers)
         except Exception as error:  # onnxruntime's own exceptions share no narrower base
+            if cuda and (trouble := _cuda_trouble(self.index or 0)):
+                raise DeviceError(f"{self.device.provider} did not start: {trouble}") from error
             raise ArtifactError(f"{path}: onnxruntime cannot load this graph: {error}") from error
         if session.get_providers()[0] != self.device.provider:
+            reason = "check its driver and libraries"
+            if cuda:
+                missing = f" ({unloaded.splitlines()[0]})" if unloaded else ""
+                reason = _cuda_trouble(self.index or 0) or (
+                    "the NVIDIA driver works, but libraries of CUDA or cuDNN are missing or of "
+                    f"another version{missing}: `pip install 'capexport[gpu]'` brings them"
+                )
             raise DeviceError(
                 f"{self.device.provider} did not start (onnxruntime fell back to "
-                f"{session.get_providers()[0]}): check its driver and libraries"
+                f"{session.get_providers()[0]}): {reason}"
             )
-        on_host = self.device.memory == "cpu" and not bound
-        return Graph(path, session, None if on_host else (self.device.memory, self.index or 0))
+        return session
 
     def _provider_options(self) -> dict[str, str]:
         index = {} if self.index is None else {"device_id": str(self.index)}
@@ -169,8 +252,9 @@ class Target:
     def _session_options(self, threads: int | None, mapped: bool) -> onnxruntime.SessionOptions:
         onnxruntime = _import_onnxruntime()
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
+        # Of a quota onnxruntime knows nothing.
+        options.intra_op_num_threads = threads or (available_cores() if cpu_quota() else 0)
+        options.log_severity_level = 4  # what it logs as an error, it raises, too
         # Idle threads would spin on the cores that the next graph, or preprocessing, needs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if mapped:
@@ -224,20 +308,66 @@ def _target_of_providers(providers: Providers, options: Any) -> Target:
     return Target(row, index, providers=tuple(providers), **options)
 
 
+_graphs: WeakSet[Graph] = WeakSet()
+_reopening = threading.Lock()
+
+
+def _leave_sessions_to_the_parent() -> None:
+    """In a forked process: of a session there are no threads but its memory, which would be waited
+    for. Sessions are opened anew where they are needed, and those that came along never freed."""
+    global _reopening
+    _reopening = threading.Lock()
+    for graph in _graphs:
+        graph.abandon_session()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_sessions_to_the_parent)
+
+
 class Graph:
     """An opened graph, whose outputs come back as arrays, or stay where they were computed.
+
+    It may be used by several threads at once, and goes on in a forked process.
 
     Attributes:
         inputs, outputs: shape and element type of each, by name.
     """
 
-    def __init__(self, path: Path, session: Any, memory: tuple[str, int] | None) -> None:
-        """`memory`: the device on which values stay, and its index; None if all are arrays."""
+    def __init__(
+        self,
+        path: Path,
+        session: Any,
+        memory: tuple[str, int] | None,
+        reopen: Callable[[], Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            memory: the device on which values stay, and its index; None if all are arrays.
+            reopen: opens another such session, for a forked process.
+        """
         self.path = path
-        self.session = session
+        self._session = session
+        self._reopen = reopen
+        if reopen:
+            _graphs.add(self)
         self.inputs = {node.name: node for node in session.get_inputs()}
         self.outputs = {node.name: node for node in session.get_outputs()}
         self._memory = memory
+
+    @property
+    def session(self) -> Any:
+        """onnxruntime's `InferenceSession`, this process's own."""
+        if self._session is None and self._reopen:
+            with _reopening:
+                self._session = self._session or self._reopen()
+        return self._session
+
+    def abandon_session(self) -> None:
+        """Forget the session, but keep it in memory for ever."""
+        if self._session is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
+            self._session = None
 
     def expect(self, inputs: Collection[str], outputs: Collection[str]) -> None:
         """
@@ -251,13 +381,27 @@ class Graph:
                 f"{sorted(inputs)} -> {sorted(outputs)}; export again"
             )
 
+    def expect_shape(self, name: str, *sizes: int | None) -> None:
+        """Hold an input or output to a shape; None stands for any size.
+
+        Raises:
+            ArtifactError: it has another one.
+        """
+        shape = (self.inputs.get(name) or self.outputs[name]).shape
+        fits = all(size in (None, found) for size, found in zip(sizes, shape, strict=False))
+        if len(shape) != len(sizes) or not fits:
+            raise ArtifactError(
+                f"{self.path}: {name} of shape {_shown(shape)}, but the manifest and the words "
+                f"want {_shown(sizes)}; export again"
+            )
+
     def run(
         self, feeds: Mapping[str, Value], outputs: Collection[str], host: Collection[str] = ()
     ) -> dict[str, Value]:
         """Compute `outputs`, those in `host` as arrays, and the others wherever values stay.
 
         Raises:
-            ArtifactError: onnxruntime fails in the graph.
+            ArtifactError: onnxruntime fails in the graph, or its outputs are not as declared.
         """
         try:
             if self._memory is None:
@@ -266,7 +410,20 @@ class Graph:
                 values = self._run_bound(feeds, outputs, host)
         except Exception as error:  # onnxruntime's own exceptions share no narrower base
             raise ArtifactError(f"{self.path}: onnxruntime failed in it: {error}") from error
+        for name, value in zip(outputs, values, strict=True):
+            if isinstance(value, np.ndarray):
+                self._check_output(value, self.outputs[name])
         return dict(zip(outputs, values, strict=True))
+
+    def _check_output(self, value: NDArray[Any], declared: Any) -> None:
+        fits = value.ndim == len(declared.shape)
+        for size, expected in zip(value.shape, declared.shape, strict=False):
+            fits = fits and (size == expected or not isinstance(expected, int))
+        if not fits:  # onnxruntime does not hold them to it
+            raise ArtifactError(
+                f"{self.path}: {declared.name} came out in shape {_shown(value.shape)}, declared "
+                f"{_shown(declared.shape)}; export again"
+            )
 
     def _run_bound(
         self, feeds: Mapping[str, Value], outputs: Collection[str], host: Collection[str]
@@ -303,6 +460,10 @@ class Graph:
         if self._memory is None:
             return array
         return _import_onnxruntime().OrtValue.ortvalue_from_numpy(array, *self._memory)
+
+
+def _shown(shape: Sequence[Any]) -> str:
+    return "(" + ", ".join(str(size) if isinstance(size, int) else "any" for size in shape) + ")"
 
 
 def batch_size(state: State) -> int:

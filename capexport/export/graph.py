@@ -12,6 +12,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+import capexport
 from capexport.sessions import runtime_version
 
 OPSET = 20
@@ -19,8 +20,12 @@ OPSET = 20
 
 def versions(*more: str) -> dict[str, str]:
     """What an artifact's provenance says of the packages that made it."""
-    names = ("capexport", "torch", "onnxscript", "onnx", *more)
-    return {**{name: metadata.version(name) for name in names}, "onnxruntime": runtime_version()}
+    names = ("torch", "onnxscript", "onnx", *more)
+    return {
+        "capexport": capexport.__version__,
+        **{name: metadata.version(name) for name in names},
+        "onnxruntime": runtime_version(),
+    }
 
 
 def strip_traces(model: onnx.ModelProto) -> None:

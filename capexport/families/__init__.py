@@ -5,7 +5,8 @@ A family's module holds `FAMILY`; it is imported when an artifact of that family
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,8 +14,13 @@ from typing import NamedTuple
 
 from capexport.artifact import Manifest
 from capexport.decoding import Decoder, Encoder, Text
-from capexport.errors import ArtifactError
+from capexport.errors import ArtifactError, CapexportError, DeviceError
 from capexport.sessions import Target
+
+# What the parts of an artifact raise that fit neither each other nor the manifest.
+MISFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+log = logging.getLogger("capexport")
 
 _MODULES = {"cnn-lstm": "cnn_lstm", "blip2": "blip2"}
 
@@ -46,6 +52,30 @@ class Family:
     image_graph: str
     step_weights: str
     optional: tuple[str, ...] = ()
+
+    def open_on_first(
+        self, path: Path, manifest: Manifest, candidates: Sequence[Target]
+    ) -> tuple[Parts, Target]:
+        """Open an artifact on the first target that works.
+
+        Raises:
+            DeviceError: none does; of the last one.
+            ArtifactError: the artifact is incomplete, or its parts do not fit together.
+        """
+        for target in candidates[:-1]:
+            try:
+                return self._open_on(path, manifest, target), target
+            except DeviceError as error:
+                log.info("%s cannot be used: %s", target.name, error)
+        return self._open_on(path, manifest, candidates[-1]), candidates[-1]
+
+    def _open_on(self, path: Path, manifest: Manifest, target: Target) -> Parts:
+        try:
+            return self.open(path, manifest, target)
+        except CapexportError:
+            raise
+        except MISFIT as error:
+            raise ArtifactError(f"{path}: incomplete artifact: {error!r}; export again") from error
 
 
 def find_family(name: str) -> Family:

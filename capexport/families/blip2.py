@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,22 @@ class PromptTokenizer:
             raise MissingExtraError(
                 "BLIP-2 needs tokenizers: `pip install 'capexport[tokenizers]'`"
             ) from error
-        try:
+        self.path = path
+        with self._blamed("not a tokenizer"):
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises bare exceptions
-            raise ArtifactError(f"{path}: not a tokenizer: {error}; export again") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.spec = spec
+
+    @contextmanager
+    def _blamed(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            # tokenizers raises bare exceptions, and where Rust panics, what is no Exception.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise ArtifactError(f"{self.path}: {what}: {error!s:.300}; export again") from error
+            raise
 
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size())
@@ -55,7 +65,12 @@ class PromptTokenizer:
         if prompts is None:
             rows = [[spec.bos_token]] * batch
         else:
-            rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(prompts))]
+            for prompt in prompts:
+                if not isinstance(prompt, str) or not _encodable(prompt):
+                    raise OptionError(f"a prompt must be text, got {prompt!r:.80}")
+            # One by one: of a batch, tokenizers makes threads, which no fork outlives.
+            with self._blamed(f"fails at {prompts!r:.80}"):
+                rows = [self._tokenizer.encode(prompt).ids for prompt in prompts]
         longest = max(map(len, rows))
         tokens = np.full((batch, spec.query_tokens + longest), spec.pad_token, np.int64)
         mask = np.zeros_like(tokens)
@@ -88,11 +103,17 @@ class PromptTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, special ones left out, without surrounding spaces."""
-        text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        with self._blamed("fails at a caption"):
+            text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
         if self.spec.clean_up_spaces:  # as `clean_up_tokenization` of Transformers
             for found in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
                 text = text.replace(found, found.strip())
         return text.strip()
+
+
+def _encodable(text: str) -> bool:
+    """Is it without halves of surrogate pairs?"""
+    return text == text.encode(errors="replace").decode()
 
 
 def _only(graph: Graph, output: str, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
@@ -139,6 +160,7 @@ class OnnxDecoder(Decoder):
         inputs = {"inputs_embeds", self._mask, *self._next, *encoded}
         self.step_graph.expect(inputs, {"logits", *self._next.values()})
         self.vocabulary_size = int(self.step_graph.outputs["logits"].shape[-1])
+        self.step_graph.expect_shape("logits", None, self.vocabulary_size)
 
     def start(self, features: NDArray[Any], prompts: Prompts | None) -> tuple[FloatArray, State]:
         assert prompts is not None
@@ -188,12 +210,14 @@ def open_artifact(folder: Path, manifest: Manifest, target: Target) -> Parts:
     text = PromptTokenizer(manifest.file(folder, "tokenizer.json"), spec)
     decoder = OnnxDecoder(folder, manifest, target, spec)
     size = decoder.vocabulary_size
-    manifest.decoding.check(folder, size, spec.image_token, spec.bos_token)
+    manifest.decoding.check(folder, size, spec.image_token, spec.bos_token, spec.pad_token)
     if len(text) > size:
         raise ArtifactError(
             f"{folder}: a tokenizer of {len(text)} tokens, but logits for {size}; export again"
         )
     encoder = OnnxEncoder(_open_part(folder, manifest, target, "vision_encoder.onnx"))
+    encoder.graph.expect_shape("pixel_values", None, 3, manifest.image.crop, manifest.image.crop)
+    encoder.graph.expect_shape("image_features", None, spec.query_tokens, None)
     return Parts(encoder, decoder, text)
 
 

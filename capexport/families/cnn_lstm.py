@@ -112,11 +112,7 @@ class OnnxDecoder(Decoder):
         graph = self._target.open(self._step_path)
         inputs = {"tokens", *self._next, *self.constant}
         graph.expect(inputs, {"logits", *self._next.values()})
-        width = graph.outputs["logits"].shape[-1]
-        if width != self._words:
-            raise ArtifactError(
-                f"{graph.path}: {self._words} words, but logits for {width}; export again"
-            )
+        graph.expect_shape("logits", None, self._words)
         return graph
 
     @cached_property
@@ -124,6 +120,8 @@ class OnnxDecoder(Decoder):
         graph = self._target.open(self._loop_path)
         states = {*(f"first_{name}" for name in self._next), *self.constant}
         graph.expect({"max_tokens", "min_tokens", *states}, {"words", "log_probabilities"})
+        graph.expect_shape("words", None, None)
+        graph.expect_shape("log_probabilities", None)
         return graph
 
     def start(self, features: State, prompts: object = None) -> tuple[FloatArray, State]:
@@ -150,10 +148,17 @@ class OnnxDecoder(Decoder):
         feeds["min_tokens"] = np.array(options.min_tokens, np.int64)
         outputs = ["words", "log_probabilities"]
         values = self.loop.run(feeds, outputs, host=outputs)
+        words, batch = values["words"], batch_size(features)
+        if words.shape[1] != batch or len(words) > options.max_tokens:
+            raise ArtifactError(f"{self.loop.path}: captions of shape {words.shape} for {batch}")
+        if words.size and not 0 <= words.min() <= words.max() < self._words:
+            raise ArtifactError(
+                f"{self.loop.path}: a word outside the vocabulary of {self._words}; export again"
+            )
         [end] = options.end_tokens
         hypotheses = []
         for row, log_probability in zip(
-            values["words"].T.tolist(), values["log_probabilities"].tolist(), strict=True
+            words.T.tolist(), values["log_probabilities"].tolist(), strict=True
         ):
             length = row.index(end) if end in row else len(row)
             hypotheses.append(Hypothesis(row[:length], log_probability))
@@ -169,6 +174,7 @@ def open_artifact(folder: Path, manifest: Manifest, target: Target) -> Parts:
     encoder = target.open(manifest.file(folder, "encoder.onnx"))
     constant = encoder.outputs.keys() - manifest.state.keys()
     encoder.expect({"images"}, {*manifest.state, *constant})
+    encoder.expect_shape("images", None, 3, manifest.image.crop, manifest.image.crop)
     images, cores = target.device.images_per_core, target.threads or available_cores()
     return Parts(
         OnnxEncoder(encoder, images and images * cores),

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -220,3 +222,73 @@ def test_command_line(blip2_artifact: Path, blip2: Captioner, photos: list[Path]
     journal.write_text('{"captioner": "another"}\n')
     assert main([*command, "--format", "csv", "--out", str(out), "--resume"]) == 2
     assert "another model or other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "prompt"),
+    [
+        ("model", {"continuing_subword_prefix": "x" * 9}, None),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            },
+            "two",
+        ),
+    ],
+)
+def test_tokenizers_that_panic(copied: Path, part: str, value: dict, prompt: str | None):
+    """What Rust's panics become is no Exception."""
+    path = copied / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document[part] = {**(document[part] or {}), **value} if part == "model" else value
+    replace_file(copied, "tokenizer.json", json.dumps(document).encode())
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: (not a tokenizer|fails at)"):
+        Captioner.load(copied).caption(draw_photo(1), prompt=prompt)
+
+
+def test_prompts_that_are_no_text(blip2: Captioner):
+    for prompt in ("\ud800", "two \udfff", [3], [b"two"], [None]):
+        with pytest.raises(OptionError, match="a prompt must be text"):
+            blip2.caption([draw_photo(1)], prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "message"),
+    [
+        ("prompt", "query_tokens", 5, "image_features of shape"),
+        ("prompt", "query_tokens", 10**9, "image_features of shape|hold no image"),
+        ("prompt", "pad_token", 10**6, "token 1000000 lies outside"),
+        ("image", "crop", 27, "pixel_values of shape"),
+    ],
+)
+def test_the_manifest_is_held_to_the_graphs(
+    copied: Path, section: str, name: str, value: int, message: str
+):
+    document = json.loads((copied / "manifest.json").read_text())
+    edit_manifest(copied, **{section: {**document[section], name: value}})
+    with pytest.raises(ArtifactError, match=message):
+        Captioner.load(copied)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_goes_on(blip2_artifact: Path, photos: list[Path]):
+    code = """
+import os, sys
+from capexport import Captioner
+folder, *photos = sys.argv[1:]
+captioner = Captioner.load(folder, threads=2)
+wanted = [c.tokens for c in captioner.caption(photos, prompt="two")]
+child = os.fork()
+if child == 0:
+    assert [c.tokens for c in captioner.caption(photos, prompt="two")] == wanted
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    command = [sys.executable, "-c", code, str(blip2_artifact), *map(str, photos[:4])]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "parallelism" not in outcome.stderr, "tokenizers warns of its own threads"

@@ -1,8 +1,14 @@
 import dataclasses
+import itertools
 import json
+import logging
+import os
+import pickle
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +23,7 @@ from capexport import (
     DeviceError,
     ImageError,
     MissingExtraError,
+    OptionError,
 )
 from capexport.artifact import Manifest, sha256_of
 from capexport.captioner import open_artifact
@@ -100,12 +107,17 @@ def test_swapped_graphs_with_matching_hashes(copied: Path):
 
 def test_a_graph_that_onnxruntime_cannot_read(copied: Path):
     path = copied / "encoder.onnx"
-    path.write_bytes(b"no graph")
-    files = json.loads((copied / "manifest.json").read_text())["files"]
-    files["encoder.onnx"] = {"bytes": 8, "sha256": sha256_of(path)}
-    edit_manifest(copied, files=files)
-    with pytest.raises(ArtifactError, match="cannot load this graph"):
-        Captioner.load(copied)
+    for content, message in (
+        (b"no graph", "no ONNX graph"),
+        (b"", "no ONNX graph"),
+        (b"\x08\x0a", "cannot load this graph"),  # nothing but a version
+    ):
+        path.write_bytes(content)
+        files = json.loads((copied / "manifest.json").read_text())["files"]
+        files["encoder.onnx"] = {"bytes": len(content), "sha256": sha256_of(path)}
+        edit_manifest(copied, files=files)
+        with pytest.raises(ArtifactError, match=rf"encoder\.onnx.*{message}"):
+            Captioner.load(copied)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +127,7 @@ def test_a_graph_that_onnxruntime_cannot_read(copied: Path):
         ({"family": "transformer-9"}, "unknown model family"),
         ({"image": {"resize": 3}}, "damaged manifest"),
         ({"decoding": {}}, "damaged manifest: decoding.end_tokens is missing"),
-        ({"files": {"../encoder.onnx": {"bytes": 1, "sha256": ""}}}, "not a plain file name"),
+        ({"files": {"../encoder.onnx": {"bytes": 1, "sha256": "0" * 64}}}, "not a plain file name"),
         ({"files": {}}, r"lists no vocabulary\.json"),
         ({"state": None}, "damaged manifest: state is no dict"),
         ({"unknown_field": 1}, "damaged manifest"),
@@ -148,7 +160,7 @@ def test_a_vocabulary_of_another_size(copied: Path, photos: list[Path], looped: 
         if file.name != "manifest.json"
     }
     edit_manifest(copied, files=files)
-    with pytest.raises(ArtifactError, match=f"{len(words) + 1} words, but logits for {len(words)}"):
+    with pytest.raises(ArtifactError, match=f"{len(words)}.*the words want .*{len(words) + 1}"):
         Captioner.load(copied).caption(photos[0], repetition_penalty=1.5)
 
 
@@ -224,3 +236,199 @@ def test_vocabulary_round_trip():
         Vocabulary(("dog",))
     with pytest.raises(ValueError, match="once"):
         Vocabulary((*Vocabulary.SPECIALS, "dog", "dog"))
+
+
+def run_python(code: str, *arguments: object, **environment: str) -> str:
+    """What a new interpreter prints; it must end well, and in time."""
+    outcome = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout
+
+
+FORKS = """
+import os, sys, threading
+from capexport import Captioner
+folder, threads, *photos = sys.argv[1:]
+captioner = Captioner.load(folder, threads=int(threads))
+wanted = [captioner.caption(photo).tokens for photo in photos]
+captioner.caption(photos, repetition_penalty=1.5)
+captioner.caption(photos[0])
+busy = threading.Thread(target=lambda: [captioner.caption(photos) for _ in range(3)])
+busy.start()
+children = []
+for generation in range(3):
+    if child := os.fork():
+        children.append(child)
+    else:
+        assert captioner.caption(photos[1]).tokens == wanted[1]
+        assert [c.tokens for c in captioner.caption(photos)] == wanted
+        captioner.caption(photos[:2], repetition_penalty=1.5)
+        if generation == 1:
+            del captioner
+        sys.exit(0)  # as it comes, objects freed and all
+busy.join()
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_forked_process_goes_on(artifact: Path, photos: list[Path], threads: int):
+    """Its parent has captioned one image and several, and is at it while it forks."""
+    run_python(FORKS, artifact, threads, *photos[:5])
+
+
+def test_nothing_reports_home(photos: list[Path], tmp_path: Path):
+    home = tmp_path / "home"
+    home.mkdir()
+    code = """
+import os, sys
+from capexport import Captioner
+print(Captioner.load().caption(sys.argv[1]).text, os.environ["ORT_DISABLE_TELEMETRY"])
+"""
+    kept = {name: str(home / name) for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
+    said = run_python(code, photos[0], HOME=str(home), USERPROFILE=str(home), **kept)
+    assert said.endswith(" 1\n")
+    assert list(home.iterdir()) == []
+    assert run_python(code, photos[0], ORT_DISABLE_TELEMETRY="0").endswith(" 0\n")
+
+
+def test_it_pickles_as_what_it_was_loaded_from(
+    artifact: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(artifact.parent)
+    captioner = Captioner.load(artifact.name, threads=2)
+    captioner.batch_size = 3
+    wanted = [caption.tokens for caption in captioner.caption(photos)]
+    stored = pickle.dumps(captioner)
+    assert len(stored) < 2000
+    assert stored == pickle.dumps(captioner)
+    monkeypatch.chdir("/")
+    again = pickle.loads(stored)
+    assert (again.threads, again.batch_size, repr(again)) == (2, 3, repr(captioner))
+    assert [caption.tokens for caption in again.caption(photos)] == wanted
+    assert pickle.dumps(again) == stored
+    opened = open_artifact(artifact, Manifest.read(artifact), CPU)
+    with pytest.raises(TypeError, match=r"Captioner\.load did not make"):
+        pickle.dumps(opened)
+
+
+def test_threads_share_a_captioner(artifact: Path, photos: list[Path]):
+    captioner = Captioner.load(artifact, threads=2)
+    wanted = [captioner.caption(photo).tokens for photo in photos]
+    options = [{}, {"repetition_penalty": 1.5}, {"max_tokens": 2}]
+    expected = [[c.tokens for c in captioner.caption(photos, **more)] for more in options]
+    with ThreadPoolExecutor(8) as pool:
+        lists = [pool.submit(captioner.caption, photos, **options[n % 3]) for n in range(24)]
+        single = [pool.submit(captioner.caption, photo) for photo in photos]
+        for number, future in enumerate(lists):
+            assert [caption.tokens for caption in future.result()] == expected[number % 3]
+        assert [future.result().tokens for future in single] == wanted
+
+
+def test_whatever_gives_images(captioner: Captioner, photos: list[Path]):
+    wanted = [caption.tokens for caption in captioner.caption(photos)]
+    several = dict(enumerate(photos)).values()
+    for images in (iter(photos), several, tuple(photos), (str(photo) for photo in photos)):
+        assert [c.tokens for c in captioner.caption(images, batch_size=5)] == wanted
+    with photos[0].open("rb") as file:  # its lines are no images
+        assert captioner.caption(file).tokens == wanted[0]
+    assert captioner.caption(np.asarray(Image.open(photos[0]))).tokens == wanted[0]
+    assert captioner.caption(iter([])) == []
+    for other in (3, {"bytes": b""}):
+        with pytest.raises(ImageError):
+            captioner.caption(other)
+
+
+def test_a_stream_takes_images_as_captions_are_asked_for(captioner: Captioner, photos: list[Path]):
+    taken = 0
+
+    def for_ever():
+        nonlocal taken
+        for photo in itertools.cycle(photos):
+            taken += 1
+            yield photo
+
+    stream = captioner.stream(for_ever(), batch_size=4)
+    assert taken == 0
+    results = list(itertools.islice(stream, 6))
+    assert taken == 8
+    assert [image for image, _ in results] == photos[:6]
+    wanted = captioner.caption(photos[:6])
+    assert [caption.tokens for _, caption in results] == [caption.tokens for caption in wanted]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 32])
+def test_a_bad_image_in_a_stream(captioner: Captioner, photos: list[Path], batch_size: int):
+    wanted = [caption.tokens for caption in captioner.caption(photos)]
+    bad = {2, 3, 11}
+    for number in bad:
+        photos[number].write_bytes(b"no image")
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("capexport").addHandler(handler)
+    try:
+        results = list(captioner.stream(photos, on_error="skip", batch_size=batch_size))
+    finally:
+        logging.getLogger("capexport").removeHandler(handler)
+    good = [number for number in range(12) if number not in bad]
+    assert [image for image, _ in results] == [photos[number] for number in good]
+    assert [caption.tokens for _, caption in results] == [wanted[number] for number in good]
+    assert [any(f"photo_{n:02}.jpg" in m for m in messages) for n in (2, 3, 11, 1)] == [
+        True, True, True, False,
+    ]  # fmt: skip
+    assert list(captioner.stream(photos[2:4], on_error="skip", batch_size=batch_size)) == []
+
+    stream = captioner.stream(photos, batch_size=batch_size)
+    assert [next(stream)[1].tokens for _ in range(2)] == wanted[:2]
+    with pytest.raises(ImageError, match=r"photo_02\.jpg"):
+        next(stream)
+
+
+def test_arguments_of_a_stream_are_checked_at_once(captioner: Captioner, photos: list[Path]):
+    for arguments in ({"on_error": "ignore"}, {"batch_size": 0}, {"max_tokens": 0}):
+        with pytest.raises(OptionError, match=next(iter(arguments))):
+            captioner.stream(photos, **arguments)
+
+
+def test_closing(artifact: Path, photos: list[Path]):
+    before = threading.active_count()
+    with Captioner.load(artifact, threads=4) as captioner:
+        captioner.caption(photos)
+        stream = captioner.stream(photos, batch_size=2)
+        next(stream)
+    assert threading.active_count() == before
+    for refused in (
+        lambda: captioner.caption(photos[0]),
+        lambda: captioner.caption(photos),
+        lambda: captioner.stream(photos),
+        lambda: list(stream),
+    ):
+        with pytest.raises(OptionError, match="closed"):
+            refused()
+    captioner.close()
+    assert threading.active_count() == before
+
+
+def test_no_metadata_of_the_package_is_needed(photos: list[Path]):
+    """As in an application that was frozen into one file."""
+    code = """
+import importlib.metadata as metadata, sys
+found = metadata.distribution
+def frozen(name):
+    if name == "capexport":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.distribution = frozen
+from capexport.cli import main
+assert main(["caption", sys.argv[1]]) == 0
+main(["--version"])
+"""
+    assert run_python(code, photos[0]).splitlines()[1].startswith("capexport ")

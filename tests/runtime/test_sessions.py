@@ -1,5 +1,6 @@
 """Devices, the caller's own sessions, and what a graph raises."""
 
+import ctypes
 import logging
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from capexport import ArtifactError, Captioner, DeviceError, OptionError
-from capexport.sessions import DEVICES, targets
+from capexport.sessions import CPU, DEVICES, available_cores, cpu_quota, targets
 
 
 def test_threads_reach_the_sessions(artifact: Path):
@@ -92,9 +93,92 @@ def test_threads_that_are_none(artifact: Path, threads):
 
 @pytest.mark.parametrize("bound", [False, True])
 def test_what_a_session_raises_names_the_graph(artifact: Path, bound: bool):
-    from capexport.sessions import CPU
-
     graph = CPU.open(artifact / "encoder.onnx", bound=bound)
     for feeds in ({"images": np.zeros((1, 3, 50, 50), np.float32)}, {"pictures": np.zeros(1)}, {}):
         with pytest.raises(ArtifactError, match=r"encoder\.onnx: onnxruntime failed"):
             graph.run(feeds, graph.outputs)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, None),
+        ({"sys/fs/cgroup/cpu.max": "100000 100000\n"}, 1),
+        ({"sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+        ({"sys/fs/cgroup/cpu.max": "1000 100000\n"}, 1),
+        ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({"sys/fs/cgroup/cpu.max": "rubbish"}, None),
+        (  # the group itself has no bound, one around it has
+            {
+                "proc/self/cgroup": "0::/machine/pod/box\n",
+                "sys/fs/cgroup/machine/pod/box/cpu.max": "max 100000\n",
+                "sys/fs/cgroup/machine/pod/cpu.max": "300000 100000\n",
+                "sys/fs/cgroup/machine/cpu.max": "800000 100000\n",
+            },
+            3,
+        ),
+        (  # version 1, in a container
+            {
+                "proc/self/cgroup": "3:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+        (  # version 1, a service on its host
+            {
+                "proc/self/cgroup": "4:cpu:/system.slice/captions.service\n0::/x\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu/system.slice/captions.service/cpu.cfs_quota_us": "50000\n",
+                "sys/fs/cgroup/cpu/system.slice/captions.service/cpu.cfs_period_us": "10000\n",
+            },
+            5,
+        ),
+        ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100\n"}, None),
+    ],
+)
+def test_quotas_of_containers(tmp_path: Path, files: dict[str, str], cores: int | None):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert cpu_quota(tmp_path) == cores
+
+
+def test_a_quota_counts(artifact: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("capexport.sessions.cpu_quota", lambda: 1)
+    assert available_cores() == 1
+    captioner = Captioner.load(artifact)
+    assert captioner.threads == 1
+    options = captioner.encoder.graph.session.get_session_options()
+    assert options.intra_op_num_threads == 1
+
+
+def test_without_an_nvidia_driver_that_is_said(artifact: Path, monkeypatch, capfd):
+    import onnxruntime
+
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+        with pytest.raises(DeviceError, match="no NVIDIA driver"):
+            Captioner.load(artifact, device="cuda")
+    else:
+        pytest.skip("a driver is here")
+
+
+def test_outputs_are_held_to_what_the_graph_declares(artifact: Path):
+    graph = CPU.open(artifact / "encoder.onnx")
+    width = graph.outputs["hidden"].shape[1]
+    graph.expect_shape("hidden", None, width)
+    for sizes in ((None, width + 1), (None,), (None, width, None), (1, width)):
+        with pytest.raises(ArtifactError, match=r"encoder\.onnx: hidden of shape \(any, "):
+            graph.expect_shape("hidden", *sizes)
+
+    class Declared:
+        name, shape = "hidden", ["batch", width + 1]
+
+    graph.outputs["hidden"] = Declared()
+    with pytest.raises(ArtifactError, match=r"encoder\.onnx: hidden came out in shape \(1, "):
+        graph.run({"images": np.zeros((1, 3, 224, 224), np.float32)}, graph.outputs)

@@ -1,0 +1,96 @@
+"""What an ONNX file names before onnxruntime acts on it: other files, and loops.
+
+Read from the file itself, of which nothing but messages on the way to those is unpacked. Source:
+onnx.proto (onnx/onnx), and "Protocol Buffers: Encoding" (protobuf.dev).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from capexport.errors import ArtifactError
+
+# Which fields of a message hold which messages, by number.
+_SUBGRAPH = {1: "node", 5: "tensor", 15: "sparse"}
+_MESSAGES = {
+    "model": {7: "main graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "main graph": {**_SUBGRAPH, 1: "main node"},
+    "graph": _SUBGRAPH,
+    "function": {7: "node", 11: "attribute"},
+    "main node": {5: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "external data"},
+}
+_UNBOUNDED = {b"Loop", b"Scan", b"SequenceMap"}
+
+
+def check_graph(path: Path, files: Collection[str], bound: str = "max_tokens") -> None:
+    """Hold a graph to its artifact: weights outside of it lie in `files`, and what repeats itself
+    is a loop of the main graph that counts to the graph's input `bound`.
+
+    Raises:
+        ArtifactError: it names another file, loops without that bound, or is no ONNX graph.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            trouble = next(_troubles(data, files, bound.encode()), None)
+    except (ValueError, IndexError) as error:
+        raise ArtifactError(f"{path}: no ONNX graph: {error}; export again") from error
+    if trouble:
+        raise ArtifactError(f"{path}: {trouble}; export again")
+
+
+def _troubles(data: mmap.mmap, files: Collection[str], bound: bytes) -> Iterator[str]:
+    waiting = [("model", 0, len(data))]
+    while waiting:
+        kind, start, end = waiting.pop()
+        inside = _MESSAGES.get(kind, {})
+        fields = list(_fields(data, start, end))
+        waiting += [(inside[number], a, z) for number, a, z in fields if number in inside]
+        if kind == "external data":  # a key and its value
+            values = {number: data[a:z] for number, a, z in fields}
+            name = values.get(2, b"").decode(errors="replace")
+            if values.get(1) == b"location" and name not in files:
+                yield f"reads {name!r}, which is none of the files that the manifest lists"
+        if kind in ("node", "main node"):
+            operator = next((data[a:z] for number, a, z in reversed(fields) if number == 4), b"")
+            count = next((data[a:z] for number, a, z in fields if number == 1), b"")
+            if operator in _UNBOUNDED and (operator, kind, count) != (b"Loop", "main node", bound):
+                yield f"a {operator.decode()} that {bound.decode()} does not bound"
+
+
+def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, beginning and end of a message's fields of some length, the others passed over."""
+    while at < end:
+        tag, at = _varint(data, at)
+        wire = tag & 7
+        if wire == 0:
+            _, at = _varint(data, at)
+        elif wire in (1, 5):
+            at += 8 if wire == 1 else 4
+        elif wire == 2:
+            length, at = _varint(data, at)
+            yield tag >> 3, at, at + length
+            at += length
+        else:
+            raise ValueError(f"wire type {wire}")
+    if at != end:
+        raise ValueError("a field goes beyond its message")
+
+
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """A number in seven bits a byte, and where it ends."""
+    value = shift = 0
+    while shift < 70:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+    raise ValueError("a number of more than ten bytes")

@@ -1,0 +1,58 @@
+"""Several images at once: read by threads, and one that cannot be read costs no other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from capexport.errors import ImageError
+from capexport.preprocessing import FloatArray, ImageSource, ImageSpec, preprocess
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+
+class ImageReader:
+    """Reads batches of images with `threads` threads; several may be read at the same time."""
+
+    def __init__(self, spec: ImageSpec, threads: int) -> None:
+        self.spec = spec
+        self.threads = threads
+        self._pools: dict[int, ThreadPoolExecutor] = {}  # by process: a fork takes no thread along
+
+    def read(self, images: Sequence[ImageSource]) -> tuple[FloatArray, list[ImageError | None]]:
+        """
+        Returns:
+            Pixels, float32 (images, 3, height, width), and for each image what is wrong with it;
+            its pixels then mean nothing.
+        """
+        pixels = np.empty((len(images), 3, self.spec.crop, self.spec.crop), np.float32)
+        if len(images) == 1:  # not worth a thread
+            return pixels, [self._read(images[0], pixels[0])]
+        process = os.getpid()
+        if process not in self._pools:
+            self._pools.setdefault(process, ThreadPoolExecutor(self.threads))
+        return pixels, list(self._pools[process].map(self._read, images, pixels))
+
+    def _read(self, image: ImageSource, out: FloatArray) -> ImageError | None:
+        try:
+            preprocess(image, self.spec, out)
+        except ImageError as error:
+            return error
+        return None
+
+    def close(self) -> None:
+        """End this process's threads; a later `read` starts others."""
+        if pool := self._pools.pop(os.getpid(), None):
+            pool.shutdown()
+
+
+def is_one_image(images: Any) -> TypeIs[ImageSource]:
+    """Is it one image, or meant as one? Bytes, files and arrays can be iterated over, too."""
+    one = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Image.Image, Mapping)
+    return isinstance(images, one) or hasattr(images, "read") or not isinstance(images, Iterable)
