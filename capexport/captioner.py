@@ -81,6 +81,7 @@ class Captioner:
         device: where it runs, such as "cpu" or "cuda:1".
         threads: CPU threads of preprocessing.
         batch_size: how many images of a list go through the model together by default.
+        truncated: whether of an image file that breaks off, what there is is taken.
         folder: the artifact that it was opened from, if any.
     """
 
@@ -111,6 +112,7 @@ class Captioner:
         self.batch_size = batch_size
         self.device = device
         self._title = title
+        self.truncated = False
         self._reader = ImageReader(image, self.threads)
 
     def __repr__(self) -> str:
@@ -166,7 +168,8 @@ class Captioner:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._reload is None:
             raise TypeError("a captioner that Captioner.load did not make cannot be pickled")
-        return self._reload, (), {"options": self.options, "batch_size": self.batch_size}
+        names = ("options", "batch_size", "truncated")
+        return self._reload, (), {name: getattr(self, name) for name in names}
 
     def __enter__(self) -> Captioner:
         return self
@@ -288,7 +291,8 @@ class Captioner:
     ) -> Iterator[tuple[ImageSource, Caption]]:
         while batch := list(islice(pairs, batch_size)):
             began = time.perf_counter()
-            pixels, errors = self._reader.read([image for image, _ in batch])
+            sources = [image for image, _ in batch]
+            pixels, errors = self._reader.read(sources, self.truncated)
             failed = next((error for error in errors if error), None)
             if failed:
                 kept = [row for row, error in enumerate(errors) if not error]
@@ -315,7 +319,7 @@ class Captioner:
 
         `out`, an array like it, is filled and returned where given.
         """
-        return preprocess(image, self.image, out)
+        return preprocess(image, self.image, out, truncated=self.truncated)
 
     def caption_pixels(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,23 +26,28 @@ class ImageReader:
         self.threads = threads
         self._pools: dict[int, ThreadPoolExecutor] = {}  # by process: a fork takes no thread along
 
-    def read(self, images: Sequence[ImageSource]) -> tuple[FloatArray, list[ImageError | None]]:
+    def read(
+        self, images: Sequence[ImageSource], truncated: bool = False
+    ) -> tuple[FloatArray, list[ImageError | None]]:
         """
+        Args:
+            truncated: as of `preprocess`.
         Returns:
             Pixels, float32 (images, 3, height, width), and for each image what is wrong with it;
             its pixels then mean nothing.
         """
         pixels = np.empty((len(images), 3, self.spec.crop, self.spec.crop), np.float32)
         if len(images) == 1:  # not worth a thread
-            return pixels, [self._read(images[0], pixels[0])]
+            return pixels, [self._read(images[0], pixels[0], truncated)]
         process = os.getpid()
         if process not in self._pools:
             self._pools.setdefault(process, ThreadPoolExecutor(self.threads))
-        return pixels, list(self._pools[process].map(self._read, images, pixels))
+        read = self._pools[process].map(self._read, images, pixels, repeat(truncated))
+        return pixels, list(read)
 
-    def _read(self, image: ImageSource, out: FloatArray) -> ImageError | None:
+    def _read(self, image: ImageSource, out: FloatArray, truncated: bool) -> ImageError | None:
         try:
-            preprocess(image, self.spec, out)
+            preprocess(image, self.spec, out, truncated=truncated)
         except ImageError as error:
             return error
         return None

@@ -82,6 +82,9 @@ def _add_files(group: Any) -> None:
         "--no-recursive", action="store_true", help="search folders without those in them"
     )
     group.add_argument(
+        "--truncated", action="store_true", help="take what there is of files that break off"
+    )
+    group.add_argument(
         "--limit", type=int, metavar="N", help="caption the first N of them; with --resume, N more"
     )
 
@@ -141,6 +144,7 @@ def _run(options: argparse.Namespace) -> int:
     found = search(options.paths, sys.stdin, not options.no_recursive)
     model = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
     captioner = open_captioner(model, options.device, options.threads)
+    captioner.truncated = options.truncated
     given = {item.name: getattr(options, item.name) for item in DECODING_FLAGS}
     changes: Any = {name: value for name, value in given.items() if value is not None}
     dataclasses.replace(captioner.options, **changes)  # refused before anything is written

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -98,6 +99,20 @@ def test_one_unreadable_image_does_not_stop_the_rest(artifact, photos, wanted, t
     assert "photo_04.jpg: cannot read the image" in errors
     assert "absent.jpg: no such image file" in errors
     assert "2 of 13 images could not be read" in errors
+
+
+def test_what_there_is_of_a_file_that_breaks_off(artifact, photos, captioner, capsys):
+    photos[1].write_bytes(photos[1].read_bytes()[:-20])
+    command = ["caption", "-m", str(artifact), str(photos[1]), "--format", "jsonl"]
+    assert main(command) == 1
+    assert "photo_01.jpg" in capsys.readouterr().err
+    assert main([*command, "--truncated"]) == 0
+    [row] = capsys.readouterr().out.splitlines()
+    lenient = pickle.loads(pickle.dumps(captioner))
+    lenient.truncated = True
+    assert json.loads(row)["text"] == lenient.caption(photos[1]).text
+    assert pickle.loads(pickle.dumps(lenient)).truncated
+    assert [c.text for c in lenient.caption(photos[:2])][1] == json.loads(row)["text"]
 
 
 def test_unicode_names(artifact, tmp_path, capsys):
