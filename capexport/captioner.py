@@ -118,6 +118,11 @@ class Captioner:
     def __repr__(self) -> str:
         return f"<Captioner: {self._title} on {self.device}, {self.threads} threads>"
 
+    @property
+    def vocabulary(self) -> Text:
+        """`text`, by the name that it had first."""
+        return self.text
+
     @classmethod
     def load(
         cls,
