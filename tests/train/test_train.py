@@ -236,7 +236,7 @@ def test_a_kill_between_the_state_and_the_history_loses_no_epoch(options, tmp_pa
     epochs = json.loads((run / "history.json").read_text())
     (run / "history.json").write_text(json.dumps(epochs[:1]))
     (run / "history.csv").write_text("\n".join(whole.splitlines()[:2]) + "\n")
-    (run / "last.safetensors.x.partial").write_bytes(b"half")
+    (run / ".last.safetensors.0123456789abcdef.partial").write_bytes(b"half")
     assert main(["--resume", str(run)]) == 0
     assert json.loads((run / "history.json").read_text()) == epochs
     assert (run / "history.csv").read_text() == whole
@@ -254,7 +254,7 @@ def test_a_run_killed_while_its_options_are_written_can_begin_anew(options, tmp_
     done = subprocess.run([sys.executable, "-c", killed, str(run)], cwd=root)
     assert done.returncode == -signal.SIGKILL
     assert list(run.iterdir()) == []
-    (run / "config.json.partial").write_text("{")
+    (run / ".config.json.0123456789abcdef.partial").write_text("{")
     assert main(["--resume", str(run)]) == 2
     assert "no run to resume; begin one" in capsys.readouterr().err
     assert main([*options, "--out", str(run), "--epochs", "1"]) == 0
@@ -476,7 +476,7 @@ def test_trainings_that_share_a_cache_lose_nothing(data, encoder, tmp_path, monk
     cached_features(encoder, paths[:2], spec, tmp_path, "cpu")
     assert counted == [2, 3]
     [file] = tmp_path.iterdir()
-    (tmp_path / f"{file.name}.x.partial").write_bytes(b"of a writer that was killed")
+    (tmp_path / f".{file.name}.0123456789abcdef.partial").write_bytes(b"of a writer that was killed")
     cached_features(encoder, paths, spec, tmp_path, "cpu")
     assert counted == [2, 3, 1], "only what neither had is encoded"
     assert list(tmp_path.iterdir()) == [file]
