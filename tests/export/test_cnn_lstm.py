@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -345,34 +344,16 @@ def test_damaged_checkpoints_are_refused(saved: Path):
         load_checkpoint(saved)
 
 
-def test_the_runtime_passes_its_tests_where_torch_cannot_be_imported(
-    artifact: Path, blip2_export, tmp_path: Path
-):
-    for language in ("opt", "t5"):
-        (tmp_path / language).symlink_to(blip2_export(language))
+def test_the_runtime_passes_its_tests_where_torch_cannot_be_imported():
     blocked = [
-        "torch",
-        "torchvision",
-        "transformers",
-        "optimum",
-        "onnx",
-        "onnxscript",
-        "safetensors",
-    ]
+        "torch", "torchvision", "transformers", "optimum", "onnx", "onnxscript", "safetensors"
+    ]  # fmt: skip
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked})); import pytest; "
         "sys.exit(pytest.main(['tests/runtime', '-p', 'no:cacheprovider']))"
     )
     outcome = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        env={
-            **os.environ,
-            "CAPEXPORT_TEST_ARTIFACT": str(artifact),
-            "CAPEXPORT_TEST_BLIP2": str(tmp_path),
-        },
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert outcome.returncode == 0, outcome.stdout
     assert " passed" in outcome.stdout

@@ -476,7 +476,9 @@ def test_trainings_that_share_a_cache_lose_nothing(data, encoder, tmp_path, monk
     cached_features(encoder, paths[:2], spec, tmp_path, "cpu")
     assert counted == [2, 3]
     [file] = tmp_path.iterdir()
-    (tmp_path / f".{file.name}.0123456789abcdef.partial").write_bytes(b"of a writer that was killed")
+    (tmp_path / f".{file.name}.0123456789abcdef.partial").write_bytes(
+        b"of a writer that was killed"
+    )
     cached_features(encoder, paths, spec, tmp_path, "cpu")
     assert counted == [2, 3, 1], "only what neither had is encoded"
     assert list(tmp_path.iterdir()) == [file]
