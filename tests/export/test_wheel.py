@@ -1,6 +1,8 @@
 """The wheel alone, in an environment without torch, transformers, optimum and onnx."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -100,3 +102,23 @@ def test_it_captions_in_a_small_environment_of_its_own(
     assert outcome.returncode == 2
     assert "capexport[cpu,export]" in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the oldest numpy is older than that")
+def test_the_runtime_passes_its_tests_on_the_oldest_versions(wheel: Path, tmp_path: Path):
+    project = (ROOT / "pyproject.toml").read_text()
+    floors = {
+        name: re.search(rf'"{name}>=([0-9.]+)"', project)[1]
+        for name in ("numpy", "pillow", "tqdm", "onnxruntime", "tokenizers")
+    }
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    oldest = [f"{name}=={version}" for name, version in floors.items()]
+    wheel_and_more = [f"{wheel}[cpu,tokenizers]", *oldest, "pytest"]
+    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", *wheel_and_more)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    outcome = subprocess.run(
+        [python, "-m", "pytest", "tests/runtime", "-q", "-p", "no:cacheprovider"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stdout[-5000:]
