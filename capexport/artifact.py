@@ -357,7 +357,7 @@ def _no_number(constant: str) -> float:
 
 def is_hub_id(name: str) -> bool:
     """Can this be `owner/name` on the Hugging Face hub, and not a slip in a path?"""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).parent.exists()
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)) and not Path(name).parent.exists()
 
 
 def local_folder(folder: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -43,6 +43,8 @@ MAX_PIXELS = 120_000_000
 # Each scan of a progressive JPEG goes over all its pixels. Encoders write about ten; more are for
 # small images.
 _MAX_SCANS, _MAX_SCANNED_PIXELS = 32, 200_000_000
+# Bytes of a file that is read as a whole, twice for a moment; the largest photos have a third.
+_MAX_BYTES = 100_000_000
 # Resizing a 1 x 20000 strip by its shorter edge would take gigabytes.
 _MAX_ASPECT_RATIO = 100
 # Larger images are turned and converted in pieces of this many pixels, never held twice.
@@ -278,13 +280,16 @@ def _from_array(array: NDArray[np.uint8]) -> Image.Image:
 
 def _read(file: BinaryIO, max_pixels: int, truncated: bool) -> _Loaded:
     """Decode a file; where its metadata are what fails, without them."""
+    head = file.read(12)
+    if head[8:] == b"WEBP" or head[4:8] == b"ftyp" or head[:4] == b"qoif":
+        _check_bytes(file)  # their decoders read all of it
+    file.seek(0)
     try:
         return _decode(file, max_pixels, truncated)
     except ImageError:
         raise
     except Exception:
-        file.seek(0)
-        tried = data = file.read()
+        tried = data = _whole(file)
         for keep_orientation in (True, False):
             bare = without_metadata(data, keep_orientation)
             if bare != tried:
@@ -294,12 +299,24 @@ def _read(file: BinaryIO, max_pixels: int, truncated: bool) -> _Loaded:
         raise
 
 
+def _whole(file: BinaryIO) -> bytes:
+    _check_bytes(file)
+    file.seek(0)
+    return file.read()
+
+
+def _check_bytes(file: BinaryIO) -> None:
+    if (size := file.seek(0, os.SEEK_END)) > _MAX_BYTES:
+        raise ImageError(
+            f"damaged, or too large a file of its kind: {size / 1e6:.0f} MB; save it as JPEG or PNG"
+        )
+
+
 def _decode(file: BinaryIO, max_pixels: int, truncated: bool) -> _Loaded:
     with Image.open(file, formats=_readable_formats()) as image:
         _check_size(image, max_pixels)
         if image.info.get("progressive"):
-            file.seek(0)
-            _check_scans(file.read(), image.width * image.height)
+            _check_scans(_whole(file), image.width * image.height)
         tags = getattr(image, "tag_v2", {})
         if image.mode == "P" and max(tags.get(_COLORMAP, (256,))) < 256:
             # Colours of 8 bits where 16 are due: Pillow would make them all black.

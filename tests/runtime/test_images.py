@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -539,3 +540,21 @@ def test_other_truncated_formats_are_never_taken_for_black(style: str):
             assert np.asarray(load_image(whole[:length], truncated=True)).any()
         except ImageError as error:
             assert re.search("breaks off|cannot read", str(error))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"RIFF\xff\xff\xff\x7fWEBPVP8 ", b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miafMA1B",
+     b"qoif\0\0\1\0\0\0\1\0\3\0", b"\x89PNG\r\n\x1a\n", b"II*\0\x08\0\0\0", b"\xff\xd8\xff\xe0"],
+)  # fmt: skip
+def test_a_file_with_nothing_behind_its_head_is_not_read_whole(head: bytes, tmp_path: Path):
+    path = tmp_path / "sparse.img"
+    path.write_bytes(head)
+    os.truncate(path, 12 * 10**8)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError, match=r"sparse\.img"):
+            load_image(path)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
