@@ -73,6 +73,17 @@ def every_mode() -> dict[str, tuple[Image.Image, Image.Image]]:
     return {mode: (image, meant[mode]) for mode, image in images.items()}
 
 
+# `capexport`, but pausing behind every batch that is written: so that a signal meets it running.
+SLOWLY = """
+import sys, time
+from capexport.bulk.outputs import FileOutput
+from capexport.cli import main
+write = FileOutput.write
+FileOutput.write = lambda self, rows: (write(self, rows), time.sleep(1))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def edit_manifest(folder: Path, **changes) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

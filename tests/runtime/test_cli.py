@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import draw_photo
+from conftest import SLOWLY, draw_photo
 
 from capexport.artifact import sha256_of
 from capexport.bulk.outputs import FileOutput, coco_image_id
@@ -154,7 +154,7 @@ def test_empty_folders_and_existing_outputs(artifact, photos, tmp_path, capsys):
 def test_kill_and_resume(artifact, photos, wanted, tmp_path, capsys):
     out = tmp_path / "captions.jsonl"
     arguments = ["-m", str(artifact), *map(str, photos), "--format", "jsonl", "--out", str(out)]
-    command = [sys.executable, "-m", "capexport", "caption", *arguments, "--batch-size", "1"]
+    command = [sys.executable, "-c", SLOWLY, "caption", *arguments, "--batch-size", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = tmp_path / "captions.jsonl.journal"
     deadline = time.monotonic() + 120

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import draw_photo
+from conftest import SLOWLY, draw_photo
 
 import capexport
 from capexport.artifact import new_artifact, remove_dead_drafts, replace_file, replacing_file
@@ -519,8 +519,8 @@ def test_streams_that_are_closed_or_full(shell, more, code, message, artifact, p
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_end_a_run_that_can_be_gone_on_with(number, artifact, photos, wanted, tmp_path):
     out = tmp_path / "out.jsonl"
-    arguments = ["-m", str(artifact), *map(str, photos * 1), "--out", str(out)]
-    command = [sys.executable, "-m", "capexport", "caption", *arguments, "--batch-size", "1"]
+    arguments = ["-m", str(artifact), *map(str, photos), "--out", str(out)]
+    command = [sys.executable, "-c", SLOWLY, "caption", *arguments, "--batch-size", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "out.jsonl.journal"
     deadline = time.monotonic() + 60
