@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +83,12 @@ write = FileOutput.write
 FileOutput.write = lambda self, rows: (write(self, rows), time.sleep(1))
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def default_signals() -> None:
+    """For a process that is sent signals: under nohup, or behind `&`, it would ignore some."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def edit_manifest(folder: Path, **changes) -> None:

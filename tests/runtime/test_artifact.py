@@ -363,7 +363,7 @@ def hub(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def test_what_the_manifest_lists_is_downloaded_and_no_more(hub: type[Hub], artifact: Path):
-    listed = sorted(name for name in hub.files if name != "manifest.json")
+    listed = sorted(Manifest.read(artifact).files)
     hub.files.update({"pytorch_model.bin": b"-", "README.md": b"-", "code.py": b"-"})
     captioner = Captioner.load("someone/exported", revision="v1")
     assert captioner.caption(BLANK).tokens == Captioner.load(artifact).caption(BLANK).tokens
@@ -397,7 +397,7 @@ def test_repositories_that_are_no_export(hub: type[Hub]):
     with pytest.raises(ArtifactError, match="damaged manifest"):
         Captioner.load("someone/exported")
     for name, revision in (
-        ("someone/exported", "v9"), ("someone/else", None), ("a--b/c", None), ("é/é", None),
+        ("someone/exported", "v9"), ("someone/else", None), ("a--b/c", None),
         ("a/" + "b" * 200, None), ("-a/b", None),
     ):  # fmt: skip
         with pytest.raises(DownloadError, match=f"^{name}: ") as caught:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SLOWLY, draw_photo
+from conftest import SLOWLY, default_signals, draw_photo
 
 import capexport
 from capexport.artifact import new_artifact, remove_dead_drafts, replace_file, replacing_file
@@ -521,7 +521,9 @@ def test_signals_end_a_run_that_can_be_gone_on_with(number, artifact, photos, wa
     out = tmp_path / "out.jsonl"
     arguments = ["-m", str(artifact), *map(str, photos), "--out", str(out)]
     command = [sys.executable, "-c", SLOWLY, "caption", *arguments, "--batch-size", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=default_signals
+    )
     journal = tmp_path / "out.jsonl.journal"
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
@@ -547,7 +549,9 @@ def test_ctrl_c_while_libraries_load(artifact, photos):
     )
     for library in ("numpy", "PIL", "capexport.captioner"):
         command = [sys.executable, "-c", code, library]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, preexec_fn=default_signals
+        )
         assert (done.returncode, done.stderr) == (130, "capexport: interrupted\n")
 
 
