@@ -20,6 +20,7 @@ import csv
 import io
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from capexport.artifact import remove_dead_drafts, replace_file, replacing_binary_file
+from capexport.artifact import lock, remove_dead_drafts, replace_file, replacing_binary_file
 from capexport.errors import CheckpointError, OutputExistsError
 from capexport.models.cnn_lstm import CnnLstm
 from train import figures
@@ -73,21 +74,12 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
 def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
     """Hold a folder until the block or the process ends; False where another process holds it and
     `wait` is not wanted. Systems and file systems without such locks hold nothing."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if sys.platform == "win32":  # no folder can be opened there
         yield True
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        held = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            held = False
-        except OSError:
-            pass
-        yield held
+        yield lock(descriptor, wait=wait) is not False
     finally:
         os.close(descriptor)
 

@@ -1,12 +1,8 @@
-"""`python -m capexport.cli`, the `capexport` command."""
+"""`python -m capexport.cli`, as `python -m capexport`."""
 
 import sys
 
-try:
-    from capexport.cli import main
-except KeyboardInterrupt:  # `main` answers any later one
-    print("capexport: interrupted", file=sys.stderr)
-    sys.exit(130)
+from capexport.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())
