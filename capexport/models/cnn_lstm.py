@@ -1,6 +1,6 @@
-"""The CNN-LSTM captioner: MobileNetV2 features, projected, are the first input of an LSTM.
+"""The CNN-LSTM captioner: a backbone's features, projected, are the first input of an LSTM.
 
-The "Show and Tell" arrangement (Vinyals et al. 2015, section 3.1) on a MobileNetV2 backbone
+The "Show and Tell" arrangement (Vinyals et al. 2015, section 3.1), by default on MobileNetV2
 (Sandler et al. 2018): the image feature comes before `<SOS>`, which is therefore the first word
 that the network learns to predict.
 """
@@ -14,39 +14,50 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torchvision.models import mobilenet_v2
+
+from capexport.models.backbones import BACKBONES
 
 # By name: hidden and cell, float32 (batch, hidden_size) each.
 State: TypeAlias = dict[str, Tensor]
 
-BACKBONE_CHANNELS = 1280
-
 
 @dataclass(frozen=True)
 class CnnLstmConfig:
-    """Sizes of the network: `embed_size` is the width of image feature and word embedding."""
+    """Sizes of the network: `embed_size` is the width of image feature and word embedding;
+    `backbone` is the name of one of `BACKBONES`."""
 
     vocabulary_size: int
     embed_size: int = 256
     hidden_size: int = 512
+    backbone: str = "mobilenet_v2"
+
+    def __post_init__(self) -> None:
+        if self.backbone not in BACKBONES:
+            known = ", ".join(BACKBONES)
+            raise ValueError(f"backbone must be one of {known}; got {self.backbone!r}")
 
 
 class ImageEncoder(nn.Module):
-    """MobileNetV2 and average pooling, then linear and batch norm to the image feature."""
+    """Backbone and average pooling, then linear and batch norm to the image feature."""
 
     def __init__(self, config: CnnLstmConfig) -> None:
         super().__init__()
-        self.backbone = mobilenet_v2(weights=None).features
+        backbone = BACKBONES[config.backbone]
+        self.backbone = backbone.build()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(BACKBONE_CHANNELS, config.embed_size)
+        self.linear = nn.Linear(backbone.channels, config.embed_size)
         self.norm = nn.BatchNorm1d(config.embed_size)
 
+    def regions(self, images: Tensor) -> Tensor:
+        """float32 (batch, 3, height, width) to the map, (batch, channels, rows, columns)."""
+        return self.backbone(images)
+
     def pooled(self, images: Tensor) -> Tensor:
-        """float32 (batch, 3, height, width) to (batch, 1280)."""
-        return self.pool(self.backbone(images)).flatten(1)
+        """float32 (batch, 3, height, width) to the map's mean, (batch, channels)."""
+        return self.pool(self.regions(images)).flatten(1)
 
     def project(self, pooled: Tensor) -> Tensor:
-        """(batch, 1280) to the image feature, (batch, embed_size)."""
+        """(batch, channels) to the image feature, (batch, embed_size)."""
         return self.norm(self.linear(pooled))
 
     def forward(self, images: Tensor) -> Tensor:
