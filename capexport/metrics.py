@@ -84,6 +84,21 @@ def score(
     return scores
 
 
+def cider(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
+    """CIDEr-D, times 100, with words split by the regular expression of `score`.
+
+    Raises:
+        MissingExtraError: pycocoevalcap is not installed.
+    """
+    try:
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError as error:
+        raise MissingExtraError("metrics need `pip install 'capexport[eval]'`") from error
+    generated = _by_regular_expression({name: [caption] for name, caption in captions.items()})
+    human = _by_regular_expression({name: list(references[name]) for name in captions})
+    return 100 * float(Cider().compute_score(human, generated)[0])
+
+
 def _tokenized(generated: Texts, human: Texts) -> tuple[Texts, Texts, str | None]:
     """Both in words with spaces between, and the Java that made them so, if one did."""
     java = shutil.which("java")

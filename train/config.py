@@ -11,6 +11,7 @@ from typing import Any
 
 from capexport.cli import teaching
 from capexport.errors import CheckpointError
+from capexport.preprocessing import ImageSpec
 
 
 def option(help: str, **more: Any) -> Any:
@@ -42,17 +43,79 @@ class TrainConfig:
     )
     resize: int = option("shorter edge of a photo, in pixels", default=256)
     crop: int = option("side of the central square, in pixels", default=224)
+    squash: bool = option(
+        "make both edges --resize long, so that nothing of a photo is cut off", default=False
+    )
+    init: Path | None = option(
+        "checkpoint or run folder to begin with; network, vocabulary and image size are its own",
+        default=None,
+    )
+    decoder: str = option(
+        "lstm: is given one feature of the image first; attention: looks at the regions of the "
+        "backbone's map before each word (Xu et al. 2015)",
+        default="lstm",
+        choices=("lstm", "attention"),
+    )
     embed_size: int = option("width of the image feature and of word embeddings", default=256)
     hidden_size: int = option("width of the LSTM", default=512)
-    batch_size: int = option("captions a batch", default=64)
-    learning_rate: float = option("Adam's learning rate", default=1e-3)
-    epochs: int = option("epochs at the most", default=10)
-    patience: int = option("epochs without a better validation loss before stopping", default=2)
-    augment: bool = option(
-        "random crops and mirroring; image features can't be cached then", default=False
+    dropout: float = option(
+        "share of regions, word embeddings and outputs that the attention decoder leaves out "
+        "in training",
+        default=0.0,
     )
-    train_backbone: bool = option(
-        "train MobileNetV2 too; image features can't be cached then", default=False
+    attention_penalty: float = option(
+        "weight of the doubly stochastic regulariser, which has a caption look everywhere once",
+        default=0.0,
+    )
+    objective: str = option(
+        "likelihood: of the captions that people wrote; cider: the CIDEr-D of captions that the "
+        "model draws (self-critical training, Rennie et al. 2017), to be begun with --init",
+        default="likelihood",
+        choices=("likelihood", "cider"),
+    )
+    label_smoothing: float = option("share of probability for all other words", default=0.0)
+    batch_size: int = option(
+        "captions a batch; with the attention decoder or --objective cider, photos a batch, each "
+        "with all its captions",
+        default=64,
+    )
+    learning_rate: float = option("AdamW's learning rate", default=1e-3)
+    weight_decay: float = option("AdamW's weight decay", default=0.0)
+    cosine: bool = option(
+        "warm the learning rate up over a twentieth of the training, and let it fall to nothing "
+        "along a cosine",
+        default=False,
+    )
+    average: float = option(
+        "evaluate and keep a moving average of the weights, of which each batch leaves this share",
+        default=0.0,
+    )
+    bfloat16: bool = option("compute the decoder's products in bfloat16", default=False)
+    epochs: int = option("epochs at the most", default=10)
+    patience: int = option("epochs without a better validation before stopping", default=2)
+    best_by: str = option(
+        "what makes an epoch the best: the loss on the validation split, or CIDEr-D there",
+        default="loss",
+        choices=("loss", "cider"),
+    )
+    augment: bool = option(
+        "random crops and mirroring: --views of each photo are cached, or drawn anew for every "
+        "batch where features can't be cached",
+        default=False,
+    )
+    views: int = option("with --augment: the photo, its mirror image, and random crops", default=6)
+    train_backbone: bool = option("train the backbone too, from --train-from on", default=False)
+    train_from: int = option(
+        "first block of the backbone that is trained; what those before it make of a photo can be "
+        "cached, if there are any",
+        default=0,
+    )
+    backbone_learning_rate: float | None = option(
+        "of the backbone's blocks; --learning-rate by default", default=None
+    )
+    update_norms: bool = option(
+        "let the batch norms of trained blocks follow the photos; they stay as they were otherwise",
+        default=False,
     )
     no_feature_cache: bool = option(
         "compute image features anew for every batch, to measure what the cache saves",
@@ -68,21 +131,36 @@ class TrainConfig:
     threads: int | None = option("CPU threads; all cores by default", default=None)
 
     def __post_init__(self) -> None:
-        for name in ("min_count", "embed_size", "hidden_size", "batch_size", "epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        if self.seed < 0:
-            raise ValueError("--seed must be at least 0")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError("--threads must be at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError("--learning-rate must be above 0")
-        if self.batch_size < 2:
-            raise ValueError("--batch-size must be at least 2: batch norm needs a variance")
+        whole = ("min_count", "embed_size", "hidden_size", "batch_size", "epochs", "patience")
+        for name in (*whole, "views"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("seed", "train_from", "weight_decay", "attention_penalty"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("dropout", "label_smoothing", "average"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self._require("threads", self.threads is None or self.threads >= 1, "at least 1")
+        for name in ("learning_rate", "backbone_learning_rate"):
+            self._require(name, (getattr(self, name) or 1) > 0, "above 0")
+        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("batch_size", self.batch_size >= 2, "at least 2: batch norm needs a variance")
+        if self.train_from and not self.train_backbone:
+            raise ValueError("--train-from goes with --train-backbone")
+        if self.objective == "cider" and self.init is None:
+            raise ValueError("--objective cider goes on from a trained captioner: pass --init")
+
+    @staticmethod
+    def _require(name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"--{name.replace('_', '-')} must be {what}")
 
     @property
     def caches_features(self) -> bool:
-        return not (self.augment or self.train_backbone or self.no_feature_cache)
+        everything = self.train_backbone and self.train_from == 0
+        return not (everything or self.no_feature_cache)
+
+    @property
+    def image(self) -> ImageSpec:
+        return ImageSpec(self.resize, self.crop, keep_aspect=not self.squash)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -151,6 +229,7 @@ _TYPES = {
     "int": int,
     "int | None": int,
     "float": float,
+    "float | None": float,
     "str": str,
 }
 

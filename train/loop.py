@@ -1,46 +1,52 @@
-"""The training loop: epochs and early stopping; evaluation has its own way to features."""
+"""The training loop: epochs, evaluation and early stopping."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
-from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import capexport
 from capexport.bench.sheet import Entry, draw_sheet
+from capexport.decoding import greedy
 from capexport.errors import DatasetError, MissingExtraError
 from capexport.families.cnn_lstm import Vocabulary
-from capexport.metrics import format_scores, score
+from capexport.metrics import cider, format_scores, score
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
-from capexport.models.torch_captioner import require_torch_device, torch_captioner
+from capexport.models.torch_captioner import (
+    DECODING,
+    TorchDecoder,
+    require_torch_device,
+    torch_captioner,
+)
 from capexport.preprocessing import ImageSpec, load_image
 from train import figures
 from train.config import TrainConfig
 from train.data import Flickr8k, Photo, build_vocabulary, clean, read_flickr8k, readable
-from train.features import cached_features, live_features, load_backbone
+from train.features import CachedFeatures, LiveFeatures, load_backbone
+from train.objective import CiderReward, Example, batch_loss, self_critical_loss
 from train.run import load_state, save_state, start_run, write_history, write_json
 from train.score import caption_photos
 
 _SAMPLES = 12  # photos on the sheet
+_WARM_UP = 0.05  # of all steps, with --cosine
+_POOL = 16  # batches that are sorted by length together
 
-# Pooled backbone features of some photos, (batch, 1280); the generator draws augmentations.
-Features: TypeAlias = Callable[[Sequence[Path], np.random.Generator], Tensor]
-# A photo, and one of its captions as ids.
-Example: TypeAlias = tuple[Path, list[int]]
+Features: TypeAlias = CachedFeatures | LiveFeatures
 
 
 def train(config: TrainConfig) -> tuple[Checkpoint, Flickr8k]:
@@ -54,27 +60,46 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Flickr8k]:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    spec = ImageSpec(config.resize, config.crop)
+    begun = load_checkpoint(config.init) if config.init else None
+    sizes = CnnLstmConfig(1, config.embed_size, config.hidden_size, decoder=config.decoder)
+    network = begun.model.config if begun else sizes
+    network = dataclasses.replace(network, dropout=config.dropout)
+    encoder = begun.model.encoder if begun else ImageEncoder(network)
+    if not begun:
+        load_backbone(encoder, config.backbone_weights)
+    encoder.train_from = _first_trained(encoder, config)
+    encoder.to(config.device)
     dataset = read_flickr8k(config.data, config.validation, config.test, config.seed)
-    backbone = ImageEncoder(CnnLstmConfig(1)).to(config.device)
-    load_backbone(backbone, config.backbone_weights)
-    features = evaluation = _features_of_readable(dataset, backbone, spec, config)
+    spec = begun.image if begun else config.image
+    features = _features_of_readable(dataset, encoder, spec, config)
 
-    vocabulary = build_vocabulary(
-        (words for words, _ in _cleaned(dataset.splits["train"], config)), config.min_count
+    vocabulary = (
+        begun.vocabulary
+        if begun
+        else build_vocabulary(
+            (words for photo in dataset.splits["train"] for words in _cleaned(photo, config)),
+            config.min_count,
+        )
     )
-    model = CnnLstm(
-        CnnLstmConfig(len(vocabulary), config.embed_size, config.hidden_size),
-        config.train_backbone,
-    )
-    model.encoder.backbone.load_state_dict(backbone.backbone.state_dict())
+    network = dataclasses.replace(network, vocabulary_size=len(vocabulary))
+    model = CnnLstm(network, encoder.train_from, config.update_norms)
+    if begun:
+        model.load_state_dict(begun.model.state_dict())
+    else:
+        model.encoder.backbone.load_state_dict(encoder.backbone.state_dict())
     model.to(config.device)
-    if not config.caches_features:
-        features = live_features(model.encoder, spec, config.augment, config.device)
-        evaluation = live_features(model.encoder, spec, False, config.device)
     best = Checkpoint(model, vocabulary, spec, _origin(dataset, config))
-    _run_epochs(best, dataset, features, evaluation, config)
+    _run_epochs(best, dataset, features, config)
     return load_checkpoint(config.out), dataset
+
+
+def _first_trained(encoder: ImageEncoder, config: TrainConfig) -> int:
+    blocks = len(encoder.backbone)
+    if not config.train_backbone:
+        return blocks
+    if config.train_from >= blocks:
+        raise ValueError(f"--train-from must lie in 0..{blocks - 1}: the backbone's blocks")
+    return config.train_from
 
 
 def _origin(dataset: Flickr8k, config: TrainConfig) -> dict[str, Any]:
@@ -118,97 +143,107 @@ def finish(checkpoint: Checkpoint, dataset: Flickr8k, config: TrainConfig) -> No
 
 
 def _features_of_readable(
-    dataset: Flickr8k, backbone: ImageEncoder, spec: ImageSpec, config: TrainConfig
+    dataset: Flickr8k, encoder: ImageEncoder, spec: ImageSpec, config: TrainConfig
 ) -> Features:
-    """Drop photos that can't be decoded; the cached features of the others."""
+    """Drop photos that can't be decoded; the features of the others."""
     paths = [photo.path for photo in dataset.photos()]
     if config.caches_features:
-        cached = cached_features(backbone, paths, spec, config.cache, config.device)
-        usable = set(cached)
+        views = config.views if config.augment else 1
+        features = CachedFeatures(encoder, paths, spec, config.cache, config.device, views)
+        usable = set(features.readable)
     else:
+        features = LiveFeatures(encoder, spec, config.augment, config.device)
         checked = tqdm(readable(paths, load_image), "checking photos", len(paths))
         usable = {path for path, image in checked if image is not None}
     dataset.skip("unreadable images", (path.name for path in paths if path not in usable))
-
-    def features(batch: Sequence[Path], rng: np.random.Generator) -> Tensor:
-        return torch.from_numpy(np.stack([cached[path] for path in batch])).to(config.device)
-
     return features
 
 
-def _cleaned(photos: Sequence[Photo], config: TrainConfig) -> Iterator[tuple[list[str], Path]]:
-    for photo in photos:
-        for caption in photo.captions:
-            if words := clean(caption, config.keep_articles):
-                yield words, photo.path
+def _cleaned(photo: Photo, config: TrainConfig) -> Iterator[list[str]]:
+    for caption in photo.captions:
+        if words := clean(caption, config.keep_articles):
+            yield words
 
 
 def _run_epochs(
-    best: Checkpoint,
-    dataset: Flickr8k,
-    features: Features,
-    evaluation: Features,
-    config: TrainConfig,
+    best: Checkpoint, dataset: Flickr8k, features: Features, config: TrainConfig
 ) -> None:
-    """Train on `features` and evaluate on `evaluation`, from the last epoch that `config.out` has;
-    `best.model` ends as the last epoch leaves it, the best one is in `best/`."""
-    model, out = best.model, config.out
-    examples = _examples(dataset, best.vocabulary, config)
-    optimiser = torch.optim.Adam(model.trainable_parameters(), config.learning_rate, fused=True)
+    """Train from the last epoch that `config.out` has; `best.model` ends as the last epoch leaves
+    it, the best one is in `best/`."""
+    out = config.out
+    whole = _takes_whole_photos(best.model, config)
+    examples = _examples(dataset, best.vocabulary, config, whole)
+    trainer = _Trainer(best.model, features, examples["train"], config)
     data = {"vocabulary": _digest(best.vocabulary.words), "captions or photos": _digest(examples)}
-    history = load_state(out, model, optimiser, data)
+    history = load_state(out, trainer.kept, trainer.optimiser, data)
     start_run(out, config.to_json(), dataset.skipped, history)
     while len(history) < config.epochs:
-        losses = [epoch["validation_loss"] for epoch in history]
-        if losses and len(losses) - 1 - int(np.argmin(losses)) >= config.patience:
+        worths = [_worth(epoch, config) for epoch in history]
+        if worths and len(worths) - 1 - int(np.argmax(worths)) >= config.patience:
             break
         number = len(history) + 1
-        rng = np.random.default_rng((config.seed, number))
-        torch.manual_seed(config.seed + number)
         started = time.perf_counter()
-        order = rng.permutation(len(examples["train"]))
-        shuffled = [examples["train"][index] for index in order]
-        title = f"epoch {number}/{config.epochs}"
-        model.train()
-        train_loss = _pass(model, shuffled, features, config, rng, title, optimiser)
-        model.eval()
-        with torch.no_grad():
-            loss = _pass(model, examples["validation"], evaluation, config, rng, "validation")
-        seconds = round(time.perf_counter() - started, 2)
-        history.append(
-            {"epoch": number, "train_loss": train_loss, "validation_loss": loss, "seconds": seconds}
-        )
-        improved = not losses or loss < min(losses)
+        epoch = {"epoch": number, "train_loss": trainer.epoch(number)}
+        epoch["validation_loss"] = trainer.loss(examples["validation"])
+        if config.best_by == "cider":
+            photos = dataset.splits["validation"]
+            epoch["validation_cider"] = trainer.cider(photos, best.vocabulary)
+        epoch["seconds"] = round(time.perf_counter() - started, 2)
+        history.append(epoch)
+        improved = not worths or _worth(epoch, config) > max(worths)
         if improved:
-            best.metrics = {"epoch": number, "validation_loss": loss}
-            save_checkpoint(best, out / "best", getattr(torch, config.weights_dtype))
-        save_state(out, model, optimiser, history, data)
+            best.metrics = {k: v for k, v in epoch.items() if k not in ("train_loss", "seconds")}
+            kept = dataclasses.replace(best, model=trainer.evaluated)
+            save_checkpoint(kept, out / "best", getattr(torch, config.weights_dtype))
+        save_state(out, trainer.kept, trainer.optimiser, history, data)
         write_history(out, history)
-        print(
-            f"epoch {number}: train loss {train_loss:.3f}, validation loss {loss:.3f}, "
-            f"{seconds:.0f} s{' (best so far)' if improved else ''}"
-        )
+        print(_line(epoch) + (" (best so far)" if improved else ""))
+
+
+def _takes_whole_photos(model: CnnLstm, config: TrainConfig) -> bool:
+    """Whether a photo's captions are gone through together."""
+    return model.config.decoder == "attention" or config.objective == "cider"
+
+
+def _worth(epoch: Mapping[str, float], config: TrainConfig) -> float:
+    return epoch["validation_cider"] if config.best_by == "cider" else -epoch["validation_loss"]
+
+
+def _line(epoch: Mapping[str, float]) -> str:
+    cider = f", CIDEr-D {epoch['validation_cider']:.1f}" if "validation_cider" in epoch else ""
+    return (
+        f"epoch {epoch['epoch']}: train loss {epoch['train_loss']:.3f}, validation loss "
+        f"{epoch['validation_loss']:.3f}{cider}, {epoch['seconds']:.0f} s"
+    )
 
 
 def _examples(
-    dataset: Flickr8k, vocabulary: Vocabulary, config: TrainConfig
+    dataset: Flickr8k, vocabulary: Vocabulary, config: TrainConfig, whole: bool
 ) -> dict[str, list[Example]]:
-    examples = {
-        split: [
-            (path, vocabulary.encode(words))
-            for words, path in _cleaned(dataset.splits[split], config)
+    """Of the training split, photos with all their captions, if `whole`, or with one each; of the
+    validation split, which is all gone through in any order, those of like length together."""
+    examples: dict[str, list[Example]] = {}
+    for split in ("train", "validation"):
+        photos = [
+            (photo.path, [vocabulary.encode(words) for words in _cleaned(photo, config)])
+            for photo in dataset.splits[split]
         ]
-        for split in ("train", "validation")
-    }
-    for split, found in examples.items():
-        if not found:
+        if not whole:
+            photos = [(path, [one]) for path, captions in photos for one in captions]
+        examples[split] = [example for example in photos if example[1]]
+        if not examples[split]:
             raise DatasetError(f"no caption for {split} has a word left after the cleaning")
+    captions = sum(len(captions) for _, captions in examples["train"])
     print(
-        f"{len(dataset.splits['train'])} photos and {len(examples['train'])} captions to train on, "
+        f"{len(dataset.splits['train'])} photos and {captions} captions to train on, "
         f"a vocabulary of {len(vocabulary)}"
     )
-    examples["validation"].sort(key=lambda example: len(example[1]))
+    examples["validation"].sort(key=_longest)
     return examples
+
+
+def _longest(example: Example) -> int:
+    return max(map(len, example[1]))
 
 
 def _digest(data: Any) -> str:
@@ -217,46 +252,136 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _pass(
-    model: CnnLstm,
-    examples: Sequence[Example],
-    features: Features,
-    config: TrainConfig,
-    rng: np.random.Generator,
-    title: str,
-    optimiser: torch.optim.Optimizer | None = None,
-) -> float:
-    """Go through `examples` once, training where there is an optimiser: mean loss a token."""
-    total, count = 0.0, 0
-    bar = tqdm(range(0, len(examples), config.batch_size), title, leave=False)
-    for start in bar:
-        batch = examples[start : start + config.batch_size]
-        if optimiser and len(batch) == 1:
-            continue  # batch norm needs two rows to have a variance
-        loss, tokens = batch_loss(model, batch, features([path for path, _ in batch], rng))
-        if optimiser:
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss of {title} is {loss.item()}: lower --learning-rate")
-        total += loss.item() * tokens
-        count += tokens
-        bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)
-    return total / count
+class _Trainer:
+    """A model, its optimiser, and the moving average of its weights.
 
-
-def batch_loss(model: CnnLstm, batch: Sequence[Example], pooled: Tensor) -> tuple[Tensor, int]:
-    """Mean cross-entropy over the batch's tokens, and how many those are.
-
-    The batch is padded to its own longest caption, and packed, so padding costs nothing.
+    Attributes:
+        evaluated: the average where one is wanted, else the model.
+        kept: what a resumed run needs besides the optimiser.
     """
-    lengths = torch.tensor([len(tokens) for _, tokens in batch])
-    captions = torch.full((len(batch), int(lengths.max())), Vocabulary.PAD)
-    for row, (_, tokens) in zip(captions, batch, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)
-    captions = captions.to(pooled.device)
-    logits = model.decoder(model.encoder.project(pooled), captions, lengths)
-    targets = pack_padded_sequence(captions, lengths, batch_first=True, enforce_sorted=False)
-    loss = F.cross_entropy(logits.data, targets.data, ignore_index=Vocabulary.PAD)
-    return loss, int(lengths.sum())
+
+    def __init__(
+        self, model: CnnLstm, features: Features, examples: Sequence[Example], config: TrainConfig
+    ) -> None:
+        self._model = model
+        self._features = features
+        self._examples = examples
+        self._config = config
+        self._whole = _takes_whole_photos(model, config)
+        self._batches = -(-len(examples) // config.batch_size)
+        self.optimiser = _optimiser(model, config)
+        self._average = None
+        self.evaluated, self.kept = model, model
+        if config.average:
+            self._average = AveragedModel(model, multi_avg_fn=partial(_average, config.average))
+            self.evaluated = self._average.module
+            self.kept = nn.ModuleDict({"model": model, "average": self._average})
+        self._loss = partial(batch_loss, config=config)
+        if config.objective == "cider":
+            self._loss = partial(self_critical_loss, reward=CiderReward(examples))
+
+    def epoch(self, number: int) -> float:
+        """Train on all examples once, in an order of its own: mean loss a token."""
+        config = self._config
+        rng = np.random.default_rng((config.seed, number))
+        torch.manual_seed(config.seed + number)
+        shuffled = self._shuffled(rng)
+        self._model.train(config.objective == "likelihood")  # a caption is drawn without dropout
+        total, count = 0.0, 0
+        title = f"epoch {number}/{config.epochs}"
+        for index, batch in enumerate(bar := self._bar(shuffled, title)):
+            if len(batch) == 1:
+                continue  # batch norm needs two rows to have a variance
+            self._set_rates((number - 1) * self._batches + index)
+            values = self._features([path for path, _ in batch], rng)
+            features = self._model.encoder.head(values)
+            with torch.autocast(config.device, torch.bfloat16, enabled=config.bfloat16):
+                loss, tokens = self._loss(self._model, batch, features)
+            self.optimiser.zero_grad()
+            loss.backward()
+            self.optimiser.step()
+            if self._average:
+                self._average.update_parameters(self._model)
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"the loss of {title} is {loss.item()}: lower --learning-rate")
+            total += loss.item() * tokens
+            count += tokens
+            bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)
+        return total / count
+
+    def _shuffled(self, rng: np.random.Generator) -> list[Example]:
+        """Examples in random order; photos with all their captions so that those of a batch have
+        captions of like length, since all steps of the longest are computed for each."""
+        shuffled = [self._examples[index] for index in rng.permutation(len(self._examples))]
+        if not self._whole:
+            return shuffled
+        size = self._config.batch_size
+        pools = [shuffled[i : i + _POOL * size] for i in range(0, len(shuffled), _POOL * size)]
+        alike = [e for pool in pools for e in sorted(pool, key=_longest)]
+        batches = [alike[start : start + size] for start in range(0, len(alike), size)]
+        last = batches.pop()  # the only one that may be smaller
+        return [e for index in rng.permutation(len(batches)) for e in batches[index]] + last
+
+    @torch.no_grad()
+    def loss(self, examples: Sequence[Example]) -> float:
+        """Mean cross-entropy a token, without label smoothing or any other addition."""
+        self.evaluated.eval()
+        total, count = 0.0, 0
+        for batch in self._bar(examples, "validation"):
+            values = self._features([path for path, _ in batch])
+            features = self.evaluated.encoder.head(values)
+            loss, tokens = batch_loss(self.evaluated, batch, features)
+            total += loss.item() * tokens
+            count += tokens
+        return total / count
+
+    @torch.no_grad()
+    def cider(self, photos: Sequence[Photo], vocabulary: Vocabulary) -> float:
+        """CIDEr-D of greedy captions."""
+        self.evaluated.eval()
+        decoder = TorchDecoder(self.evaluated, self._config.device)
+        captions: dict[str, str] = {}
+        for batch in self._bar(photos, "captions"):
+            values = self._features([photo.path for photo in batch])
+            state = self.evaluated.decoder.start(self.evaluated.encoder.head(values))
+            for photo, found in zip(batch, greedy(decoder, state, DECODING.options), strict=True):
+                captions[photo.name] = vocabulary.decode(found.tokens)
+        return cider(captions, {photo.name: photo.captions for photo in photos})
+
+    def _bar(self, items: Sequence[Any], title: str) -> Any:
+        """Batches of `items`, with a progress bar."""
+        size = self._config.batch_size
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        return tqdm(batches, title, leave=False)
+
+    def _set_rates(self, step: int) -> None:
+        if not self._config.cosine:
+            return
+        steps = self._config.epochs * self._batches
+        warm_up = max(1, round(_WARM_UP * steps))
+        factor = min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+def _average(
+    share: float, average: list[Tensor], weights: list[Tensor], updates: Tensor | int
+) -> None:
+    """Keep `share` of the average; less in the first steps, which begin with random weights."""
+    share = min(share, (1 + int(updates)) / (10 + int(updates)))
+    torch._foreach_lerp_(average, weights, 1 - share)
+
+
+def _optimiser(model: CnnLstm, config: TrainConfig) -> torch.optim.Optimizer:
+    backbone = [p for p in model.encoder.backbone.parameters() if p.requires_grad]
+    known = {id(parameter) for parameter in model.encoder.backbone.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in known]},
+        {"params": backbone, "lr": config.backbone_learning_rate or config.learning_rate},
+    ]
+    optimiser = torch.optim.AdamW(
+        groups, config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    for group in optimiser.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimiser

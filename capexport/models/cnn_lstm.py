@@ -7,61 +7,85 @@ that the network learns to predict.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
+from capexport.models.attention import AttentionDecoder
 from capexport.models.backbones import BACKBONES
-
-# By name: hidden and cell, float32 (batch, hidden_size) each.
-State: TypeAlias = dict[str, Tensor]
+from capexport.models.steps import Predicted, State, predicted
 
 
 @dataclass(frozen=True)
 class CnnLstmConfig:
-    """Sizes of the network: `embed_size` is the width of image feature and word embedding;
-    `backbone` is the name of one of `BACKBONES`."""
+    """Sizes of the network.
+
+    Attributes:
+        embed_size: width of word embeddings, and of the image feature of the "lstm" decoder.
+        backbone: the name of one of `BACKBONES`.
+        decoder: "lstm", which is fed one feature of the image, or "attention", which looks at the
+            regions of its map with so many `heads`.
+        dropout: share of the "attention" decoder's values that training leaves out.
+    """
 
     vocabulary_size: int
     embed_size: int = 256
     hidden_size: int = 512
     backbone: str = "mobilenet_v2"
+    decoder: str = "lstm"
+    heads: int = 4
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            known = ", ".join(BACKBONES)
-            raise ValueError(f"backbone must be one of {known}; got {self.backbone!r}")
+        for name, known in (("backbone", BACKBONES), ("decoder", DECODERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
+                )
+        if self.hidden_size % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide a width of {self.hidden_size}")
 
 
 class ImageEncoder(nn.Module):
-    """Backbone and average pooling, then linear and batch norm to the image feature."""
+    """The backbone, and for the "lstm" decoder pooling, linear and batch norm to the image feature.
 
-    def __init__(self, config: CnnLstmConfig) -> None:
+    Blocks of the backbone from `train_from` on are trained, the others stay as they are: none
+    before it changes, so what they make of an image, `stem`, can be kept.
+    """
+
+    def __init__(self, config: CnnLstmConfig, train_from: int | None = None) -> None:
         super().__init__()
-        backbone = BACKBONES[config.backbone]
-        self.backbone = backbone.build()
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(backbone.channels, config.embed_size)
-        self.norm = nn.BatchNorm1d(config.embed_size)
+        self.architecture = BACKBONES[config.backbone]
+        self.backbone = self.architecture.build()
+        self.train_from = len(self.backbone) if train_from is None else train_from
+        self.backbone[: self.train_from].requires_grad_(False)
+        self.pools = config.decoder == "lstm"
+        if self.pools:
+            self.pool = nn.AdaptiveAvgPool2d(1)
+            self.linear = nn.Linear(self.architecture.channels, config.embed_size)
+            self.norm = nn.BatchNorm1d(config.embed_size)
 
-    def regions(self, images: Tensor) -> Tensor:
-        """float32 (batch, 3, height, width) to the map, (batch, channels, rows, columns)."""
-        return self.backbone(images)
+    def stem(self, images: Tensor) -> Tensor:
+        """The frozen part: float32 (batch, 3, height, width) to the map after the last frozen
+        block, (batch, channels, rows, columns); pooled, (batch, channels), if that is all that the
+        rest needs."""
+        values = self.backbone[: self.train_from](images)
+        if self.pools and self.train_from == len(self.backbone):
+            return self.pool(values).flatten(1)
+        return values
 
-    def pooled(self, images: Tensor) -> Tensor:
-        """float32 (batch, 3, height, width) to the map's mean, (batch, channels)."""
-        return self.pool(self.regions(images)).flatten(1)
-
-    def project(self, pooled: Tensor) -> Tensor:
-        """(batch, channels) to the image feature, (batch, embed_size)."""
-        return self.norm(self.linear(pooled))
+    def head(self, values: Tensor) -> Tensor:
+        """What `stem` made to the image feature, (batch, embed_size), or the whole map."""
+        if self.train_from < len(self.backbone):
+            values = self.backbone[self.train_from :](values)
+            if self.pools:
+                values = self.pool(values).flatten(1)
+        return self.norm(self.linear(values)) if self.pools else values
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.project(self.pooled(images))
+        return self.head(self.stem(images))
 
 
 class CaptionDecoder(nn.Module):
@@ -102,43 +126,49 @@ class CaptionDecoder(nn.Module):
             hidden, cell = torch.lstm_cell(inputs, before, *self.lstm.all_weights[0])
         return {"hidden": hidden, "cell": cell}
 
-    def forward(self, feature: Tensor, captions: Tensor, lengths: Tensor) -> PackedSequence:
+    def forward(self, feature: Tensor, captions: Tensor, lengths: Tensor) -> Predicted:
         """All steps at once, for training.
 
         Args:
-            feature: image feature, (batch, embed_size).
-            captions: int64 (batch, time), `<SOS> ... <EOS>`, padded to the longest.
-            lengths: int64 (batch,) on the CPU, the ids of each caption that are not padding.
+            feature: image feature of each photo, (photos, embed_size).
+            captions: int64 (rows, time), `<SOS> ... <EOS>`, padded; equally many rows in a row for
+                each photo.
+            lengths: int64 (rows,) on the CPU, the ids of each caption that are not padding.
         Returns:
-            Logits that predict `captions`, packed: what the image feature predicts, then what
-            each word but the last does.
+            What the image feature predicts, which is `<SOS>`, then what each word but the last
+            does.
         """
+        feature = feature.repeat_interleave(len(captions) // len(feature), dim=0)
         inputs = torch.cat([feature[:, None], self.embedding(captions[:, :-1])], dim=1)
         packed = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
         outputs, _ = self.lstm(packed)
-        return outputs._replace(data=self.output(outputs.data))
+        return predicted(self.output(outputs.data), captions, lengths)
+
+
+DECODERS = {"lstm": CaptionDecoder, "attention": AttentionDecoder}
 
 
 class CnnLstm(nn.Module):
-    """Encoder and decoder. The backbone stays frozen, batch-norm statistics too, unless
-    `train_backbone` is set."""
+    """Encoder and decoder.
 
-    def __init__(self, config: CnnLstmConfig, train_backbone: bool = False) -> None:
+    The backbone stays frozen before the block `train_from`, in all by default. Its batch norms keep
+    their statistics, those of trained blocks too unless `update_norms` is set.
+    """
+
+    def __init__(
+        self, config: CnnLstmConfig, train_from: int | None = None, update_norms: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
-        self.train_backbone = train_backbone
-        self.encoder = ImageEncoder(config)
-        self.decoder = CaptionDecoder(config)
-        self.encoder.backbone.requires_grad_(train_backbone)
+        self.update_norms = update_norms
+        self.encoder = ImageEncoder(config, train_from)
+        self.decoder = DECODERS[config.decoder](config)
 
     def train(self, mode: bool = True) -> CnnLstm:
         super().train(mode)
-        if not self.train_backbone:
-            self.encoder.backbone.eval()
+        kept = self.encoder.train_from if self.update_norms else len(self.encoder.backbone)
+        self.encoder.backbone[:kept].eval()
         return self
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def start(self, images: Tensor) -> State:
         """float32 (batch, 3, height, width) to the decoder's state before `<SOS>`."""
