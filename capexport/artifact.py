@@ -35,6 +35,7 @@ SCHEMA = 1
 _ALWAYS_HASHED = 256 * 10**6  # bytes: what takes about a second
 _LONGEST_MANIFEST = 10 * 10**6  # bytes
 _LARGEST_IMAGE = 2048  # pixels of an edge
+_MOST_REGIONS = 256  # along an edge
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 # Fields of manifests written before, which nothing reads any more.
 _RETIRED = {"PromptSpec": {"padding_side"}}
@@ -180,7 +181,8 @@ class Parity:
 class Manifest:
     """`manifest.json`, field by field as artifacts/README.md describes it.
 
-    `parity` is missing from a draft alone.
+    `regions` are rows and columns of what an attention decoder looks at. `parity` is missing from
+    a draft alone.
     """
 
     family: str
@@ -192,12 +194,15 @@ class Manifest:
     provenance: Provenance
     parity: Parity | None = None
     prompt: PromptSpec | None = None
+    regions: tuple[int, int] | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
         for name in self.files:
             if not _PLAIN_NAME.fullmatch(name):
                 raise ValueError(f"{name!r:.80} is not a plain file name")
+        if self.regions and not all(0 < count <= _MOST_REGIONS for count in self.regions):
+            raise ValueError(f"regions are out of range: {self.regions}")
         image = self.image
         if image.resize > _LARGEST_IMAGE:
             raise ValueError(f"image.resize must be at most {_LARGEST_IMAGE}, got {image.resize}")

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -59,12 +59,16 @@ class Caption:
         tokens: their ids, without start and end tokens.
         log_probability: natural logarithm of the caption's probability given the image.
         timing: of the whole batch that the image was captioned in.
+        attention: where the decoder looked before each token, if that was asked for: weights of
+            the image's regions, float32 (tokens, rows, columns), of which each token's sum to 1.
+            The regions divide what `preprocess` makes of the image, the crop's centre square.
     """
 
     text: str
     tokens: tuple[int, ...]
     log_probability: float
     timing: Timing
+    attention: FloatArray | None = field(default=None, repr=False, compare=False)
 
 
 class Captioner:
@@ -197,6 +201,7 @@ class Captioner:
         *,
         prompt: str | None = None,
         batch_size: int | None = None,
+        attention: bool = False,
         **options: Unpack[DecodingKeywords],
     ) -> Caption: ...
 
@@ -207,6 +212,7 @@ class Captioner:
         *,
         prompt: str | Iterable[str] | None = None,
         batch_size: int | None = None,
+        attention: bool = False,
         **options: Unpack[DecodingKeywords],
     ) -> list[Caption]: ...
 
@@ -216,6 +222,7 @@ class Captioner:
         *,
         prompt: str | Iterable[str] | None = None,
         batch_size: int | None = None,
+        attention: bool = False,
         **options: Unpack[DecodingKeywords],
     ) -> Caption | list[Caption]:
         """Caption one image, or several: a list, a generator, or whatever else gives them.
@@ -228,6 +235,8 @@ class Captioner:
                 was trained with prompts takes any.
             batch_size: how many images of a list go through the graphs together; what suits the
                 model by default. A caption doesn't depend on it.
+            attention: also find out where the decoder looked, `Caption.attention`: it says its
+                captions a second time for that.
             options: fields of `DecodingOptions` in place of the artifact's own: `max_tokens`,
                 `min_tokens`, `repetition_penalty`, `end_tokens`, `suppress_tokens`.
         Returns:
@@ -238,7 +247,7 @@ class Captioner:
         """
         size = self._checked(batch_size)
         if is_one_image(images):
-            return self.caption([images], prompt=prompt, **options)[0]
+            return self.caption([images], prompt=prompt, attention=attention, **options)[0]
         images = iter(images)
         prompts: Iterable[str | None] = repeat(None)
         if isinstance(prompt, str):
@@ -249,7 +258,8 @@ class Captioner:
                 raise OptionError(f"{len(prompts)} prompts for {len(images)} images")
             if not all(isinstance(one, str) for one in prompts):
                 raise OptionError("a prompt must be text: pass one for all images, or one for each")
-        results = self._stream(zip(images, prompts, strict=False), size, "raise", options)
+        pairs = zip(images, prompts, strict=False)
+        results = self._stream(pairs, size, "raise", attention, options)
         return [caption for _, caption in results]
 
     def stream(
@@ -259,6 +269,7 @@ class Captioner:
         prompt: str | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         batch_size: int | None = None,
+        attention: bool = False,
         **options: Unpack[DecodingKeywords],
     ) -> Iterator[tuple[ImageSource, Caption]]:
         """Caption any number of images, a batch whenever the next caption is asked for.
@@ -268,7 +279,7 @@ class Captioner:
         Args:
             on_error: what an image that cannot be read does: "raise" its `ImageError`, after the
                 captions of those before it, or "skip" it, with a warning in the log.
-            images, batch_size, options: as of `caption`; `prompt` is one for all.
+            images, batch_size, attention, options: as of `caption`; `prompt` is one for all.
         Yields:
             Each image, as it was given, and its `Caption`, in order.
         """
@@ -276,8 +287,9 @@ class Captioner:
         if on_error not in ("raise", "skip"):
             raise OptionError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         changed(self.options, options)  # refused here, not at the first caption
+        self._check_attention(attention)
         images = [images] if is_one_image(images) else images
-        return self._stream(zip(images, repeat(prompt)), size, on_error, options)
+        return self._stream(zip(images, repeat(prompt)), size, on_error, attention, options)
 
     def _checked(self, batch_size: int | None) -> int:
         size = self.batch_size if batch_size is None else batch_size
@@ -287,11 +299,19 @@ class Captioner:
             raise OptionError("this captioner is closed")
         return size
 
+    def _check_attention(self, wanted: bool) -> None:
+        if wanted and self.decoder.regions is None:
+            raise OptionError(
+                "this captioner looks at the whole image at once: attention=True needs one that "
+                "was trained with `--decoder attention`"
+            )
+
     def _stream(
         self,
         pairs: Iterator[tuple[ImageSource, str | None]],
         batch_size: int,
         on_error: str,
+        attention: bool,
         options: DecodingKeywords,
     ) -> Iterator[tuple[ImageSource, Caption]]:
         while batch := list(islice(pairs, batch_size)):
@@ -313,6 +333,7 @@ class Captioner:
                     pixels,
                     prompts=prompts or None,  # all images have one, or none has
                     preprocess_seconds=time.perf_counter() - began,
+                    attention=attention,
                     **options,
                 )
                 yield from zip((image for image, _ in batch), captions, strict=True)
@@ -332,6 +353,7 @@ class Captioner:
         *,
         prompts: Sequence[str] | None = None,
         preprocess_seconds: float = 0.0,
+        attention: bool = False,
         **options: Unpack[DecodingKeywords],
     ) -> list[Caption]:
         """Caption images that `preprocess` has made ready, as one batch.
@@ -340,9 +362,10 @@ class Captioner:
             pixels: float32 (batch, 3, height, width).
             prompts: one for each image.
             preprocess_seconds: what preprocessing took, for `Timing`.
-            options: as of `caption`.
+            attention, options: as of `caption`.
         """
         self._checked(None)
+        self._check_attention(attention)
         own = changed(self.options, options)
         # A bound that was asked for must fit behind the prompt; the default one yields.
         needed = max(1, options.get("max_tokens") or 1, own.min_tokens)
@@ -357,10 +380,14 @@ class Captioner:
             timing = Timing(len(pixels), preprocess_seconds, encoded - began, decoded - encoded)
             if not all(math.isfinite(hypothesis.log_probability) for hypothesis in hypotheses):
                 raise ArithmeticError("probabilities that are no numbers")
-            return [
+            captions = [
                 Caption(self.text.decode(h.tokens), tuple(h.tokens), h.log_probability, timing)
                 for h in hypotheses
             ]
+            if not attention:
+                return captions
+            looked = self.decoder.attention(features, [caption.tokens for caption in captions])
+            return [replace(c, attention=maps) for c, maps in zip(captions, looked, strict=True)]
         except CapexportError:
             raise
         except MISFIT as error:

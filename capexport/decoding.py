@@ -26,6 +26,7 @@ TokenArray: TypeAlias = NDArray[np.int64]
 # arrays, torch tensors, or values that stay on a device; their owner alone looks inside.
 State: TypeAlias = Mapping[str, Any]
 Features: TypeAlias = Any
+Regions: TypeAlias = tuple[int, int]  # rows and columns of the parts that an image falls into
 
 
 class Encoder(Protocol):
@@ -58,9 +59,11 @@ class Decoder(Protocol):
 
     Attributes:
         constant: the names in its state that stay as they are from step to step.
+        regions: those of an image that it looks at before each word, where it does.
     """
 
     constant: frozenset[str] = frozenset()
+    regions: Regions | None = None
 
     def start(self, features: Features, prompts: Prompts | None) -> tuple[FloatArray, State]:
         """Logits of the first word, float32 (batch, vocabulary), and the state behind them.
@@ -73,6 +76,11 @@ class Decoder(Protocol):
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
         """The state of `rows` alone, in that order: finished rows leave, beams are reordered."""
+
+    def attention(self, features: Features, captions: Sequence[Sequence[int]]) -> list[FloatArray]:
+        """Where it looked before each token of `captions`, one for each image of the batch: the
+        weights of the regions, which sum to 1, float32 (tokens, rows, columns)."""
+        raise NotImplementedError
 
     def greedy(self, features: Features, options: DecodingOptions) -> list[Hypothesis] | None:
         """Whole captions in one go, where the decoder holds the loop; None where it must step."""

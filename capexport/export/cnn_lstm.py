@@ -31,9 +31,11 @@ from capexport.export.parity import (
     seeded_images,
     token_agreement,
 )
+from capexport.families.cnn_lstm import ATTENTION
 from capexport.metrics import score
 from capexport.models.checkpoint import Checkpoint
-from capexport.models.cnn_lstm import CnnLstm, State
+from capexport.models.cnn_lstm import CnnLstm
+from capexport.models.steps import State
 from capexport.models.torch_captioner import DECODING, torch_captioner
 from capexport.preprocessing import ImageSource, image_name
 from capexport.sessions import CPU
@@ -56,7 +58,7 @@ class _EncoderGraph(nn.Module):
 
 
 class _StepGraph(nn.Module):
-    """A token and the state to logits and what changes of the state."""
+    """A token and the state to logits, what changes of the state, and where the step looked."""
 
     def __init__(self, model: CnnLstm) -> None:
         super().__init__()
@@ -152,6 +154,7 @@ def _manifest(checkpoint: Checkpoint, state: Mapping[str, str]) -> Manifest:
         image=checkpoint.image,
         decoding=DECODING,
         state=dict(state),
+        regions=checkpoint.model.regions(checkpoint.image.crop),
         files={},
         provenance=Provenance(
             checkpoint_sha256=checkpoint.sha256,
@@ -184,11 +187,12 @@ def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:
     export_graph(_EncoderGraph(model), [example], ["images"], names, draft / "encoder.onnx")
     log.info("exporting decoder_step.onnx and decoder_loop.onnx")
     following = {name: f"next_{name}" for name in names if name not in model.decoder.constant}
+    looks = [ATTENTION] if model.decoder.attends else []
     export_graph(
         _StepGraph(model),
         [torch.zeros(2, dtype=torch.int64), state],
         ["tokens", *names],
-        ["logits", *following.values()],
+        ["logits", *following.values(), *looks],
         draft / "decoder_step.onnx",
     )
     _add_loop(draft, following)
@@ -247,6 +251,8 @@ def _compare_graphs(
         tensors = {name: torch.from_numpy(value) for name, value in wanted.items()}
         logits, following = reference.decoder.step(tokens, tensors)
         actual, state = exported.decoder.step(tokens, wanted)
+        if reference.decoder.regions:
+            state[ATTENTION] = exported.decoder.attend(tokens, wanted)[0]
         difference = compare_outputs(
             "decoder_step.onnx",
             {"logits": logits, **_arrays(following)},

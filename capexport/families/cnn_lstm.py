@@ -7,13 +7,21 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capexport.artifact import Manifest, typed
-from capexport.decoding import Decoder, DecodingOptions, Hypothesis, Prompts, State, TokenArray
+from capexport.decoding import (
+    Decoder,
+    DecodingOptions,
+    Hypothesis,
+    Prompts,
+    Regions,
+    State,
+    TokenArray,
+)
 from capexport.errors import ArtifactError, OptionError
 from capexport.families import Family, Parts
 from capexport.preprocessing import FloatArray
@@ -62,6 +70,36 @@ class Vocabulary:
         return " ".join(self.words[token] for token in tokens if token >= len(self.SPECIALS))
 
 
+ATTENTION = "attention"  # the step graph's output that says where it looked
+
+
+class AttentiveDecoder(Protocol):
+    """A decoder that looks at the regions of an image."""
+
+    regions: Regions | None
+
+    def attend(self, tokens: TokenArray, state: Any) -> tuple[FloatArray, Any]:
+        """As `Decoder.step`, but in place of logits where the step looked, (batch, regions)."""
+
+
+def replay(
+    decoder: AttentiveDecoder, features: State, captions: Sequence[Sequence[int]]
+) -> list[FloatArray]:
+    """`Decoder.attention`, by feeding it its captions again."""
+    assert decoder.regions is not None
+    steps = max(map(len, captions))
+    fed = np.full((len(captions), steps + 1), Vocabulary.PAD, np.int64)
+    fed[:, 0] = Vocabulary.START
+    for row, caption in zip(fed, captions, strict=True):
+        row[1 : len(caption) + 1] = caption
+    looked = np.empty((len(captions), steps, *decoder.regions), np.float32)
+    state = features
+    for step in range(steps):
+        weights, state = decoder.attend(fed[:, step], state)
+        looked[:, step] = weights.reshape(len(captions), *decoder.regions)
+    return [weights[: len(caption)] for weights, caption in zip(looked, captions, strict=True)]
+
+
 class OnnxEncoder:
     """`encoder.onnx`: images to the decoder's state after the image."""
 
@@ -103,6 +141,7 @@ class OnnxDecoder(Decoder):
         self._loop_path = folder / "decoder_loop.onnx"
         self._target = target
         self._next = manifest.state
+        self.regions = manifest.regions
         self._decoding = manifest.decoding
         self._words = words
         _ = self.loop if self.looped else self.step_graph
@@ -111,8 +150,11 @@ class OnnxDecoder(Decoder):
     def step_graph(self) -> Graph:
         graph = self._target.open(self._step_path)
         inputs = {"tokens", *self._next, *self.constant}
-        graph.expect(inputs, {"logits", *self._next.values()})
+        looks = {ATTENTION} if self.regions else set()
+        graph.expect(inputs, {"logits", *self._next.values(), *looks})
         graph.expect_shape("logits", None, self._words)
+        if self.regions:
+            graph.expect_shape(ATTENTION, None, self.regions[0] * self.regions[1])
         return graph
 
     @cached_property
@@ -129,10 +171,20 @@ class OnnxDecoder(Decoder):
         return self.step(tokens, features)
 
     def step(self, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
+        return self._run("logits", tokens, state)
+
+    def attend(self, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
+        return self._run(ATTENTION, tokens, state)
+
+    def _run(self, wanted: str, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
+        """One output, as an array, and the next state."""
         feeds = {"tokens": tokens, **state}
-        values = self.step_graph.run(feeds, ["logits", *self._next.values()], host=["logits"])
+        values = self.step_graph.run(feeds, [wanted, *self._next.values()], host=[wanted])
         moved = {name: values[output] for name, output in self._next.items()}
-        return values["logits"], {**state, **moved}
+        return values[wanted], {**state, **moved}
+
+    def attention(self, features: State, captions: Sequence[Sequence[int]]) -> list[FloatArray]:
+        return replay(self, features, captions)
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
         return self.step_graph.select(state, rows)

@@ -31,6 +31,7 @@ class AttentionDecoder(nn.Module):
     `keys`, float32 (batch, heads, width, regions), and `values`, (batch, heads, regions, width).
     """
 
+    attends = True
     constant = frozenset({"keys", "values"})
 
     def __init__(self, config: CnnLstmConfig) -> None:
@@ -77,7 +78,7 @@ class AttentionDecoder(nn.Module):
         keys, values = state["keys"], state["values"]
         query, gate = self.query(state["hidden"]).chunk(2, dim=1)
         # (photos, heads, rows of a photo, width)
-        queries = query.view(len(keys), -1, self.heads, keys.shape[2]).transpose(1, 2)
+        queries = query.view(keys.shape[0], -1, self.heads, keys.shape[2]).transpose(1, 2)
         weights = (queries @ keys * keys.shape[2] ** -0.5).softmax(-1)
         seen = (weights @ values).transpose(1, 2).reshape(query.shape)
         return seen * gate.sigmoid(), weights.mean(1).flatten(0, 1)

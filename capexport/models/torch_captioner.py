@@ -8,7 +8,7 @@ host but the logits that choosing the next token needs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from capexport.artifact import Decoding
 from capexport.captioner import Captioner
-from capexport.decoding import Decoder, TokenArray
+from capexport.decoding import Decoder, Regions, TokenArray
 from capexport.errors import DeviceError
-from capexport.families.cnn_lstm import Vocabulary
+from capexport.families.cnn_lstm import ATTENTION, Vocabulary, replay
 from capexport.models.checkpoint import Checkpoint
-from capexport.models.cnn_lstm import CnnLstm, State
+from capexport.models.cnn_lstm import CnnLstm
+from capexport.models.steps import State
 from capexport.preprocessing import FloatArray
 
 # What the manifest of a CNN-LSTM says of decoding.
@@ -52,10 +53,11 @@ class TorchEncoder:
 class TorchDecoder(Decoder):
     """One step of the model's decoder at a time."""
 
-    def __init__(self, model: CnnLstm, device: str) -> None:
+    def __init__(self, model: CnnLstm, device: str, regions: Regions | None = None) -> None:
         self._model = model
         self._device = device
         self.constant = model.decoder.constant
+        self.regions = regions
 
     def start(
         self, features: Mapping[str, Tensor], prompts: object = None
@@ -70,6 +72,17 @@ class TorchDecoder(Decoder):
         ids = torch.from_numpy(tokens).to(self._device)
         logits, state = self._model.decoder.step(ids, dict(state))
         return logits.cpu().numpy(), state
+
+    def attend(
+        self, tokens: TokenArray, state: Mapping[str, Tensor]
+    ) -> tuple[FloatArray, Mapping[str, Tensor]]:
+        _, state = self.step(tokens, state)
+        return state[ATTENTION].cpu().numpy(), state
+
+    def attention(
+        self, features: Mapping[str, Tensor], captions: Sequence[Sequence[int]]
+    ) -> list[FloatArray]:
+        return replay(self, features, captions)
 
     @torch.inference_mode()
     def select(self, state: Mapping[str, Tensor], rows: NDArray[np.intp]) -> Mapping[str, Tensor]:
@@ -105,7 +118,7 @@ def torch_captioner(
         )
     return Captioner(
         TorchEncoder(model, device, channels_last),
-        TorchDecoder(model, device),
+        TorchDecoder(model, device, model.regions(checkpoint.image.crop)),
         checkpoint.vocabulary,
         checkpoint.image,
         DECODING.options,
