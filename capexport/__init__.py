@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capexport.captioner import Caption, Captioner, Timing
+    from capexport.captioner import Alternative, Caption, Captioner, Timing
     from capexport.decoding import DecodingOptions
     from capexport.errors import (
         ArtifactError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "Alternative",
     "ArtifactError",
     "ArtifactNotFoundError",
     "CapexportError",
@@ -46,6 +47,7 @@ __all__ = [
 
 # Names that are no errors, by the module that they are from.
 _HOMES = {
+    "Alternative": "captioner",
     "Caption": "captioner",
     "Captioner": "captioner",
     "Timing": "captioner",

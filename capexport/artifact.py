@@ -17,7 +17,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, BinaryIO, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    BinaryIO,
+    Literal,
+    TextIO,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from capexport.decoding import DecodingOptions
 from capexport.errors import (
@@ -309,7 +319,9 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _dataclass(kind, value, name)
     if origin in (Union, UnionType):
-        simple = [choice for choice in arguments if choice is type(value)]
+        simple = [
+            choice for choice in arguments if choice is type(value) or _is_literal(choice, value)
+        ]
         choices = simple or [choice for choice in arguments if choice is not NoneType]
         return _typed(choices[-1 if isinstance(value, dict) else 0], value, name)
     if origin is dict and isinstance(value, dict):
@@ -321,10 +333,14 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
             return tuple(map(_typed, arguments, value, [name] * len(value)))
     if kind is float and type(value) is int:
         return float(value)
-    if kind is Any or type(value) is kind:
+    if kind is Any or type(value) is kind or _is_literal(kind, value):
         return value
     shown = reprlib.repr(value)
     raise ValueError(f"{name or 'it'} is no {getattr(kind, '__name__', kind)}: {shown}")
+
+
+def _is_literal(kind: Any, value: Any) -> bool:
+    return get_origin(kind) is Literal and value in get_args(kind)
 
 
 def _dataclass(kind: Any, values: dict[str, Any], name: str) -> Any:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from capexport.artifact import Manifest, local_folder
+from capexport.beam import beam_search
 from capexport.decoding import (
     Decoder,
     DecodingKeywords,
     DecodingOptions,
     Encoder,
+    Hypothesis,
     Text,
     changed,
     greedy,
@@ -51,6 +53,22 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """One of an image's best captions.
+
+    Attributes:
+        text, tokens, log_probability: as of `Caption`.
+        score: what it is ranked by: with beams, `log_probability` over the length, the end token
+            counted, to the power of `length_penalty`; else `log_probability`.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    log_probability: float
+    score: float
+
+
+@dataclass(frozen=True)
 class Caption:
     """A caption and where it came from.
 
@@ -59,15 +77,18 @@ class Caption:
         tokens: their ids, without start and end tokens.
         log_probability: natural logarithm of the caption's probability given the image.
         timing: of the whole batch that the image was captioned in.
+        alternatives: the `num_return_sequences` best captions, this one first; fewer where the
+            options allow no more.
         attention: where the decoder looked before each token, if that was asked for: weights of
-            the image's regions, float32 (tokens, rows, columns), of which each token's sum to 1.
-            The regions divide what `preprocess` makes of the image, the crop's centre square.
+            regions, float32 (tokens, rows, columns), which sum to 1 for each token. The regions
+            divide what `preprocess` leaves of the image evenly.
     """
 
     text: str
     tokens: tuple[int, ...]
     log_probability: float
     timing: Timing
+    alternatives: tuple[Alternative, ...] = ()
     attention: FloatArray | None = field(default=None, repr=False, compare=False)
 
 
@@ -237,8 +258,8 @@ class Captioner:
                 model by default. A caption doesn't depend on it.
             attention: also find out where the decoder looked, `Caption.attention`: it says its
                 captions a second time for that.
-            options: fields of `DecodingOptions` in place of the artifact's own: `max_tokens`,
-                `min_tokens`, `repetition_penalty`, `end_tokens`, `suppress_tokens`.
+            options: fields of `DecodingOptions` in place of the artifact's own, such as
+                `max_tokens` or `num_beams`.
         Returns:
             One `Caption`, or as many as images, in their order.
         Raises:
@@ -375,15 +396,13 @@ class Captioner:
                 began = time.perf_counter()
                 features = self.encoder(pixels)
                 encoded = time.perf_counter()
-                hypotheses = greedy(self.decoder, features, own, framed)
+                if own.num_beams > 1:
+                    found = beam_search(self.decoder, features, own, framed)
+                else:
+                    found = [[one] for one in greedy(self.decoder, features, own, framed)]
                 decoded = time.perf_counter()
             timing = Timing(len(pixels), preprocess_seconds, encoded - began, decoded - encoded)
-            if not all(math.isfinite(hypothesis.log_probability) for hypothesis in hypotheses):
-                raise ArithmeticError("probabilities that are no numbers")
-            captions = [
-                Caption(self.text.decode(h.tokens), tuple(h.tokens), h.log_probability, timing)
-                for h in hypotheses
-            ]
+            captions = [self._caption(hypotheses, timing) for hypotheses in found]
             if not attention:
                 return captions
             looked = self.decoder.attention(features, [caption.tokens for caption in captions])
@@ -395,6 +414,19 @@ class Captioner:
                 f"{self.folder or self._title}: the model's parts do not fit together: {error!r}; "
                 "export again"
             ) from error
+
+    def _caption(self, hypotheses: Sequence[Hypothesis], timing: Timing) -> Caption:
+        """The first of an image's hypotheses, the others behind it."""
+        alternatives = []
+        for hypothesis in hypotheses:
+            tokens, log_probability = tuple(hypothesis.tokens), hypothesis.log_probability
+            if not math.isfinite(log_probability):
+                raise ArithmeticError("probabilities that are no numbers")
+            score = log_probability if hypothesis.score is None else hypothesis.score
+            text = self.text.decode(tokens)
+            alternatives.append(Alternative(text, tokens, log_probability, score))
+        best = alternatives[0]
+        return Caption(best.text, best.tokens, best.log_probability, timing, tuple(alternatives))
 
 
 def open_artifact(path: Path, manifest: Manifest, *candidates: Target) -> Captioner:

@@ -1,4 +1,5 @@
-"""The loop that every captioner shares, the protocols that it runs on, and its options.
+"""The greedy loop that every captioner shares, the protocols that it runs on, and the options of
+decoding; the other loop is `capexport.beam`.
 
 ONNX and PyTorch both implement `Encoder` and `Decoder`; a difference between their captions, or
 their times, can therefore only come from the graphs.
@@ -11,15 +12,22 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from capexport.errors import OptionError
 from capexport.preprocessing import FloatArray
 
 LONGEST_CAPTION = 2048  # tokens: a model that never ends is stopped
+MOST_BEAMS = 1024
+NOTHING_LEFT = (
+    "the options leave no token to go on with: lower min_tokens or max_tokens, or allow more "
+    "(suppress_tokens, no_repeat_ngram_size)"
+)
+STEEPEST_PENALTY = 10  # a longest caption's length to this power is a float32 still
 
 TokenArray: TypeAlias = NDArray[np.int64]
 # What a decoder carries from step to step: tensors by name, batch on axis 0 of each. They are
@@ -27,6 +35,7 @@ TokenArray: TypeAlias = NDArray[np.int64]
 State: TypeAlias = Mapping[str, Any]
 Features: TypeAlias = Any
 Regions: TypeAlias = tuple[int, int]  # rows and columns of the parts that an image falls into
+EarlyStopping: TypeAlias = bool | Literal["never"]
 
 
 class Encoder(Protocol):
@@ -43,7 +52,8 @@ class Prompts:
     Attributes:
         tokens: int64 (batch, length), with a place for each of the image's features.
         mask: int64 (batch, length), 0 for padding.
-        context: int64 (batch, n), the ids that the repetition penalty counts as said already.
+        context: int64 (batch, n), the ids that count as said already: for the repetition penalty,
+            and for word sequences that must not come again.
         room: int64 (batch,), how many tokens the model has positions for behind each row's own
             prompt; None where it has no limit.
     """
@@ -75,7 +85,10 @@ class Decoder(Protocol):
         """Feed one token a row, int64 (batch,); return the next logits and the next state."""
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
-        """The state of `rows` alone, in that order: finished rows leave, beams are reordered."""
+        """The state of `rows` alone, in that order: finished rows leave, beams are reordered.
+
+        Of a state, any part may be passed; of rows, any may come several times.
+        """
 
     def attention(self, features: Features, captions: Sequence[Sequence[int]]) -> list[FloatArray]:
         """Where it looked before each token of `captions`, one for each image of the batch: the
@@ -113,11 +126,18 @@ def _option(default: Any, help: str) -> Any:
 class DecodingOptions:
     """How captions are decoded; the artifact's manifest holds the defaults.
 
-    The numbers mean what they mean in Transformers' `generate()`. `max_tokens` (there
+    All mean what they mean in Transformers' `generate()`. `max_tokens` (there
     `max_new_tokens`) bounds a caption, the end token not counted; before `min_tokens` no end token
     is chosen; `repetition_penalty` above 1 makes words less likely that were said before (Keskar et
-    al. 2019, section 4.1). A caption ends with one of `end_tokens`; `suppress_tokens` are never
-    chosen (padding, start and unknown words: nothing that a reader should see).
+    al. 2019, section 4.1); no sequence of `no_repeat_ngram_size` tokens comes twice, 0 allowing
+    all. A caption ends with one of `end_tokens`; `suppress_tokens` are never chosen (padding, start
+    and unknown words: nothing that a reader should see).
+
+    With `num_beams` above 1 so many captions are followed at once, and the `num_return_sequences`
+    best ones kept: by log-probability, divided by the length (the end token counted) to the power
+    of `length_penalty`, above 0 in favour of long ones. `early_stopping` ends the search at
+    `num_beams` captions; False, where none of their length is likely to be better any more;
+    "never", where none of any length can be. These three do nothing without beams.
 
     Raises:
         OptionError: a value is of another type, or out of range.
@@ -128,9 +148,17 @@ class DecodingOptions:
     min_tokens: int = _option(0, "shortest caption, in tokens")
     repetition_penalty: float = _option(1.0, "above 1: words said before become less likely")
     suppress_tokens: tuple[int, ...] = ()
+    num_beams: int = _option(1, "how many captions are followed at once, 1 being greedy")
+    length_penalty: float = _option(1.0, "of beams: above 0 long captions win, below 0 short ones")
+    early_stopping: EarlyStopping = _option(
+        False, "of beams: true ends at the first num_beams captions, never where none can be better"
+    )
+    num_return_sequences: int = _option(1, "of beams: how many captions of an image are returned")
+    no_repeat_ngram_size: int = _option(0, "no sequence of so many tokens comes twice; 0: any may")
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "min_tokens"):
+        self._check_beams()
+        for name in ("max_tokens", "min_tokens", "no_repeat_ngram_size"):
             _require(name, getattr(self, name), numbers.Integral, "a whole number")
         _require("repetition_penalty", self.repetition_penalty, numbers.Real, "a number")
         for name in ("end_tokens", "suppress_tokens"):
@@ -150,6 +178,30 @@ class DecodingOptions:
             )
         if not 0 < self.repetition_penalty < math.inf:
             raise OptionError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if self.no_repeat_ngram_size < 0:
+            raise OptionError(
+                f"no_repeat_ngram_size must be at least 0, got {self.no_repeat_ngram_size}"
+            )
+
+    def _check_beams(self) -> None:
+        beams, returned = self.num_beams, self.num_return_sequences
+        for name in ("num_beams", "num_return_sequences"):
+            _require(name, getattr(self, name), numbers.Integral, "a whole number")
+        _require("length_penalty", self.length_penalty, numbers.Real, "a number")
+        if not 1 <= beams <= MOST_BEAMS:
+            raise OptionError(f"num_beams must be at least 1, at most {MOST_BEAMS}, got {beams}")
+        if not 1 <= returned <= beams:
+            raise OptionError(
+                f"num_return_sequences must be at least 1, at most num_beams ({beams}), "
+                f"got {returned}"
+            )
+        if not abs(self.length_penalty) <= STEEPEST_PENALTY:
+            raise OptionError(
+                f"length_penalty must lie in -{STEEPEST_PENALTY}..{STEEPEST_PENALTY}, "
+                f"got {self.length_penalty}"
+            )
+        if self.early_stopping != "never":
+            _require("early_stopping", self.early_stopping, bool, 'True, False or "never"')
 
 
 class DecodingKeywords(TypedDict, total=False):
@@ -160,6 +212,11 @@ class DecodingKeywords(TypedDict, total=False):
     min_tokens: int | None
     repetition_penalty: float | None
     suppress_tokens: tuple[int, ...] | None
+    num_beams: int | None
+    length_penalty: float | None
+    early_stopping: EarlyStopping | None
+    num_return_sequences: int | None
+    no_repeat_ngram_size: int | None
 
 
 def changed(options: DecodingOptions, given: DecodingKeywords) -> DecodingOptions:
@@ -169,17 +226,19 @@ def changed(options: DecodingOptions, given: DecodingKeywords) -> DecodingOption
 
 
 def _require(name: str, value: object, kind: type, what: str) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise OptionError(f"{name} must be {what}, got {value!r}")
 
 
 @dataclass
 class Hypothesis:
     """A decoded caption: its token ids without the end token, and the natural logarithm of its
-    probability, the end token's included where it was reached."""
+    probability, the end token's included where it was reached; of a beam search also what it was
+    ranked by."""
 
     tokens: list[int]
     log_probability: float = 0.0
+    score: float | None = None
 
 
 def greedy(
@@ -201,17 +260,11 @@ def greedy_by_steps(
 ) -> list[Hypothesis]:
     """`greedy` in the decoder's single steps; rows that have ended leave the batch."""
     logits, state = decoder.start(features, prompts)
-    largest = max((*options.end_tokens, *options.suppress_tokens), default=0)
-    if largest >= logits.shape[1]:
-        raise OptionError(f"token {largest} lies outside the vocabulary of {logits.shape[1]}")
+    said, limits = begin(logits, options, prompts)
     hypotheses = [Hypothesis([]) for _ in range(len(logits))]
-    said = prompts.context if prompts else np.zeros((len(logits), 0), np.int64)
-    limits = np.full(len(logits), options.max_tokens)
-    if prompts and prompts.room is not None:
-        limits = np.minimum(limits, prompts.room)
     running: Sequence[Hypothesis] = hypotheses
     for length in range(1, options.max_tokens + 1):  # every running row has the same length
-        _adjust(logits, said, options, length)
+        adjust(logits, said, options, length)
         tokens, log_probabilities = _likeliest(logits)
         ended = np.isin(tokens, options.end_tokens)
         for hypothesis, token, log_probability, end in zip(
@@ -232,13 +285,38 @@ def greedy_by_steps(
     return hypotheses
 
 
-def _adjust(logits: FloatArray, said: TokenArray, options: DecodingOptions, length: int) -> None:
-    """Change the logits of a caption's token number `length` as the options say."""
+def begin(
+    logits: FloatArray, options: DecodingOptions, prompts: Prompts | None
+) -> tuple[TokenArray, TokenArray]:
+    """Of each row, the ids that count as said, int64 (batch, n), and how many tokens it may have,
+    int64 (batch,).
+
+    Raises:
+        OptionError: the options name tokens that have no logits.
+    """
+    batch, vocabulary = logits.shape
+    largest = max((*options.end_tokens, *options.suppress_tokens), default=0)
+    if largest >= vocabulary:
+        raise OptionError(f"token {largest} lies outside the vocabulary of {vocabulary}")
+    limits = np.full(batch, options.max_tokens)
+    if prompts is None:
+        return np.zeros((batch, 0), np.int64), limits
+    return prompts.context, limits if prompts.room is None else np.minimum(limits, prompts.room)
+
+
+def adjust(logits: FloatArray, said: TokenArray, options: DecodingOptions, length: int) -> None:
+    """Change the logits, or log-probabilities, of a caption's token number `length` as the options
+    say: those of tokens that must not follow become minus infinity."""
     if options.repetition_penalty != 1:
         scores = np.take_along_axis(logits, said, 1)
         penalty = np.float32(options.repetition_penalty)
         penalised = np.where(scores < 0, scores * penalty, scores / penalty)
         np.put_along_axis(logits, said, penalised, 1)
+    if 0 < options.no_repeat_ngram_size <= said.shape[1]:
+        grams = sliding_window_view(said, options.no_repeat_ngram_size, axis=1)
+        last = said[:, None, said.shape[1] + 1 - options.no_repeat_ngram_size :]
+        rows, places = np.nonzero((grams[:, :, :-1] == last).all(axis=2))
+        logits[rows, grams[rows, places, -1]] = -np.inf
     suppressed = options.suppress_tokens
     if length <= options.min_tokens:
         suppressed += options.end_tokens
@@ -250,5 +328,7 @@ def _likeliest(logits: FloatArray) -> tuple[TokenArray, FloatArray]:
     """The best token of each row, the first of equals, and its log-probability."""
     tokens: TokenArray = logits.argmax(axis=1)
     best = logits[np.arange(len(logits)), tokens]
+    if np.isneginf(best).any():
+        raise OptionError(NOTHING_LEFT)
     log_sum = np.log(np.exp(logits - best[:, None]).sum(axis=1))
     return tokens, -log_sum

@@ -1,4 +1,5 @@
-"""What an ONNX file names before onnxruntime acts on it: other files, and loops.
+"""ONNX files without the package onnx: what one names before onnxruntime acts on it, other files
+and loops, and one that is small enough to be written here.
 
 Read from the file itself, of which nothing but messages on the way to those is unpacked. Source:
 onnx.proto (onnx/onnx), and "Protocol Buffers: Encoding" (protobuf.dev).
@@ -7,7 +8,7 @@ onnx.proto (onnx/onnx), and "Protocol Buffers: Encoding" (protobuf.dev).
 from __future__ import annotations
 
 import mmap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from capexport.errors import ArtifactError
@@ -94,3 +95,35 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
             return value, at
         shift += 7
     raise ValueError("a number of more than ten bytes")
+
+
+def gather_graph(types: Sequence[int]) -> bytes:
+    """An ONNX file that takes `rows`, int64 (n,), of several tensors at once, on axis 0: of `in0`
+    to `out0`, and so on. `types` are the tensors' element types, as onnx.proto numbers them."""
+    graph = _field(2, "gather") + _value(11, "rows", 7)
+    for number, kind in enumerate(types):
+        before, after = f"in{number}", f"out{number}"
+        node = _field(1, before) + _field(1, "rows") + _field(2, after) + _field(4, "Gather")
+        graph += _field(1, node) + _value(11, before, kind) + _value(12, after, kind)
+    return _field(1, 8) + _field(7, graph) + _field(8, _field(2, 17))  # IR version, graph, opset
+
+
+def _value(number: int, name: str, kind: int) -> bytes:
+    """An input or output of any shape."""
+    return _field(number, _field(1, name) + _field(2, _field(1, _field(1, kind))))
+
+
+def _field(number: int, content: bytes | str | int) -> bytes:
+    if isinstance(content, int):
+        return _encoded(number << 3) + _encoded(content)
+    data = content.encode() if isinstance(content, str) else content
+    return _encoded(number << 3 | 2) + _encoded(len(data)) + data
+
+
+def _encoded(value: int) -> bytes:
+    """What `_varint` reads."""
+    digits = []
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from capexport.decoding import State
 from capexport.errors import ArtifactError, DeviceError, MissingExtraError, OptionError
+from capexport.onnx_file import gather_graph
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -215,22 +216,23 @@ class Target:
             ArtifactError: onnxruntime cannot load the graph.
         """
         self.require_provider()
-        open_session = partial(self._session, path, threads, mapped)
         on_host = self.device.memory == "cpu" and not bound
         memory = None if on_host else (self.device.memory, self.index or 0)
-        return Graph(path, open_session(), memory, open_session)
+        return Graph(path, memory, partial(self._session, threads=threads, mapped=mapped))
 
-    def _session(self, path: Path, threads: int | None, mapped: bool) -> Any:
+    def _session(self, model: Path | bytes, threads: int | None, mapped: bool) -> Any:
         cuda = self.device.memory == "cuda"
         unloaded = _load_cuda_libraries() if cuda else ""
         providers = list(self.providers) or [(self.device.provider, self._provider_options())]
         options = self.session_options or self._session_options(threads or self.threads, mapped)
         try:
-            session = _import_onnxruntime().InferenceSession(path, options, providers)
+            session = _import_onnxruntime().InferenceSession(model, options, providers)
         except Exception as error:  # onnxruntime's own exceptions share no narrower base
             if cuda and (trouble := _cuda_trouble(self.index or 0)):
                 raise DeviceError(f"{self.device.provider} did not start: {trouble}") from error
-            raise ArtifactError(f"{path}: onnxruntime cannot load this graph: {error}") from error
+            raise ArtifactError(
+                f"{model!s}: onnxruntime cannot load this graph: {error}"
+            ) from error
         if session.get_providers()[0] != self.device.provider:
             reason = "check its driver and libraries"
             if cuda:
@@ -337,20 +339,22 @@ class Graph:
     def __init__(
         self,
         path: Path,
-        session: Any,
         memory: tuple[str, int] | None,
-        reopen: Callable[[], Any] | None = None,
+        open_session: Callable[[Path | bytes], Any],
+        content: bytes | None = None,
     ) -> None:
         """
         Args:
             memory: the device on which values stay, and its index; None if all are arrays.
-            reopen: opens another such session, for a forked process.
+            open_session: opens the file, also for a forked process; or what else a state needs.
+            content: in place of what is at `path`.
         """
         self.path = path
-        self._session = session
-        self._reopen = reopen
-        if reopen:
-            _graphs.add(self)
+        self._open = partial(open_session, content or path)
+        self._open_session = open_session
+        self._session = session = self._open()
+        self._gathers: dict[tuple[int, ...], Graph] = {}
+        _graphs.add(self)
         self.inputs = {node.name: node for node in session.get_inputs()}
         self.outputs = {node.name: node for node in session.get_outputs()}
         self._memory = memory
@@ -358,9 +362,9 @@ class Graph:
     @property
     def session(self) -> Any:
         """onnxruntime's `InferenceSession`, this process's own."""
-        if self._session is None and self._reopen:
+        if self._session is None:
             with _reopening:
-                self._session = self._session or self._reopen()
+                self._session = self._session or self._open()
         return self._session
 
     def abandon_session(self) -> None:
@@ -441,14 +445,19 @@ class Graph:
         return [v.numpy() if n in host else v for n, v in zip(outputs, values, strict=True)]
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
-        """The values of `rows` alone, in that order.
-
-        Those on a device go through the host, but only when a caption ends.
-        """
-        return {
-            name: value[rows] if isinstance(value, np.ndarray) else self._stay(value.numpy()[rows])
-            for name, value in state.items()
-        }
+        """The values of `rows` alone, in that order; those on a device stay there."""
+        arrays = {name: v[rows] for name, v in state.items() if isinstance(v, np.ndarray)}
+        others = [name for name in state if name not in arrays]
+        if not others:
+            return arrays
+        types = tuple(state[name].element_type() for name in others)
+        if types not in self._gathers:
+            content = gather_graph(types)
+            self._gathers[types] = Graph(self.path, self._memory, self._open_session, content)
+        feeds = {f"in{number}": state[name] for number, name in enumerate(others)}
+        outputs = [f"out{number}" for number in range(len(others))]
+        values = self._gathers[types].run({**feeds, "rows": rows}, outputs)
+        return {**arrays, **dict(zip(others, values.values(), strict=True))}
 
     def empty(self, name: str, batch: int) -> Value:
         """A first value for an input: its free axes, but for the batch, have length 0."""

@@ -24,6 +24,7 @@ from capexport.bench.results import Footprint, Result, Run
 from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner, open_artifact
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
+from capexport.decoding import DecodingKeywords
 from capexport.errors import ArtifactError, ImageNotFoundError, OptionError
 from capexport.export.pairs import Pair, Variants, open_pair
 from capexport.families import find_family
@@ -93,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=int, default=50, metavar="N", help="batches of each size (default: 50)"
     )
+    parser.add_argument(
+        "--num-beams", type=int, metavar="N", help="of every captioner (default: the model's own)"
+    )
     _add_outputs(parser)
     return parser
 
@@ -142,8 +146,9 @@ def sample_photos() -> list[Path]:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    if min(*options.batch_sizes, options.repeats, options.threads or 1) < 1:
-        raise OptionError("--batch-sizes, --repeats and --threads must be at least 1")
+    counts = (*options.batch_sizes, options.repeats, options.threads or 1)
+    if min(*counts, 1 if options.num_beams is None else options.num_beams) < 1:
+        raise OptionError("--batch-sizes, --repeats, --threads and --num-beams must be at least 1")
     threads = options.threads or available_cores()
     target = targets(options.device, threads)[0]
     target.require_provider()
@@ -199,6 +204,9 @@ class _Bench:
         self._options, self._pair, self._artifacts = options, pair, artifacts
         self._target, self._paths = target, paths
         self._photos = [np.asarray(load_image(path)) for path in paths]
+        self._decoding: DecodingKeywords = {}
+        if options.num_beams is not None:
+            self._decoding["num_beams"] = options.num_beams
         self._exported: dict[str, Captioner] = {}
         self._clocks: dict[str, Clock] = {}
         for name, (folder, manifest) in artifacts.items():
@@ -225,6 +233,7 @@ class _Bench:
             runs=[self._run(contenders, size, bandwidth) for size in options.batch_sizes],
             unavailable=unavailable,
             footprint=self._footprints(),
+            num_beams=options.num_beams,
         )
 
     def _peers(self) -> tuple[Contenders, dict[str, str]]:
@@ -242,7 +251,7 @@ class _Bench:
             try:
                 variants = opener()
                 for captioner in variants.values():
-                    captioner.caption(photos, batch_size=len(photos))
+                    captioner.caption(photos, batch_size=len(photos), **self._decoding)
                 peers[name] = variants
             except Exception as error:  # a compiler or a runtime may throw anything
                 unavailable[name] = (str(error).splitlines() or [repr(error)])[0]
@@ -254,7 +263,7 @@ class _Bench:
         metrics = {}
         for name in ("PyTorch", *self._exported):
             captioner = next(iter(contenders[name].values()))
-            captions = captioner.caption(self._photos, batch_size=32)
+            captions = captioner.caption(self._photos, batch_size=32, **self._decoding)
             said = {path.name: c.text for path, c in zip(self._paths, captions, strict=True)}
             metrics[name] = score(said, references)
         return metrics
@@ -263,11 +272,13 @@ class _Bench:
         """Batches of one size: of each contender the quickest variant, in turn."""
         variants, chosen = {}, {}
         for name, candidates in contenders.items():
-            variant = measure.fastest(candidates, self._photos, size)
+            variant = measure.fastest(candidates, self._photos, size, self._decoding)
             chosen[name] = candidates[variant]
             if variant:
                 variants[name] = variant
-        run = measure.alternate(chosen, self._photos, size, self._options.repeats, self._clocks)
+        run = measure.alternate(
+            chosen, self._photos, size, self._options.repeats, self._clocks, self._decoding
+        )
         paths = dict(run.paths)
         for name, (_, manifest) in self._artifacts.items():
             path = paths[name]
@@ -282,7 +293,9 @@ class _Bench:
         models.update({k: ("onnx", folder) for k, (folder, _) in self._artifacts.items()})
         size, threads = max(self._options.batch_sizes), self._target.threads or 1
         return {
-            name: measure.footprint(kind, folder, self._paths, size, self._target.name, threads)
+            name: measure.footprint(
+                kind, folder, self._paths, size, self._target.name, threads, self._decoding
+            )
             for name, (kind, folder) in models.items()
         }
 
@@ -298,7 +311,8 @@ class _Bench:
             title = f"{manifest.family} {manifest.precision}"
             if title in columns:
                 title += f" ({folder.name})"
-            columns[title] = [caption.text for caption in captioner.caption(self._photos)]
+            captions = captioner.caption(self._photos, **self._decoding)
+            columns[title] = [caption.text for caption in captions]
         return columns
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from capexport.bench.results import STAGES, Footprint, Run, Statistics
 from capexport.bench.results import Path as PathResult
 from capexport.captioner import Caption, Captioner
+from capexport.decoding import DecodingKeywords
 from capexport.export.pairs import AnyCaptioner, Photo, Variants, open_pair
 from capexport.preprocessing import load_image
 from capexport.sessions import Graph, Target
@@ -65,8 +66,10 @@ class ClockedTarget(Target):
 class _Times:
     """What one captioner's batches took, and their captions."""
 
-    def __init__(self, captioner: AnyCaptioner, clock: Clock | None) -> None:
-        self._captioner, self._clock = captioner, clock
+    def __init__(
+        self, captioner: AnyCaptioner, options: DecodingKeywords, clock: Clock | None
+    ) -> None:
+        self._captioner, self._options, self._clock = captioner, options, clock
         self.milliseconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
         self.captions: list[Caption] = []
         self.outside: list[float] = []
@@ -75,14 +78,14 @@ class _Times:
         time.sleep(_PAUSE)
         began = time.perf_counter()
         for batch in itertools.cycle(batches):
-            self._captioner.caption(batch, batch_size=len(batch))
+            self._captioner.caption(batch, batch_size=len(batch), **self._options)
             if time.perf_counter() - began > _WARM_UP:
                 break
 
     def time(self, batch: list[Photo]) -> None:
         before = self._clock.seconds if self._clock else 0.0
         began = time.perf_counter()
-        captions = self._captioner.caption(batch, batch_size=len(batch))
+        captions = self._captioner.caption(batch, batch_size=len(batch), **self._options)
         total = time.perf_counter() - began
         self.captions += captions
         timing = captions[0].timing
@@ -115,6 +118,7 @@ def alternate(
     batch_size: int,
     repeats: int,
     clocks: Mapping[str, Clock] | None = None,
+    options: DecodingKeywords | None = None,
 ) -> Run:
     """Caption the same batches of decoded photos with each captioner, in turns of a few batches.
 
@@ -123,12 +127,13 @@ def alternate(
         photos: uint8 (height, width, 3) each; they are cycled through.
         repeats: batches to time, after a whole untimed turn of each captioner.
         clocks: of captioners whose graphs they have opened.
+        options: how captions are decoded.
     """
     stream = itertools.cycle(photos)
     batches = [list(itertools.islice(stream, batch_size)) for _ in range(repeats)]
     turns = [batches[:_TURN], *(batches[i : i + _TURN] for i in range(0, repeats, _TURN))]
-    clocks = clocks or {}
-    times = {name: _Times(captioner, clocks.get(name)) for name, captioner in captioners.items()}
+    clocks, own = clocks or {}, options or {}
+    times = {name: _Times(each, own, clocks.get(name)) for name, each in captioners.items()}
     order = list(times.values())
     title = f"batch {batch_size}"
     for number, turn in enumerate(tqdm(turns, title, leave=False, disable=None)):
@@ -150,11 +155,13 @@ def _statistics(values: Sequence[float]) -> Statistics:
     return Statistics(float(np.mean(values)), p50, p90, p99)
 
 
-def fastest(variants: Variants, photos: Sequence[Photo], batch_size: int) -> str:
+def fastest(
+    variants: Variants, photos: Sequence[Photo], batch_size: int, options: DecodingKeywords
+) -> str:
     """Which variant is quickest, by the median of a few batches."""
     if len(variants) == 1:
         return next(iter(variants))
-    paths = alternate(variants, photos, batch_size, repeats=7).paths
+    paths = alternate(variants, photos, batch_size, repeats=7, options=options).paths
     return min(variants, key=lambda name: paths[name].milliseconds["total"].p50)
 
 
@@ -173,14 +180,22 @@ def memory_bandwidth(device: str = "cpu") -> float:
 
 
 def footprint(
-    kind: str, model: Path, photos: Sequence[Path], batch_size: int, device: str, threads: int
+    kind: str,
+    model: Path,
+    photos: Sequence[Path],
+    batch_size: int,
+    device: str,
+    threads: int,
+    options: DecodingKeywords,
 ) -> Footprint:
     """Load a captioner in a process of its own and caption one batch there.
 
     Raises:
         RuntimeError: that process failed.
     """
-    arguments = [kind, str(model), str(batch_size), device, str(threads), *map(str, photos)]
+    decoding = json.dumps(options)
+    arguments = [kind, str(model), str(batch_size), device, str(threads), decoding]
+    arguments += map(str, photos)
     outcome = subprocess.run(
         [sys.executable, "-m", __spec__.name, *arguments], capture_output=True, text=True
     )
@@ -191,7 +206,8 @@ def footprint(
 
 
 def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
-    kind, model, batch_size, device, threads, *photos = arguments
+    kind, model, batch_size, device, threads, decoding, *photos = arguments
+    options: DecodingKeywords = json.loads(decoding)
     began = time.perf_counter()
     captioner: AnyCaptioner
     if kind == "onnx":
@@ -200,9 +216,8 @@ def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
         captioner = next(iter(open_pair(model, device, int(threads)).variants().values()))
     loaded = time.perf_counter() - began
     batch = [np.asarray(load_image(photo)) for photo in photos]
-    captioner.caption(
-        list(itertools.islice(itertools.cycle(batch), int(batch_size))), batch_size=int(batch_size)
-    )
+    batch = list(itertools.islice(itertools.cycle(batch), int(batch_size)))
+    captioner.caption(batch, batch_size=int(batch_size), **options)
     return {"load_seconds": loaded, "peak_memory_mb": _peak_memory()}
 
 

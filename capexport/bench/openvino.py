@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class _Node:
 class _Session:
     """A compiled graph with the part of `InferenceSession` that `Graph` uses."""
 
-    def __init__(self, path: Path, threads: int | None) -> None:
+    def __init__(self, path: Path | bytes, threads: int | None) -> None:
         import openvino
 
         core = openvino.Core()
@@ -62,7 +63,7 @@ class _Session:
 
 class _OpenVinoTarget(Target):
     def open(self, path: Path, **_: Any) -> Graph:
-        return Graph(path, _Session(path, self.threads), None)
+        return Graph(path, None, partial(_Session, threads=self.threads))
 
 
 def openvino_captioners(folder: Path, device: str, threads: int) -> dict[str, Captioner]:

@@ -75,6 +75,7 @@ class Environment:
 class Result:
     """
     Attributes:
+        num_beams: of every captioner; None where each has its model's own.
         metrics: caption metrics, by captioner.
         unavailable: why a peer could not be measured.
     """
@@ -88,6 +89,7 @@ class Result:
     metrics: dict[str, dict[str, float | str]]
     unavailable: dict[str, str]
     footprint: dict[str, Footprint]
+    num_beams: int | None = None
 
     def to_json(self, indent: int | None = None) -> str:
         return json.dumps(dataclasses.asdict(self), indent=indent)

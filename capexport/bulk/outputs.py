@@ -28,8 +28,10 @@ FORMATS = ("text", "jsonl", "csv", "coco", "txt")
 # Follow no link, and wait for nobody at the other end of a pipe.
 _CAUTION: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
-# A file, its caption and, where asked for, the caption's log-probability.
-Captioned: TypeAlias = tuple[Path, str] | tuple[Path, str, float]
+# A file, and what stands in a `Row` behind its name.
+Captioned: TypeAlias = (
+    tuple[Path, str] | tuple[Path, str, float] | tuple[Path, str, float, list[Any]]
+)
 
 
 class Output(Protocol):
@@ -51,14 +53,12 @@ class Output(Protocol):
 class StreamOutput:
     """Rows to standard output, as they come."""
 
-    def __init__(
-        self, style: str, stream: TextIO, paths: Sequence[Path], scores: bool = False
-    ) -> None:
+    def __init__(self, style: str, stream: TextIO, paths: Sequence[Path], columns: int = 2) -> None:
         if style == "coco":
             _refuse_clashing_ids(paths)
         self._stream = stream
         with _naming("standard output"):
-            self._rows = RowWriter(stream, style, 2 + scores)
+            self._rows = RowWriter(stream, style, columns)
 
     def done(self, path: Path) -> bool:
         return False
@@ -344,17 +344,17 @@ class FileOutput:
         resume: bool,
         *,
         overwrite: bool = False,
-        scores: bool = False,
+        columns: int = 2,
     ) -> None:
         """`key` tells what else captions depend on; a run is only gone on with under its own."""
-        self._out, self._style, self._columns = out, style, 2 + scores
+        self._out, self._style, self._columns = out, style, columns
         self._paths = paths
         self._folder = os.path.abspath(out.parent)
         if style == "coco":
             _refuse_clashing_ids(paths)
         self._refuse_existing(resume or overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
-        made_with = {"captioner": key, "format": style, "scores": scores}
+        made_with = {"captioner": key, "format": style, "scores": columns > 2}
         self._journal = Journal(journal_of(out), made_with, resume, overwrite)
         begun = self._journal.holds_rows
         try:

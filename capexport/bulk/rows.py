@@ -11,10 +11,11 @@ from typing import Any, TextIO, TypeAlias
 
 from capexport.bulk.names import UNSAFE, escaped, original_name, readable_name, shown, unescaped
 
-# A file's name in the results, its caption and, where asked for, the caption's log-probability.
-Row: TypeAlias = tuple[str, str] | tuple[str, str, float]
+# A file's name in the results and its caption; where asked for, the caption's log-probability, and
+# in jsonl alternatives: an object for each, with text, log_probability and score.
+Row: TypeAlias = tuple[str, str] | tuple[str, str, float] | tuple[str, str, float, list[Any]]
 
-COLUMNS = ("file_name", "text", "log_probability")
+COLUMNS = ("file_name", "text", "log_probability", "alternatives")
 # A spreadsheet runs what begins so. `./=1.jpg` is the same file; a caption gets an apostrophe.
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
@@ -50,7 +51,7 @@ class RowWriter:
             self._stream.write(self._separator + to_json(result))
             self._separator = ",\n"
         elif self._style == "jsonl":
-            # The third column is missing where no score was asked for.
+            # The last columns are missing where they were not asked for.
             self._stream.write(to_json(dict(zip(COLUMNS, row, strict=False))) + "\n")
         else:
             self._stream.write(f"{shown(name)}\t{escaped(text)}\n")
@@ -103,7 +104,11 @@ def _is_formula(text: str) -> bool:
     return text.lstrip("'").startswith(_FORMULA)
 
 
-def _row(name: Any, text: Any, *score: Any) -> Row:
-    if not (isinstance(name, str) and isinstance(text, str) and len(score) < 2):
-        raise ValueError(f"no row: {(name, text, *score)}")
-    return (name, text, float(score[0])) if score else (name, text)
+def _row(name: Any, text: Any, score: Any = None, alternatives: Any = None) -> Row:
+    if not (isinstance(name, str) and isinstance(text, str)):
+        raise ValueError(f"no row: {(name, text)}")
+    if score is None:
+        return name, text
+    if alternatives is None:
+        return name, text, float(score)
+    return name, text, float(score), list(alternatives)

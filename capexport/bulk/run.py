@@ -14,7 +14,7 @@ import numpy as np
 
 from capexport.artifact import Manifest
 from capexport.bulk.outputs import Captioned, Output
-from capexport.captioner import Captioner, open_artifact
+from capexport.captioner import Caption, Captioner, open_artifact
 from capexport.decoding import DecodingKeywords
 from capexport.errors import ImageError
 from capexport.families import find_family
@@ -59,7 +59,7 @@ def caption_files(
     prompt: str | None = None,
     prefix: str = "",
     suffix: str = "",
-    scores: bool = False,
+    columns: int = 2,
     content: Mapping[Path, bytes] | None = None,
     **options: Unpack[DecodingKeywords],
 ) -> Iterator[tuple[int, list[ImageError]]]:
@@ -73,7 +73,8 @@ def caption_files(
     Args:
         prompt, options: as for `Captioner.caption`.
         prefix, suffix: what every caption gets in front and behind, such as a style's name.
-        scores: whether rows hold the captions' log-probabilities too.
+        columns: how many a row has: with 3 the caption's log-probability too, with 4 its
+            alternatives.
         content: encoded images that are no files, by the path that stands for them.
     Yields:
         After each batch, how many files it took, and the errors of those that cannot be read.
@@ -85,11 +86,20 @@ def caption_files(
             return [], errors
         prompts = None if prompt is None else [prompt] * len(readable)
         captions = captioner.caption_pixels(pixels, prompts=prompts, **options)
-        texts = (f"{prefix}{caption.text}{suffix}" for caption in captions)
-        if not scores:
-            return list(zip(readable, texts, strict=True)), errors
-        numbers = (caption.log_probability for caption in captions)
-        return list(zip(readable, texts, numbers, strict=True)), errors
+        return list(map(row, readable, captions)), errors
+
+    def row(path: Path, caption: Caption) -> Captioned:
+        text, number = f"{prefix}{caption.text}{suffix}", caption.log_probability
+        if columns == 2:
+            return path, text
+        if columns == 3:
+            return path, text, number
+        alternatives = [
+            {"text": f"{prefix}{one.text}{suffix}", "log_probability": one.log_probability,
+             "score": one.score}
+            for one in caption.alternatives
+        ]  # fmt: skip
+        return path, text, number, alternatives
 
     read = partial(_read, captioner, content or {})
     starts = range(0, len(paths), batch_size)

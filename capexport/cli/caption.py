@@ -24,15 +24,25 @@ from capexport.bulk.outputs import FORMATS, FileOutput, Output, SideCars, Stream
 from capexport.bulk.run import caption_files, open_captioner
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli.command import say, teaching
-from capexport.decoding import DecodingOptions
+from capexport.decoding import DecodingOptions, EarlyStopping
 from capexport.errors import ImageError, OptionError
 from capexport.preprocessing import image_suffixes
 from capexport.sessions import available_cores
 
 # A flag for each option of decoding that has words for its help.
 DECODING_FLAGS = [item for item in dataclasses.fields(DecodingOptions) if "help" in item.metadata]
-_TYPES = {"int": int, "float": float}
 _FORMAT_OF = {".jsonl": "jsonl", ".csv": "csv", ".json": "coco"}
+
+
+def _early_stopping(text: str) -> EarlyStopping:
+    if text == "never":
+        return "never"
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
+
+
+_TYPES = {"int": int, "float": float, "EarlyStopping": _early_stopping}
 
 
 def add_parser(commands: Any) -> None:
@@ -127,7 +137,7 @@ def _add_captions(group: Any) -> None:
         group.add_argument(
             f"--{option.name.replace('_', '-')}",
             type=_TYPES[str(option.type)],
-            metavar="N",
+            metavar="true|false|never" if option.type == "EarlyStopping" else "N",
             help=f"{option.metadata['help']} (default: the model's own)",
         )
 
@@ -147,9 +157,12 @@ def _run(options: argparse.Namespace) -> int:
     captioner.truncated = options.truncated
     given = {item.name: getattr(options, item.name) for item in DECODING_FLAGS}
     changes: Any = {name: value for name, value in given.items() if value is not None}
-    dataclasses.replace(captioner.options, **changes)  # refused before anything is written
+    own = dataclasses.replace(captioner.options, **changes)  # refused before anything is written
+    columns = (
+        4 if own.num_return_sequences > 1 and options.format == "jsonl" else 2 + options.scores
+    )
     key = f"{sha256_of(model / FILE_NAME)} {changes} prompt={options.prompt!r}"
-    with closing(_output(options, found, key)) as output:
+    with closing(_output(options, found, key, columns)) as output:
         missing = [path for path in found.paths if not output.done(path)]
         todo = missing[: options.limit]
         results = caption_files(
@@ -161,7 +174,7 @@ def _run(options: argparse.Namespace) -> int:
             prompt=options.prompt,
             prefix=options.prefix,
             suffix=options.suffix,
-            scores=options.scores,
+            columns=columns,
             content=found.content,
             **changes,
         )
@@ -197,6 +210,10 @@ def _check(options: argparse.Namespace) -> None:
         raise OptionError("--resume keeps what --overwrite replaces: choose one")
     if options.scores and options.format not in ("jsonl", "csv"):
         raise OptionError(f"--scores needs --format jsonl or csv; {options.format} has no place")
+    if (options.num_return_sequences or 1) > 1 and options.format != "jsonl":
+        raise OptionError(
+            f"--num-return-sequences needs --format jsonl; {options.format} has no place"
+        )
     if sys.stdout is None and not (txt or options.out):
         raise OptionError("standard output is closed: name a file with --out")
 
@@ -210,7 +227,7 @@ def _checked_extension(extension: str) -> str:
     return suffix
 
 
-def _output(options: argparse.Namespace, found: Found, key: str) -> Output:
+def _output(options: argparse.Namespace, found: Found, key: str, columns: int) -> Output:
     """Where captions go; `key` says what else a journal was begun with."""
     paths, resume = found.paths, options.resume
     if options.format == "txt":
@@ -224,7 +241,7 @@ def _output(options: argparse.Namespace, found: Found, key: str) -> Output:
             target=lambda p: (folder / found.below(p) if folder else p).with_suffix(suffix),
         )
     if not options.out:
-        return StreamOutput(options.format, sys.stdout, paths, options.scores)
+        return StreamOutput(options.format, sys.stdout, paths, columns)
     if options.out in paths:
         raise OptionError(f"{options.out}: is one of the images; --out takes another name")
     if options.prefix or options.suffix:
@@ -236,7 +253,7 @@ def _output(options: argparse.Namespace, found: Found, key: str) -> Output:
         key,
         resume,
         overwrite=options.overwrite,
-        scores=options.scores,
+        columns=columns,
     )
 
 

@@ -67,6 +67,7 @@ def _use(manifest: Manifest) -> Iterator[tuple[str, str]]:
         f"at most {decoding.max_tokens} tokens"
         + (f", at least {decoding.min_tokens}" if decoding.min_tokens else "")
         + (f", repetition penalty {penalty:g}" if penalty != 1 else "")
+        + (f", {decoding.num_beams} beams" if decoding.num_beams > 1 else "")
         + (", by default; prompts are taken" if manifest.prompt else ", by default; no prompts"),
     )
 

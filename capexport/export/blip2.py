@@ -294,8 +294,9 @@ def _compare_captions(
         captions = exported.caption(images, prompt=prompt)
         wanted += reference.caption(images[:_ALONE], prompt=prompt, batch_size=1)
         got += captions[:_ALONE]
-        # A penalty of generate() counts the padding of a batch's prompts as said; ours doesn't.
-        if prompt is None or exported.options.repetition_penalty == 1:
+        # generate() counts the padding of a batch's prompts as said; ours doesn't.
+        options = exported.options
+        if prompt is None or (options.repetition_penalty == 1 and not options.no_repeat_ngram_size):
             wanted += together
             got += captions
         pixels = np.stack([exported.preprocess(image) for image in images])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capexport.artifact import is_hub_id
 from capexport.captioner import Caption, Captioner
+from capexport.decoding import DecodingKeywords
 from capexport.errors import DeviceError, MissingExtraError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Decoded: uint8 (height, width, 3).
 Photo: TypeAlias = NDArray[np.uint8]
@@ -21,7 +25,9 @@ Photo: TypeAlias = NDArray[np.uint8]
 class AnyCaptioner(Protocol):
     """`Captioner`, or what `generate()` of Transformers is wrapped in."""
 
-    def caption(self, images: Sequence[Photo], *, batch_size: int) -> list[Caption]: ...
+    def caption(
+        self, images: Sequence[Photo], *, batch_size: int, **options: Unpack[DecodingKeywords]
+    ) -> list[Caption]: ...
 
 
 # By what they are: ways to run the same model, of which the fastest counts.

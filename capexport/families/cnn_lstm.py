@@ -193,7 +193,8 @@ class OnnxDecoder(Decoder):
         built = self._decoding
         fixed = (options.end_tokens, options.suppress_tokens)
         other = fixed != (built.end_tokens, built.suppress_tokens)
-        if not self.looped or options.repetition_penalty != 1 or other:
+        other = other or options.repetition_penalty != 1 or options.no_repeat_ngram_size > 0
+        if not self.looped or other:
             return None
         feeds = {n if n in self.constant else f"first_{n}": v for n, v in features.items()}
         feeds["max_tokens"] = np.array(options.max_tokens, np.int64)

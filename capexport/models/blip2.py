@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-from capexport.captioner import Caption, Timing
+from capexport.captioner import Alternative, Caption, Timing
 from capexport.errors import CheckpointError
 from capexport.models.blip2_checkpoint import Checkpoint, read_checkpoint
 from capexport.models.blip2_config import first_line, quiet, read_config, read_processor
@@ -113,23 +113,39 @@ class HuggingFaceCaptioner:
             output_logits=True,
             **options,
         )
-        rows = output.sequences.cpu()
+        output.sequences.cpu()  # which waits for a GPU
         done = time.perf_counter()
         timing = Timing(
             len(photos), preprocessed - began, self._encoded - preprocessed, done - self._encoded
         )
-        self.first_logits = output.logits[0].float().cpu().numpy()
-        logits = torch.stack(output.scores, 1).float().log_softmax(-1)
-        tokens = rows[:, -logits.shape[1] :]
-        chosen = logits.cpu().gather(2, tokens[:, :, None])[:, :, 0]
+        beams = len(output.logits[0]) // len(photos)
+        self.first_logits = output.logits[0][::beams].float().cpu().numpy()
+        alternatives = self._alternatives(output, options, beams > 1)
+        each = len(alternatives) // len(photos)
+        groups = [alternatives[row : row + each] for row in range(0, len(alternatives), each)]
+        return [
+            Caption(group[0].text, group[0].tokens, group[0].log_probability, timing, tuple(group))
+            for group in groups
+        ]
+
+    def _alternatives(
+        self, output: Any, options: dict[str, Any], searched: bool
+    ) -> list[Alternative]:
+        """The rows that `generate()` returned."""
+        chosen = self.model.language_model.compute_transition_scores(
+            output.sequences, output.scores, output.beam_indices if searched else None,
+            normalize_logits=not searched,
+        ).cpu()  # fmt: skip
+        tokens = output.sequences.cpu()[:, -chosen.shape[1] :]
         ends = options.get("eos_token_id", self.model.config.text_config.eos_token_id)
         ends = torch.tensor([] if ends is None else ends).flatten()
-        captions = []
-        for row, scores in zip(tokens, chosen, strict=True):
+        alternatives = []
+        for number, (row, scores) in enumerate(zip(tokens, chosen, strict=True)):
             [ended] = torch.isin(row, ends).nonzero(as_tuple=True)
             length = int(ended[0]) if len(ended) else len(row)
             said = row[:length].tolist()
             text = self._processor.tokenizer.decode(said, skip_special_tokens=True).strip()
             probability = float(scores[: length + 1].sum())
-            captions.append(Caption(text, tuple(said), probability, timing))
-        return captions
+            score = float(output.sequences_scores[number]) if searched else probability
+            alternatives.append(Alternative(text, tuple(said), probability, score))
+        return alternatives

@@ -39,14 +39,15 @@ SMALL_FILES = (
 # Settings of `generate()` on which its likeliest tokens do not depend.
 _WITHOUT_EFFECT = {
     "_from_model_config", "transformers_version", "bos_token_id", "pad_token_id", "temperature",
-    "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "early_stopping",
-    "length_penalty", "use_cache", "output_attentions", "output_hidden_states", "output_scores",
-    "output_logits", "return_dict_in_generate", "remove_invalid_values", "renormalize_logits",
+    "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "use_cache",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "remove_invalid_values",
 }  # fmt: skip
 # Those that become the manifest's `decoding`.
 _CARRIED = {
     "eos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "min_length",
-    "min_new_tokens", "repetition_penalty", "suppress_tokens",
+    "min_new_tokens", "repetition_penalty", "suppress_tokens", "num_beams", "length_penalty",
+    "early_stopping", "num_return_sequences", "no_repeat_ngram_size",
 }  # fmt: skip
 
 
@@ -194,8 +195,10 @@ def decoding_defaults(folder: Path, config: Blip2Config) -> Decoding:
     image_and_start = config.num_query_tokens + 1
     if alone and settings.min_new_tokens is None and settings.min_length > image_and_start:
         raise _refused(path, ["min_length"], "which counts image and prompt; set min_new_tokens")
+    if settings.num_beams == 1:
+        unusual.discard("renormalize_logits")  # which changes the sums of beams alone
     if others := sorted(unusual - _CARRIED):
-        raise _refused(path, others, "which a captioner cannot keep; without, captions are greedy")
+        raise _refused(path, others, "which a captioner cannot keep; remove it")
     longest = settings.max_new_tokens
     if longest is None:  # 20 is a default, and then means new tokens
         longest = settings.max_length - (0 if settings.max_length == 20 else 1)
@@ -214,6 +217,11 @@ def decoding_defaults(folder: Path, config: Blip2Config) -> Decoding:
             min_tokens=min(shortest, longest),
             repetition_penalty=settings.repetition_penalty,
             suppress_tokens=tuple(settings.suppress_tokens or ()),
+            num_beams=settings.num_beams,
+            length_penalty=settings.length_penalty,
+            early_stopping=settings.early_stopping,
+            num_return_sequences=settings.num_return_sequences,
+            no_repeat_ngram_size=settings.no_repeat_ngram_size,
         )
     except OptionError as error:
         raise CheckpointError(f"{path}: text_config: {error}") from error
