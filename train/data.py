@@ -10,6 +10,7 @@ import hashlib
 import json
 import string
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from capexport.artifact import FILE_NAME
@@ -51,7 +54,7 @@ class Photo:
 
 
 @dataclass
-class Flickr8k:
+class Dataset:
     """The photos of each split, and by reason the names of what was left out.
 
     `official` says whether the split is that of Flickr8k's own files.
@@ -82,9 +85,9 @@ class Flickr8k:
                 )
 
 
-def read_flickr8k(
+def read_dataset(
     folder: Path, validation: float, test: float, seed: int, official: bool | None = None
-) -> Flickr8k:
+) -> Dataset:
     """Read captions and split; whether the images can be decoded is found out later.
 
     The official split counts where its three files are, or as `official` says. Otherwise photos
@@ -105,7 +108,7 @@ def read_flickr8k(
             "trained on that split"
         )
     names = listed or _seeded_split(captions, validation, test, seed)
-    dataset = Flickr8k(
+    dataset = Dataset(
         {
             split: [
                 Photo(name, images / name, tuple(captions[name]))
@@ -175,7 +178,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def clean(caption: str, keep_articles: bool) -> list[str]:
     """The published cleaning: lower case, no punctuation, no words with digits or other
     non-letters, and no single letters unless `keep_articles`."""
-    words = (word.translate(_NO_PUNCTUATION) for word in caption.lower().split())
+    words = caption.lower().translate(_NO_PUNCTUATION).split()
     return [word for word in words if word.isalpha() and (keep_articles or len(word) > 1)]
 
 
@@ -184,6 +187,57 @@ def build_vocabulary(captions: Iterable[list[str]], min_count: int) -> Vocabular
     counts = Counter(word for caption in captions for word in caption)
     kept = sorted((w for w in counts if counts[w] >= min_count), key=lambda w: (-counts[w], w))
     return Vocabulary((*Vocabulary.SPECIALS, *kept))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The captions of some photos as ids, in one array: a shuffle is a permutation of their numbers
+    and copies none of them.
+
+    Attributes:
+        photos: int32 (captions,), the place of each caption's photo.
+        ids: int32 (tokens,), all captions one after another.
+        starts: int64 (captions + 1,): caption i is `ids[starts[i]:starts[i + 1]]`.
+    """
+
+    photos: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many ids each caption has, int64 (captions,)."""
+        return np.diff(self.starts)
+
+    def batch(
+        self, indices: Iterable[int] | NDArray[np.integer[Any]]
+    ) -> tuple[NDArray[np.int32], list[NDArray[np.int32]]]:
+        """Some captions: the places of their photos, int32 (batch,), and the ids of each, int32
+        (tokens of that caption,)."""
+        chosen = np.asarray(indices, np.int64)
+        bounds = zip(self.starts[chosen], self.starts[chosen + 1], strict=True)
+        return self.photos[chosen], [self.ids[start:end] for start, end in bounds]
+
+
+def encode_captions(
+    photos: Iterable[Photo], vocabulary: Vocabulary, keep_articles: bool
+) -> Examples:
+    """The captions of `photos` in their order, cleaned; those without a word left are left out."""
+    places, ids, starts = array("i"), array("i"), array("q", [0])
+    for place, photo in enumerate(photos):
+        for caption in photo.captions:
+            if words := clean(caption, keep_articles):
+                ids.extend(vocabulary.encode(words))
+                places.append(place)
+                starts.append(len(ids))
+    return Examples(
+        np.frombuffer(places, np.int32),
+        np.frombuffer(ids, np.int32),
+        np.frombuffer(starts, np.int64),
+    )
 
 
 def readable(
@@ -225,7 +279,7 @@ def photos_as_trained(
             file=sys.stderr,
         )
     try:
-        dataset = read_flickr8k(data, **numbers)
+        dataset = read_dataset(data, **numbers)
     except TypeError as error:
         raise DatasetError(f"{captioner}: says no split that can be made: {numbers}") from error
     paths = [photo.path for photo in dataset.splits[split]]

@@ -30,7 +30,7 @@ from capexport.models.torch_captioner import require_torch_device, torch_caption
 from capexport.preprocessing import ImageSpec, load_image
 from train import figures
 from train.config import TrainConfig
-from train.data import Flickr8k, Photo, build_vocabulary, clean, read_flickr8k, readable
+from train.data import Dataset, Photo, build_vocabulary, clean, read_dataset, readable
 from train.features import cached_features, live_features, load_backbone
 from train.run import load_state, save_state, start_run, write_history, write_json
 from train.score import caption_photos
@@ -43,7 +43,7 @@ Features: TypeAlias = Callable[[Sequence[Path], np.random.Generator], Tensor]
 Example: TypeAlias = tuple[Path, list[int]]
 
 
-def train(config: TrainConfig) -> tuple[Checkpoint, Flickr8k]:
+def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
     """Train, or go on with what `config.out` holds, which is this process's alone (`run_folder`);
     returns the best checkpoint and the data.
 
@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Flickr8k]:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     spec = ImageSpec(config.resize, config.crop)
-    dataset = read_flickr8k(config.data, config.validation, config.test, config.seed)
+    dataset = read_dataset(config.data, config.validation, config.test, config.seed)
     backbone = ImageEncoder(CnnLstmConfig(1)).to(config.device)
     load_backbone(backbone, config.backbone_weights)
     features = evaluation = _features_of_readable(dataset, backbone, spec, config)
@@ -77,7 +77,7 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Flickr8k]:
     return load_checkpoint(config.out), dataset
 
 
-def _origin(dataset: Flickr8k, config: TrainConfig) -> dict[str, Any]:
+def _origin(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says of its training."""
     return {
         "command": "python -m train" + config.to_flags(),
@@ -97,7 +97,7 @@ def _origin(dataset: Flickr8k, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def finish(checkpoint: Checkpoint, dataset: Flickr8k, config: TrainConfig) -> None:
+def finish(checkpoint: Checkpoint, dataset: Dataset, config: TrainConfig) -> None:
     """Caption the test split with the best checkpoint, score it, and draw a sheet of samples."""
     photos = dataset.splits["test"]
     captions = caption_photos(torch_captioner(checkpoint, config.device), photos)
@@ -118,7 +118,7 @@ def finish(checkpoint: Checkpoint, dataset: Flickr8k, config: TrainConfig) -> No
 
 
 def _features_of_readable(
-    dataset: Flickr8k, backbone: ImageEncoder, spec: ImageSpec, config: TrainConfig
+    dataset: Dataset, backbone: ImageEncoder, spec: ImageSpec, config: TrainConfig
 ) -> Features:
     """Drop photos that can't be decoded; the cached features of the others."""
     paths = [photo.path for photo in dataset.photos()]
@@ -145,7 +145,7 @@ def _cleaned(photos: Sequence[Photo], config: TrainConfig) -> Iterator[tuple[lis
 
 def _run_epochs(
     best: Checkpoint,
-    dataset: Flickr8k,
+    dataset: Dataset,
     features: Features,
     evaluation: Features,
     config: TrainConfig,
@@ -191,7 +191,7 @@ def _run_epochs(
 
 
 def _examples(
-    dataset: Flickr8k, vocabulary: Vocabulary, config: TrainConfig
+    dataset: Dataset, vocabulary: Vocabulary, config: TrainConfig
 ) -> dict[str, list[Example]]:
     examples = {
         split: [
