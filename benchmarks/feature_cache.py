@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from train.config import TrainConfig
-from train.data import read_flickr8k
+from train.data import read_dataset
 from train.loop import train
 
 EPOCHS = 10
@@ -56,7 +56,7 @@ def main() -> None:
 
 def subset(source: Path, count: int, target: Path) -> Path:
     """The first `count` photos of the training split, as a folder in the Kaggle layout."""
-    photos = read_flickr8k(source, 0.1, 0.1, 0).splits["train"][:count]
+    photos = read_dataset(source, 0.1, 0.1, 0).splits["train"][:count]
     (target / "Images").mkdir(parents=True)
     with (target / "captions.txt").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

@@ -93,7 +93,7 @@ class Decoder(Protocol):
     def attention(self, features: Features, captions: Sequence[Sequence[int]]) -> list[FloatArray]:
         """Where it looked before each token of `captions`, one for each image of the batch: the
         weights of the regions, which sum to 1, float32 (tokens, rows, columns)."""
-        raise NotImplementedError
+        raise OptionError("this decoder looks at no regions of an image")
 
     def greedy(self, features: Features, options: DecodingOptions) -> list[Hypothesis] | None:
         """Whole captions in one go, where the decoder holds the loop; None where it must step."""

@@ -10,13 +10,16 @@ import hashlib
 import json
 import string
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from capexport.artifact import FILE_NAME
@@ -51,7 +54,7 @@ class Photo:
 
 
 @dataclass
-class Flickr8k:
+class Dataset:
     """The photos of each split, and by reason the names of what was left out.
 
     `official` says whether the split is that of Flickr8k's own files.
@@ -82,9 +85,9 @@ class Flickr8k:
                 )
 
 
-def read_flickr8k(
+def read_dataset(
     folder: Path, validation: float, test: float, seed: int, official: bool | None = None
-) -> Flickr8k:
+) -> Dataset:
     """Read captions and split; whether the images can be decoded is found out later.
 
     The official split counts where its three files are, or as `official` says. Otherwise photos
@@ -105,7 +108,7 @@ def read_flickr8k(
             "trained on that split"
         )
     names = listed or _seeded_split(captions, validation, test, seed)
-    dataset = Flickr8k(
+    dataset = Dataset(
         {
             split: [
                 Photo(name, images / name, tuple(captions[name]))
@@ -175,7 +178,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def clean(caption: str, keep_articles: bool) -> list[str]:
     """The published cleaning: lower case, no punctuation, no words with digits or other
     non-letters, and no single letters unless `keep_articles`."""
-    words = (word.translate(_NO_PUNCTUATION) for word in caption.lower().split())
+    words = caption.lower().translate(_NO_PUNCTUATION).split()
     return [word for word in words if word.isalpha() and (keep_articles or len(word) > 1)]
 
 
@@ -184,6 +187,77 @@ def build_vocabulary(captions: Iterable[list[str]], min_count: int) -> Vocabular
     counts = Counter(word for caption in captions for word in caption)
     kept = sorted((w for w in counts if counts[w] >= min_count), key=lambda w: (-counts[w], w))
     return Vocabulary((*Vocabulary.SPECIALS, *kept))
+
+
+# A photo and captions of it, as ids from `<SOS>` to `<EOS>`.
+Example: TypeAlias = tuple[Path, list[NDArray[np.int32]]]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What training goes through: photos, each with all of its captions or with one of them.
+
+    The captions stand in one array: a shuffle is a permutation of numbers and copies none of them.
+
+    Attributes:
+        paths: of the photos.
+        places: int32 (captions,), the place of each caption's photo in `paths`.
+        ids: int32 (tokens,), all captions one after another.
+        starts: int64 (captions + 1,): caption i is `ids[starts[i]:starts[i + 1]]`.
+        firsts: int64 (examples + 1,): example i has the captions from `firsts[i]` on.
+    """
+
+    paths: Sequence[Path]
+    places: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.firsts) - 1
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Example:
+        first, end = self.firsts[index : index + 2]
+        captions = [self.ids[self.starts[i] : self.starts[i + 1]] for i in range(first, end)]
+        return self.paths[self.places[first]], captions
+
+    @property
+    def longest(self) -> NDArray[np.int64]:
+        """The ids of each example's longest caption, int64 (examples,)."""
+        return np.maximum.reduceat(np.diff(self.starts), self.firsts[:-1])
+
+    def digest(self) -> str:
+        """A hash of photos and captions, the same wherever the photos' folder is."""
+        digest = hashlib.sha256("\n".join(path.name for path in self.paths).encode())
+        for part in (self.places, self.ids, self.starts, self.firsts):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
+
+
+def encode_captions(
+    photos: Sequence[Photo], vocabulary: Vocabulary, keep_articles: bool, whole: bool
+) -> Examples:
+    """The captions of `photos`, cleaned; those without a word left are left out, and photos without
+    a caption. `whole` examples are photos with all of their captions."""
+    places, ids, starts = array("i"), array("i"), array("q", [0])
+    for place, photo in enumerate(photos):
+        for caption in photo.captions:
+            if words := clean(caption, keep_articles):
+                ids.extend(vocabulary.encode(words))
+                places.append(place)
+                starts.append(len(ids))
+    of_caption = np.frombuffer(places, np.int32)
+    firsts = np.flatnonzero(np.diff(of_caption, prepend=-1)) if whole else np.arange(len(places))
+    return Examples(
+        [photo.path for photo in photos],
+        of_caption,
+        np.frombuffer(ids, np.int32),
+        np.frombuffer(starts, np.int64),
+        np.append(firsts, len(places)),
+    )
 
 
 def readable(
@@ -225,7 +299,7 @@ def photos_as_trained(
             file=sys.stderr,
         )
     try:
-        dataset = read_flickr8k(data, **numbers)
+        dataset = read_dataset(data, **numbers)
     except TypeError as error:
         raise DatasetError(f"{captioner}: says no split that can be made: {numbers}") from error
     paths = [photo.path for photo in dataset.splits[split]]

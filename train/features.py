@@ -7,7 +7,7 @@ import sys
 import tempfile
 import urllib.error
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -140,7 +140,7 @@ class CachedFeatures:
 
     def _encoded(
         self, todo: dict[Path, bytes], encoder: ImageEncoder, spec: ImageSpec
-    ) -> Iterator[tuple[bytes, Tensor]]:
+    ) -> Generator[tuple[bytes, Tensor], None, None]:
         """Each photo's digest and features, (views, ...)."""
         photos = max(1, _ENCODE_BATCH // self._views)
         made = readable(list(todo), partial(_views, spec=spec, count=self._views))

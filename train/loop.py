@@ -10,11 +10,12 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 import torchvision
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -36,9 +37,18 @@ from capexport.models.torch_captioner import (
 from capexport.preprocessing import ImageSpec, load_image
 from train import figures
 from train.config import TrainConfig
-from train.data import Flickr8k, Photo, build_vocabulary, clean, read_flickr8k, readable
+from train.data import (
+    Dataset,
+    Examples,
+    Photo,
+    build_vocabulary,
+    clean,
+    encode_captions,
+    read_dataset,
+    readable,
+)
 from train.features import CachedFeatures, LiveFeatures, load_backbone
-from train.objective import CiderReward, Example, batch_loss, self_critical_loss
+from train.objective import CiderReward, batch_loss, self_critical_loss
 from train.run import load_state, save_state, start_run, write_history, write_json
 from train.score import caption_photos
 
@@ -49,7 +59,7 @@ _POOL = 16  # batches that are sorted by length together
 Features: TypeAlias = CachedFeatures | LiveFeatures
 
 
-def train(config: TrainConfig) -> tuple[Checkpoint, Flickr8k]:
+def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
     """Train, or go on with what `config.out` holds, which is this process's alone (`run_folder`);
     returns the best checkpoint and the data.
 
@@ -69,7 +79,7 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Flickr8k]:
         load_backbone(encoder, config.backbone_weights)
     encoder.train_from = _first_trained(encoder, config)
     encoder.to(config.device)
-    dataset = read_flickr8k(config.data, config.validation, config.test, config.seed)
+    dataset = read_dataset(config.data, config.validation, config.test, config.seed)
     spec = begun.image if begun else config.image
     features = _features_of_readable(dataset, encoder, spec, config)
 
@@ -102,7 +112,7 @@ def _first_trained(encoder: ImageEncoder, config: TrainConfig) -> int:
     return config.train_from
 
 
-def _origin(dataset: Flickr8k, config: TrainConfig) -> dict[str, Any]:
+def _origin(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says of its training."""
     return {
         "command": "python -m train" + config.to_flags(),
@@ -122,7 +132,7 @@ def _origin(dataset: Flickr8k, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def finish(checkpoint: Checkpoint, dataset: Flickr8k, config: TrainConfig) -> None:
+def finish(checkpoint: Checkpoint, dataset: Dataset, config: TrainConfig) -> None:
     """Caption the test split with the best checkpoint, score it, and draw a sheet of samples."""
     photos = dataset.splits["test"]
     captions = caption_photos(torch_captioner(checkpoint, config.device), photos)
@@ -143,14 +153,15 @@ def finish(checkpoint: Checkpoint, dataset: Flickr8k, config: TrainConfig) -> No
 
 
 def _features_of_readable(
-    dataset: Flickr8k, encoder: ImageEncoder, spec: ImageSpec, config: TrainConfig
+    dataset: Dataset, encoder: ImageEncoder, spec: ImageSpec, config: TrainConfig
 ) -> Features:
     """Drop photos that can't be decoded; the features of the others."""
+    features: Features
     paths = [photo.path for photo in dataset.photos()]
     if config.caches_features:
         views = config.views if config.augment else 1
-        features = CachedFeatures(encoder, paths, spec, config.cache, config.device, views)
-        usable = set(features.readable)
+        cached = CachedFeatures(encoder, paths, spec, config.cache, config.device, views)
+        features, usable = cached, set(cached.readable)
     else:
         features = LiveFeatures(encoder, spec, config.augment, config.device)
         checked = tqdm(readable(paths, load_image), "checking photos", len(paths))
@@ -166,7 +177,7 @@ def _cleaned(photo: Photo, config: TrainConfig) -> Iterator[list[str]]:
 
 
 def _run_epochs(
-    best: Checkpoint, dataset: Flickr8k, features: Features, config: TrainConfig
+    best: Checkpoint, dataset: Dataset, features: Features, config: TrainConfig
 ) -> None:
     """Train from the last epoch that `config.out` has; `best.model` ends as the last epoch leaves
     it, the best one is in `best/`."""
@@ -174,7 +185,10 @@ def _run_epochs(
     whole = _takes_whole_photos(best.model, config)
     examples = _examples(dataset, best.vocabulary, config, whole)
     trainer = _Trainer(best.model, features, examples["train"], config)
-    data = {"vocabulary": _digest(best.vocabulary.words), "captions or photos": _digest(examples)}
+    data = {
+        "vocabulary": _digest(best.vocabulary.words),
+        "captions or photos": _digest([found.digest() for found in examples.values()]),
+    }
     history = load_state(out, trainer.kept, trainer.optimiser, data)
     start_run(out, config.to_json(), dataset.skipped, history)
     while len(history) < config.epochs:
@@ -218,38 +232,25 @@ def _line(epoch: Mapping[str, float]) -> str:
 
 
 def _examples(
-    dataset: Flickr8k, vocabulary: Vocabulary, config: TrainConfig, whole: bool
-) -> dict[str, list[Example]]:
-    """Of the training split, photos with all their captions, if `whole`, or with one each; of the
-    validation split, which is all gone through in any order, those of like length together."""
-    examples: dict[str, list[Example]] = {}
-    for split in ("train", "validation"):
-        photos = [
-            (photo.path, [vocabulary.encode(words) for words in _cleaned(photo, config)])
-            for photo in dataset.splits[split]
-        ]
-        if not whole:
-            photos = [(path, [one]) for path, captions in photos for one in captions]
-        examples[split] = [example for example in photos if example[1]]
-        if not examples[split]:
+    dataset: Dataset, vocabulary: Vocabulary, config: TrainConfig, whole: bool
+) -> dict[str, Examples]:
+    """Photos with all their captions, if `whole`, or with one each."""
+    examples = {
+        split: encode_captions(dataset.splits[split], vocabulary, config.keep_articles, whole)
+        for split in ("train", "validation")
+    }
+    for split, found in examples.items():
+        if not len(found):
             raise DatasetError(f"no caption for {split} has a word left after the cleaning")
-    captions = sum(len(captions) for _, captions in examples["train"])
     print(
-        f"{len(dataset.splits['train'])} photos and {captions} captions to train on, "
-        f"a vocabulary of {len(vocabulary)}"
+        f"{len(dataset.splits['train'])} photos and {len(examples['train'].places)} captions to "
+        f"train on, a vocabulary of {len(vocabulary)}"
     )
-    examples["validation"].sort(key=_longest)
     return examples
 
 
-def _longest(example: Example) -> int:
-    return max(map(len, example[1]))
-
-
 def _digest(data: Any) -> str:
-    """A hash of words or examples, the same wherever the photos' folder is."""
-    text = json.dumps(data, default=lambda path: path.name)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 class _Trainer:
@@ -261,7 +262,7 @@ class _Trainer:
     """
 
     def __init__(
-        self, model: CnnLstm, features: Features, examples: Sequence[Example], config: TrainConfig
+        self, model: CnnLstm, features: Features, examples: Examples, config: TrainConfig
     ) -> None:
         self._model = model
         self._features = features
@@ -270,11 +271,11 @@ class _Trainer:
         self._whole = _takes_whole_photos(model, config)
         self._batches = -(-len(examples) // config.batch_size)
         self.optimiser = _optimiser(model, config)
-        self._average = None
-        self.evaluated, self.kept = model, model
+        self._average: AveragedModel | None = None
+        self.evaluated, self.kept = model, cast(nn.Module, model)
         if config.average:
             self._average = AveragedModel(model, multi_avg_fn=partial(_average, config.average))
-            self.evaluated = self._average.module
+            self.evaluated = cast(CnnLstm, self._average.module)
             self.kept = nn.ModuleDict({"model": model, "average": self._average})
         self._loss = partial(batch_loss, config=config)
         if config.objective == "cider":
@@ -285,13 +286,13 @@ class _Trainer:
         config = self._config
         rng = np.random.default_rng((config.seed, number))
         torch.manual_seed(config.seed + number)
-        shuffled = self._shuffled(rng)
         self._model.train(config.objective == "likelihood")  # a caption is drawn without dropout
         total, count = 0.0, 0
         title = f"epoch {number}/{config.epochs}"
-        for index, batch in enumerate(bar := self._bar(shuffled, title)):
-            if len(batch) == 1:
+        for index, chosen in enumerate(bar := self._bar(self._shuffled(rng), title)):
+            if len(chosen) == 1:
                 continue  # batch norm needs two rows to have a variance
+            batch = [self._examples[one] for one in chosen]
             self._set_rates((number - 1) * self._batches + index)
             values = self._features([path for path, _ in batch], rng)
             features = self._model.encoder.head(values)
@@ -309,25 +310,29 @@ class _Trainer:
             bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)
         return total / count
 
-    def _shuffled(self, rng: np.random.Generator) -> list[Example]:
-        """Examples in random order; photos with all their captions so that those of a batch have
-        captions of like length, since all steps of the longest are computed for each."""
-        shuffled = [self._examples[index] for index in rng.permutation(len(self._examples))]
+    def _shuffled(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """The examples' numbers in random order; photos with all their captions so that those of
+        a batch have captions of like length, since all steps of the longest are computed for each.
+        """
+        order = rng.permutation(len(self._examples))
         if not self._whole:
-            return shuffled
-        size = self._config.batch_size
-        pools = [shuffled[i : i + _POOL * size] for i in range(0, len(shuffled), _POOL * size)]
-        alike = [e for pool in pools for e in sorted(pool, key=_longest)]
-        batches = [alike[start : start + size] for start in range(0, len(alike), size)]
-        last = batches.pop()  # the only one that may be smaller
-        return [e for index in rng.permutation(len(batches)) for e in batches[index]] + last
+            return order
+        size, longest = self._config.batch_size, self._examples.longest
+        pools = [
+            order[start : start + _POOL * size] for start in range(0, len(order), _POOL * size)
+        ]
+        order = np.concatenate([pool[longest[pool].argsort(kind="stable")] for pool in pools])
+        full = len(order) // size
+        batches = order[: full * size].reshape(full, size)
+        return np.concatenate([rng.permutation(batches).flatten(), order[full * size :]])
 
     @torch.no_grad()
-    def loss(self, examples: Sequence[Example]) -> float:
+    def loss(self, examples: Examples) -> float:
         """Mean cross-entropy a token, without label smoothing or any other addition."""
         self.evaluated.eval()
         total, count = 0.0, 0
-        for batch in self._bar(examples, "validation"):
+        for chosen in self._bar(examples.longest.argsort(kind="stable"), "validation"):
+            batch = [examples[one] for one in chosen]
             values = self._features([path for path, _ in batch])
             features = self.evaluated.encoder.head(values)
             loss, tokens = batch_loss(self.evaluated, batch, features)
@@ -348,7 +353,7 @@ class _Trainer:
                 captions[photo.name] = vocabulary.decode(found.tokens)
         return cider(captions, {photo.name: photo.captions for photo in photos})
 
-    def _bar(self, items: Sequence[Any], title: str) -> Any:
+    def _bar(self, items: Sequence[Any] | NDArray[np.int64], title: str) -> Any:
         """Batches of `items`, with a progress bar."""
         size = self._config.batch_size
         batches = [items[start : start + size] for start in range(0, len(items), size)]
@@ -375,7 +380,7 @@ def _average(
 def _optimiser(model: CnnLstm, config: TrainConfig) -> torch.optim.Optimizer:
     backbone = [p for p in model.encoder.backbone.parameters() if p.requires_grad]
     known = {id(parameter) for parameter in model.encoder.backbone.parameters()}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if id(p) not in known]},
         {"params": backbone, "lr": config.backbone_learning_rate or config.learning_rate},
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,12 +14,13 @@ from torch import Tensor
 
 from capexport.errors import MissingExtraError
 from capexport.families.cnn_lstm import Vocabulary
-from capexport.models.cnn_lstm import CnnLstm, State
+from capexport.models.cnn_lstm import CnnLstm
+from capexport.models.steps import State
 from capexport.models.torch_captioner import DECODING
 from train.config import TrainConfig
+from train.data import Example, Examples
 
-# A photo and captions of it, as ids from `<SOS>` to `<EOS>`.
-Example: TypeAlias = tuple[Path, list[list[int]]]
+Ids: TypeAlias = Sequence[int] | NDArray[np.int32]
 
 _SAMPLES = 5  # captions drawn of a photo, as many as people wrote
 
@@ -34,7 +34,7 @@ def batch_loss(
         features: what the encoder makes of the photos, (photos, ...).
         config: label smoothing and the attention's regulariser; neither by default.
     """
-    captions, lengths = _padded(batch)
+    captions, lengths = _padded([captions for _, captions in batch])
     captions = captions.to(features.device)
     predicted = model.decoder(features, captions, lengths)
     tokens = int((predicted.targets != Vocabulary.PAD).sum())
@@ -52,15 +52,15 @@ def batch_loss(
     return loss, tokens
 
 
-def _padded(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """The captions, int64 (rows, time), as many rows for each photo as any has, and their lengths;
-    rows that a photo lacks are padding, of which two are counted."""
-    each = max(len(captions) for _, captions in batch)
-    rows = [caption for _, captions in batch for caption in (captions + [[]] * each)[:each]]
+def _padded(captions: Sequence[Sequence[Ids]]) -> tuple[Tensor, Tensor]:
+    """Captions by photo as int64 (rows, time), and their lengths: as many rows for each photo as
+    any has; of those that it lacks, which are padding, two ids are counted."""
+    each = max(map(len, captions))
+    rows = [ids for of_photo in captions for ids in ([*of_photo] + [[]] * each)[:each]]
     lengths = torch.tensor([max(len(caption), 2) for caption in rows])
     padded = torch.full((len(rows), int(lengths.max())), Vocabulary.PAD)
     for row, caption in zip(padded, rows, strict=True):
-        row[: len(caption)] = torch.tensor(caption, dtype=torch.int64)
+        row[: len(caption)] = torch.as_tensor(caption)
     return padded, lengths
 
 
@@ -71,7 +71,7 @@ class CiderReward:
     or captions would learn to break off (Rennie et al. 2017, section 5).
     """
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Examples) -> None:
         """
         Raises:
             MissingExtraError: pycocoevalcap is not installed.
@@ -86,7 +86,7 @@ class CiderReward:
         for _, captions in examples:
             self._frequency.update(set().union(*self._references(captions)))
 
-    def __call__(self, drawn: Sequence[Sequence[int]], batch: Sequence[Example]) -> NDArray[Any]:
+    def __call__(self, drawn: Sequence[Ids], batch: Sequence[Example]) -> NDArray[Any]:
         """Rewards, float64 (rows,), of equally many captions in a row for each photo of a batch."""
         photos = self._photos
         each = len(drawn) // len(batch)
@@ -103,11 +103,11 @@ class CiderReward:
         )
         return np.array(scorer.compute_cider())
 
-    def _references(self, captions: Sequence[Sequence[int]]) -> Any:
+    def _references(self, captions: Sequence[Ids]) -> Any:
         return self._library.cook_refs([_words(caption) for caption in captions])
 
 
-def _words(caption: Sequence[int]) -> str:
+def _words(caption: Ids) -> str:
     return " ".join(str(token) for token in caption if token != Vocabulary.START)
 
 
@@ -118,7 +118,7 @@ def self_critical_loss(
     photo's others (Rennie et al. 2017; the baseline is Luo's, 2020), and how many tokens they have.
     """
     drawn = _draw(model, model.decoder.start(features))
-    photos = [(path, drawn[i * _SAMPLES :][:_SAMPLES]) for i, (path, _) in enumerate(batch)]
+    photos = [drawn[start : start + _SAMPLES] for start in range(0, len(drawn), _SAMPLES)]
     rewards = torch.tensor(reward(drawn, batch), dtype=torch.float32).view(-1, _SAMPLES)
     others = (rewards.sum(1, keepdim=True) - rewards) / (_SAMPLES - 1)
     advantage = (rewards - others).flatten().to(features.device)

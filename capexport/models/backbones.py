@@ -29,7 +29,7 @@ class Backbone:
     channels: int
     layers: tuple[str, ...] = ("features",)
 
-    def build(self) -> nn.Module:
+    def build(self) -> nn.Sequential:
         """The layers, with random weights."""
         model = models.get_model(self.name, weights=None)
         if self.layers == ("features",):

@@ -146,7 +146,10 @@ class CaptionDecoder(nn.Module):
         return predicted(self.output(outputs.data), captions, lengths)
 
 
-DECODERS = {"lstm": CaptionDecoder, "attention": AttentionDecoder}
+DECODERS: dict[str, type[CaptionDecoder] | type[AttentionDecoder]] = {
+    "lstm": CaptionDecoder,
+    "attention": AttentionDecoder,
+}
 
 
 class CnnLstm(nn.Module):
@@ -163,7 +166,7 @@ class CnnLstm(nn.Module):
         self.config = config
         self.update_norms = update_norms
         self.encoder = ImageEncoder(config, train_from)
-        self.decoder = DECODERS[config.decoder](config)
+        self.decoder: CaptionDecoder | AttentionDecoder = DECODERS[config.decoder](config)
 
     def train(self, mode: bool = True) -> CnnLstm:
         super().train(mode)

@@ -40,4 +40,5 @@ def predicted(
     rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
     both = torch.stack([targets, rows], dim=2)
     packed = pack_padded_sequence(both, lengths, batch_first=True, enforce_sorted=False)
-    return Predicted(logits, *packed.data.unbind(1), attention)
+    targets, rows = packed.data.unbind(1)
+    return Predicted(logits, targets, rows, attention)

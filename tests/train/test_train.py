@@ -27,7 +27,7 @@ from train import loop
 from train import score as score_module
 from train.__main__ import main
 from train.config import TrainConfig
-from train.data import clean, read_flickr8k
+from train.data import clean, read_dataset
 from train.features import cached_features, live_features, load_backbone
 from train.loop import batch_loss
 from train.run import run_folder
@@ -327,7 +327,7 @@ def test_validation_photos_are_never_augmented(checkpoint, data, options, tmp_pa
     [epoch] = json.loads((run / "history.json").read_text())
     examples = [
         (photo.path, trained.vocabulary.encode(clean(caption, keep_articles=False)))
-        for photo in read_flickr8k(data, 0.1, 0.1, 0).splits["validation"]
+        for photo in read_dataset(data, 0.1, 0.1, 0).splits["validation"]
         for caption in photo.captions
     ]
     pixels = np.stack([preprocess(path, ImageSpec(72, 64)) for path, _ in examples])
@@ -340,7 +340,7 @@ def test_validation_photos_are_never_augmented(checkpoint, data, options, tmp_pa
 
 def test_scoring_takes_the_split_of_the_run(data, options, tmp_path, capsys):
     broken = shutil.copytree(data, tmp_path / "data")
-    dataset = read_flickr8k(broken, 0.2, 0.3, 7)
+    dataset = read_dataset(broken, 0.2, 0.3, 7)
     gone = dataset.splits["test"][0]
     gone.path.write_bytes(gone.path.read_bytes()[:300])
     options[options.index("--data") + 1] = str(broken)
