@@ -29,11 +29,10 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from capexport.artifact import lock, remove_dead_drafts, replace_file, replacing_binary_file
 from capexport.errors import CheckpointError, OutputExistsError
-from capexport.models.cnn_lstm import CnnLstm
 from train import figures
 
 STATE = "last.safetensors"
@@ -108,7 +107,7 @@ def start_run(
 
 def save_state(
     folder: Path,
-    model: CnnLstm,
+    model: nn.Module,
     optimiser: torch.optim.Optimizer,
     history: History,
     data: Mapping[str, str],
@@ -123,7 +122,7 @@ def save_state(
 
 
 def load_state(
-    folder: Path, model: CnnLstm, optimiser: torch.optim.Optimizer, data: Mapping[str, str]
+    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, data: Mapping[str, str]
 ) -> History:
     """Fill model and optimiser with what `save_state` kept; the history is empty where it didn't.
 

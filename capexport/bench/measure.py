@@ -203,10 +203,10 @@ def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
     captioner.caption(
         list(itertools.islice(itertools.cycle(batch), int(batch_size))), batch_size=int(batch_size)
     )
-    return {"load_seconds": loaded, "peak_memory_mb": _peak_memory()}
+    return {"load_seconds": loaded, "peak_memory_mb": peak_memory()}
 
 
-def _peak_memory() -> float:
+def peak_memory() -> float:
     """Megabytes of this process's largest resident set."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, whose ru_maxrss would start from the parent process's
