@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from capexport.cli import teaching
 from capexport.errors import CheckpointError
@@ -20,7 +21,33 @@ def option(help: str, **more: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class RunOptions:
+    """What the options of every training have; fields are made by `option`."""
+
+    data: Path
+    out: Path
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    def to_flags(self) -> str:
+        """The options that made the model what it is and differ from the defaults, as they would
+        be typed; of paths, the last part alone, since the rest is the machine's own."""
+        flags = ""
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            value = value.name if isinstance(value, Path) else value
+            if value != item.default and item.name not in ("out", "cache", "device", "threads"):
+                flags += " --" + item.name.replace("_", "-")
+                flags += "" if value is True else f" {shlex.quote(str(value))}"
+        return flags
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunOptions):
     """The options of one training run, as `config.json` in the run folder keeps them."""
 
     data: Path = option("Flickr8k folder, in the Kaggle or the original layout")
@@ -162,28 +189,12 @@ class TrainConfig:
     def image(self) -> ImageSpec:
         return ImageSpec(self.resize, self.crop, keep_aspect=not self.squash)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in dataclasses.asdict(self).items()
-        }
-
-    def to_flags(self) -> str:
-        """The options that made the model what it is and differ from the defaults, as they would
-        be typed; of paths, the last part alone, since the rest is the machine's own."""
-        flags = ""
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            value = value.name if isinstance(value, Path) else value
-            if value != item.default and item.name not in ("out", "cache", "device", "threads"):
-                flags += " --" + item.name.replace("_", "-")
-                flags += "" if value is True else f" {value}"
-        return flags
-
 
 def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
     """The run's options, and whether it goes on with an earlier one."""
-    parser = argparse.ArgumentParser(
+    return parse_options(
+        TrainConfig,
+        argv,
         prog="python -m train",
         **teaching(
             "Train the CNN-LSTM captioner (frozen MobileNetV2, LSTM) on Flickr8k. The defaults "
@@ -193,6 +204,16 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
             "capexport lstm runs/first --out artifacts/first   # then, to use the result",
         ),
     )
+
+
+Options = TypeVar("Options", bound=RunOptions)
+
+
+def parse_options(
+    kind: type[Options], argv: list[str] | None, **parser_options: Any
+) -> tuple[Options, bool]:
+    """As `parse`, for the options of any training."""
+    parser = argparse.ArgumentParser(**parser_options)
     parser.add_argument(
         "--resume",
         type=Path,
@@ -201,7 +222,7 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
         help="go on with a run that was stopped, with the options that it began with; give no "
         "other option",
     )
-    for item in dataclasses.fields(TrainConfig):
+    for item in dataclasses.fields(kind):
         flag = "--" + item.name.replace("_", "-")
         settings: dict[str, Any] = {"help": item.metadata["help"], "default": argparse.SUPPRESS}
         if not any(item.default is none for none in (dataclasses.MISSING, None, False)):
@@ -217,10 +238,10 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
     if run is not None:
         if given:
             parser.error(f"--resume goes without --{next(iter(given)).replace('_', '-')}")
-        return _read(run), True
+        return _read(kind, run), True
     if "data" not in given:
         parser.error("--data FOLDER is needed (or --resume RUN)")
-    return TrainConfig(**given), False
+    return kind(**given), False
 
 
 _TYPES = {
@@ -231,26 +252,27 @@ _TYPES = {
     "float": float,
     "float | None": float,
     "str": str,
+    "str | None": str,
 }
 
 
-def _read(run: Path) -> TrainConfig:
+def _read(kind: type[Options], run: Path) -> Options:
     path = run / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         values: dict[str, Any] = {
-            item.name: document[item.name] for item in dataclasses.fields(TrainConfig)
+            item.name: document[item.name] for item in dataclasses.fields(kind)
         }
-        for item in dataclasses.fields(TrainConfig):
+        for item in dataclasses.fields(kind):
             if "Path" in str(item.type) and values[item.name] is not None:
                 values[item.name] = Path(values[item.name])
-        config = TrainConfig(**values)
+        config = kind(**values)
     except FileNotFoundError:
         raise CheckpointError(
             f"{run}: no config.json there, so no run to resume; begin one with --data and --out"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: damaged: {error!r}; begin a new run with another --out"
+            f"{path}: damaged, or another command's: {error!r}; begin a new run with another --out"
         ) from error
     return dataclasses.replace(config, out=run)

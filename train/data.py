@@ -320,7 +320,8 @@ def photos_as_trained(
 
 def _training_of(captioner: Path) -> dict[str, Any]:
     """What a captioner's files say of its training, without torch; empty where that is nothing."""
-    for name in (FILE_NAME, "checkpoint.json", "best/checkpoint.json"):
+    names = ("checkpoint.json", "best/checkpoint.json", "training.json", "best/training.json")
+    for name in (FILE_NAME, *names):
         file = captioner / name
         if file.is_file():
             try:

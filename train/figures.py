@@ -27,9 +27,7 @@ def draw_curves(history: Sequence[dict[str, float]], path: Path) -> None:
     figure = new_figure(6, 4)
     from matplotlib.ticker import MaxNLocator
 
-    axes = figure.add_subplot(
-        title="CNN-LSTM captioner", xlabel="epoch", ylabel="cross-entropy (nats a token)"
-    )
+    axes = figure.add_subplot(xlabel="epoch", ylabel="cross-entropy (nats a token)")
     axes.plot(epochs, [epoch["train_loss"] for epoch in history], "o-", label="training")
     axes.plot(epochs, validation, "o-", label="validation")
     axes.plot(epochs[best], validation[best], "k*", ms=12, label=f"best: {validation[best]:.3f}")

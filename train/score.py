@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,15 +20,15 @@ from train.data import SPLITS, Photo, photos_as_trained
 
 
 def caption_photos(
-    captioner: Captioner, photos: Sequence[Photo], batch_size: int = 32
+    captioner: Any, photos: Sequence[Photo], batch_size: int = 32, **options: Any
 ) -> dict[str, str]:
-    """Each photo's caption by its file name."""
+    """Each photo's caption by its file name; `options` go to the captioner's `caption`."""
     captions = {}
     with tqdm(total=len(photos), desc="captioning") as bar:
         for start in range(0, len(photos), batch_size):
             batch = photos[start : start + batch_size]
             for photo, caption in zip(
-                batch, captioner.caption([photo.path for photo in batch]), strict=True
+                batch, captioner.caption([photo.path for photo in batch], **options), strict=True
             ):
                 captions[photo.name] = caption.text
             bar.update(len(batch))

@@ -218,10 +218,10 @@ def _footprint_of_this_process(arguments: Sequence[str]) -> dict[str, float]:
     batch = [np.asarray(load_image(photo)) for photo in photos]
     batch = list(itertools.islice(itertools.cycle(batch), int(batch_size)))
     captioner.caption(batch, batch_size=int(batch_size), **options)
-    return {"load_seconds": loaded, "peak_memory_mb": _peak_memory()}
+    return {"load_seconds": loaded, "peak_memory_mb": peak_memory()}
 
 
-def _peak_memory() -> float:
+def peak_memory() -> float:
     """Megabytes of this process's largest resident set."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, whose ru_maxrss would start from the parent process's

@@ -15,7 +15,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard
 from optimum.exporters.onnx import convert, onnx_export_from_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -34,8 +33,10 @@ from capexport.models.blip2_checkpoint import (
     Checkpoint,
     Weights,
     converted,
+    licence_of,
     meta_model,
     read_checkpoint,
+    training_of,
 )
 from capexport.models.blip2_config import quiet
 from capexport.preprocessing import ImageSource
@@ -163,7 +164,8 @@ def _manifest(
         files={},
         provenance=Provenance(
             **(source or {"source": checkpoint.folder.name}),
-            licence=_licence(checkpoint.folder),
+            licence=licence_of(checkpoint.folder),
+            training=training_of(checkpoint.folder),
             checkpoint_sha256=weights.sha256(),
             assumed=checkpoint.assumed,
             opset=OPSET,
@@ -364,12 +366,3 @@ def _prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
         max_positions=None if text.is_encoder_decoder else text.max_position_embeddings,
         clean_up_spaces=tokenizer.clean_up_tokenization_spaces,
     )
-
-
-def _licence(folder: Path) -> str | None:
-    """What the checkpoint's model card says; None where it says nothing, or cannot be read."""
-    try:
-        licence = ModelCard.load(folder / "README.md").data.license
-    except Exception:  # of YAML, of the card's own rules, of encodings
-        return None
-    return licence if isinstance(licence, str) else None

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from capexport.errors import CheckpointError, DownloadError
 from capexport.models.blip2_config import (
     CONFIG,
     SMALL_FILES,
+    TRAINING,
     decoding_defaults,
     first_line,
     image_spec,
@@ -253,6 +254,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     corrected = check_headers(folder, checkpoint.config, headers)
     _refuse_two_for_one(folder, checkpoint.config, headers)
     return replace(checkpoint, assumed=(*checkpoint.assumed, *corrected))
+
+
+def licence_of(folder: Path) -> str | None:
+    """What the checkpoint's model card says; None where it says nothing, or cannot be read."""
+    try:
+        licence = ModelCard.load(folder / "README.md").data.license
+    except Exception:  # of YAML, of the card's own rules, of encodings
+        return None
+    return licence if isinstance(licence, str) else None
+
+
+def training_of(folder: Path) -> dict[str, Any] | None:
+    """What `python -m train.blip2` left there of its training; None where it left nothing."""
+    path = folder / TRAINING
+    training = read_json(path).get("training") if path.is_file() else None
+    return training if isinstance(training, dict) else None
 
 
 def meta_model(config: Blip2Config) -> Blip2ForConditionalGeneration:

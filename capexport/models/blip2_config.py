@@ -30,11 +30,12 @@ CONFIG = "config.json"
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER = "adapter_config.json"
+TRAINING = "training.json"  # of `python -m train.blip2`
 # All that is read beside the weights.
 SMALL_FILES = (
-    CONFIG, *IMAGE_FILES, TOKENIZER_CONFIG, ADAPTER, "tokenizer.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "spiece.model", "README.md",
-    "model.safetensors.index.json", "custom_generate/generate.py",
+    CONFIG, *IMAGE_FILES, TOKENIZER_CONFIG, ADAPTER, TRAINING, "tokenizer.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
+    "README.md", "model.safetensors.index.json", "custom_generate/generate.py",
 )  # fmt: skip
 # Settings of `generate()` on which its likeliest tokens do not depend.
 _WITHOUT_EFFECT = {

@@ -1,0 +1,127 @@
+"""`python -m train.blip2`: fine-tune a BLIP-2 on photos and captions of one's own."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from capexport.cli import run_command, show_progress, teaching
+from capexport.errors import MissingExtraError
+from train.config import RunOptions, option, parse_options
+
+
+@dataclass(frozen=True)
+class Blip2TrainConfig(RunOptions):
+    """The options of one fine-tuning, as `config.json` in the run folder keeps them.
+
+    Learning rate, schedule and weight decay are those of BLIP-2's own fine-tuning to captions (Li
+    et al. 2023, appendix; LAVIS, caption_coco_ft.yaml), with a warm-up that suits short runs too.
+    """
+
+    data: Path = option("Flickr8k folder, in the Kaggle or the original layout")
+    out: Path = option("run folder to create", default=Path("runs/blip2"))
+    model: str = option(
+        "Hugging Face id, or a local folder, of a BLIP-2 with OPT or Flan-T5",
+        default="Salesforce/blip2-opt-2.7b",
+    )
+    revision: str | None = option("branch, tag or commit of the id", default=None)
+    prompt: str | None = option(
+        "text that stands before every caption and is not learnt, such as 'a photo of'; the result "
+        "is to be given the same one",
+        default=None,
+    )
+    dtype: str = option(
+        "bf16: the frozen models in bfloat16, products too (half the memory); fp32: all in "
+        "float32. What is trained is kept in float32 either way",
+        default="bf16",
+        choices=("bf16", "fp32"),
+    )
+    batch_size: int = option("captions in memory at once", default=16)
+    gradient_accumulation_steps: int = option(
+        "batches whose gradients make one step: with as many, a smaller --batch-size learns the "
+        "same in less memory",
+        default=1,
+    )
+    learning_rate: float = option("AdamW's learning rate at its peak", default=1e-5)
+    warmup_ratio: float = option(
+        "share of all steps in which the rate rises to its peak, to fall as a cosine to 0",
+        default=0.05,
+    )
+    weight_decay: float = option("AdamW's weight decay, of matrices alone", default=0.05)
+    epochs: int = option("epochs at the most", default=5)
+    patience: int = option("epochs without a better validation loss before stopping", default=2)
+    validation: float = option(
+        "share of photos for validation, where no split files are", default=0.1
+    )
+    test: float = option("share of photos for the test, where no split files are", default=0.1)
+    seed: int = option("seed of the split, the order of captions and of dropout", default=0)
+    device: str = option("torch device, such as cpu or cuda", default="cpu")
+    threads: int | None = option("CPU threads; all cores by default", default=None)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "epochs", "patience", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        for name in ("seed", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0")
+        if not self.learning_rate > 0:
+            raise ValueError("--learning-rate must be above 0")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError("--warmup-ratio must be between 0 and 1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("train.blip2", lambda: _train(argv))
+
+
+def _train(argv: list[str] | None) -> int:
+    config, resume = parse_options(
+        Blip2TrainConfig,
+        argv,
+        prog="python -m train.blip2",
+        **teaching(
+            "Fine-tune a BLIP-2: the Q-Former, its query tokens and the projection into the "
+            "language model are trained, the vision model and the language model stay as they are "
+            "(the second stage of Li et al. 2023). Seconds a step and the peak of memory are "
+            "printed after each epoch. RUN/best is a Hugging Face folder at any time, as large as "
+            "the model.",
+            "python -m train.blip2 --data flickr8k --out runs/blip2 --device cuda",
+            "python -m train.blip2 --model Salesforce/blip2-flan-t5-xl --data flickr8k \\",
+            "    --batch-size 4 --gradient-accumulation-steps 4 --device cuda",
+            "python -m train.blip2 --resume runs/blip2",
+            "capexport blip2 --model runs/blip2/best --out artifacts/mine   # then, to use it",
+        ),
+    )
+    try:
+        # Importing torch takes long; --help and usage errors need not wait for it.
+        from train.blip2_loop import finish, train
+        from train.run import run_folder
+    except ImportError as error:
+        raise MissingExtraError(
+            f"training BLIP-2 needs `pip install -e '.[train,blip2]'` ({error})"
+        ) from error
+    show_progress()
+    # Without a network it warns of every attempt; the error at the end says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        with run_folder(config.out, resume):
+            finish(train(config))
+    except KeyboardInterrupt:
+        if not (config.out / "last.safetensors").exists():
+            raise
+        print(
+            f"\ntrain.blip2: stopped; {config.out}/best is usable, --resume {config.out} goes on",
+            file=sys.stderr,
+        )
+        return 130
+    print(
+        f"done: {config.out}; export it with: capexport blip2 --model {config.out}/best --out DIR"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
