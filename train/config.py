@@ -11,6 +11,8 @@ from typing import Any
 
 from capexport.cli import teaching
 from capexport.errors import CheckpointError
+from capexport.models.backbones import BACKBONES
+from capexport.preprocessing import ImageSpec
 
 
 def option(help: str, **more: Any) -> Any:
@@ -35,13 +37,24 @@ class TrainConfig:
     )
     test: float = option("share of photos for the test, where no split files are", default=0.1)
     seed: int = option("seed of the split, the initial weights and the order of batches", default=0)
+    backbone: str = option(
+        "torchvision's image network", default="mobilenet_v2", choices=tuple(BACKBONES)
+    )
     backbone_weights: Path | None = option(
-        "safetensors file with torchvision's MobileNetV2 `features.*`; without it, torchvision's "
-        "ImageNet weights are downloaded",
+        "safetensors file with the backbone's weights by torchvision's names (`features.*`; of a "
+        "ResNet `conv1.*`, `layer1.*`...); without it, torchvision's ImageNet weights are "
+        "downloaded",
         default=None,
     )
-    resize: int = option("shorter edge of a photo, in pixels", default=256)
-    crop: int = option("side of the central square, in pixels", default=224)
+    resize: int | None = option(
+        "shorter edge of a photo, in pixels; by default what torchvision's weights of the backbone "
+        "were made for, 256 for mobilenet_v2",
+        default=None,
+    )
+    crop: int | None = option(
+        "side of the central square, in pixels; by default as above, 224 for mobilenet_v2",
+        default=None,
+    )
     embed_size: int = option("width of the image feature and of word embeddings", default=256)
     hidden_size: int = option("width of the LSTM", default=512)
     batch_size: int = option("captions a batch", default=64)
@@ -52,7 +65,7 @@ class TrainConfig:
         "random crops and mirroring; image features can't be cached then", default=False
     )
     train_backbone: bool = option(
-        "train MobileNetV2 too; image features can't be cached then", default=False
+        "train the backbone too; image features can't be cached then", default=False
     )
     no_feature_cache: bool = option(
         "compute image features anew for every batch, to measure what the cache saves",
@@ -73,8 +86,9 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         if self.seed < 0:
             raise ValueError("--seed must be at least 0")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError("--threads must be at least 1")
+        for name in ("resize", "crop", "threads"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"--{name} must be at least 1")
         if not self.learning_rate > 0:
             raise ValueError("--learning-rate must be above 0")
         if self.batch_size < 2:
@@ -83,6 +97,14 @@ class TrainConfig:
     @property
     def caches_features(self) -> bool:
         return not (self.augment or self.train_backbone or self.no_feature_cache)
+
+    @property
+    def image(self) -> ImageSpec:
+        """What the backbone's weights were made for, but for the sizes that were given."""
+        spec = BACKBONES[self.backbone].image
+        return dataclasses.replace(
+            spec, resize=self.resize or spec.resize, crop=self.crop or spec.crop
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -108,7 +130,7 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
     parser = argparse.ArgumentParser(
         prog="python -m train",
         **teaching(
-            "Train the CNN-LSTM captioner (frozen MobileNetV2, LSTM) on Flickr8k. The defaults "
+            "Train the CNN-LSTM captioner (frozen backbone, LSTM) on Flickr8k. The defaults "
             "are the published recipe.",
             "python -m train --data flickr8k --out runs/first --keep-articles",
             "python -m train --resume runs/first",

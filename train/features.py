@@ -17,7 +17,6 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torchvision.models import MobileNet_V2_Weights
 from tqdm import tqdm
 
 from capexport.artifact import remove_dead_drafts, replacing_binary_file
@@ -34,51 +33,51 @@ _SAVE_EVERY = 64  # batches: what an interrupted first epoch loses at the most
 def load_backbone(encoder: ImageEncoder, weights: Path | None) -> None:
     """Fill the backbone from a safetensors file, or with torchvision's ImageNet weights.
 
-    The default is `IMAGENET1K_V1`: it was trained with the resize 256, crop 224 that the recipe
-    keeps (V2 uses 232).
-
     Raises:
-        CheckpointError: the file is no MobileNetV2.
+        CheckpointError: the file has not this backbone's weights.
         DownloadError: torchvision's server cannot be reached.
     """
+    kind = encoder.architecture
     if weights is None:
         try:
-            state = MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+            state = kind.weights.get_state_dict(check_hash=True)
         except (urllib.error.URLError, OSError) as error:
             raise DownloadError(
-                f"cannot download torchvision's MobileNetV2 weights ({error}): connect to the "
-                "network once, or pass --backbone-weights FILE (safetensors, `features.*`)"
+                f"cannot download torchvision's {kind.name} weights ({error}): connect to the "
+                "network once, or pass --backbone-weights FILE (safetensors)"
             ) from error
     else:
         try:
             state = load_file(weights)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{weights}: not a safetensors file: {error}") from error
-    prefix = "features."
-    state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-    try:
+    state = kind.without_head(state)
+    shapes, wanted = (
         # Some files leave out the batch-norm step counters, which a frozen backbone never reads.
-        missing, unexpected = encoder.backbone.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{weights}: not a MobileNetV2 of torchvision: {error}") from error
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    if missing or unexpected:
+        {k: v.shape for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+        for tensors in (state, encoder.backbone.state_dict())
+    )
+    if shapes != wanted:
+        wrong = {name for name, _ in shapes.items() ^ wanted.items()}
         raise CheckpointError(
-            f"{weights}: not a MobileNetV2 of torchvision: {len(missing)} tensors missing, "
-            f"{len(unexpected)} unknown"
+            f"{weights}: not the {kind.name} of torchvision that --backbone names: {len(wrong)} "
+            f"tensors missing, unknown or of another shape, {min(wrong)} for one"
         )
+    encoder.backbone.load_state_dict(state, strict=False)
 
 
 def cached_features(
     encoder: ImageEncoder, paths: Sequence[Path], spec: ImageSpec, cache: Path, device: str
 ) -> dict[Path, np.ndarray]:
-    """Pooled backbone features of each readable image, float32 (1280,).
+    """Pooled backbone features of each readable image, float32 (channels,).
 
     They are kept in one safetensors file for each pair of backbone weights and preprocessing,
     and found again by a hash of the image file's bytes. A damaged cache file is made anew. Where
     the cache cannot be written, a warning says so, and the features stay in memory.
     """
-    file = cache.expanduser() / f"mobilenet_v2-{_cache_key(encoder, spec)}.safetensors"
+    file = (
+        cache.expanduser() / f"{encoder.architecture.name}-{_cache_key(encoder, spec)}.safetensors"
+    )
     known = _read_cache(file)
     digests = {path: digest for path, digest in readable(paths, _digest) if digest is not None}
     todo = [path for path, digest in digests.items() if digest not in known]
@@ -167,7 +166,7 @@ def _write_cache(file: Path, known: dict[bytes, np.ndarray]) -> None:
 def live_features(
     encoder: ImageEncoder, spec: ImageSpec, augment: bool, device: str
 ) -> Callable[[Sequence[Path], np.random.Generator], Tensor]:
-    """A function that computes a batch's features from its image files, (batch, 1280)."""
+    """A function that computes a batch's features from its image files, (batch, channels)."""
     pool = ThreadPoolExecutor()
 
     def features(paths: Sequence[Path], rng: np.random.Generator) -> Tensor:

@@ -37,7 +37,7 @@ from train.score import caption_photos
 
 _SAMPLES = 12  # photos on the sheet
 
-# Pooled backbone features of some photos, (batch, 1280); the generator draws augmentations.
+# Pooled backbone features of some photos, (batch, channels); the generator draws augmentations.
 Features: TypeAlias = Callable[[Sequence[Path], np.random.Generator], Tensor]
 # A photo, and one of its captions as ids.
 Example: TypeAlias = tuple[Path, list[int]]
@@ -54,9 +54,9 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Flickr8k]:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    spec = ImageSpec(config.resize, config.crop)
+    spec = config.image
     dataset = read_flickr8k(config.data, config.validation, config.test, config.seed)
-    backbone = ImageEncoder(CnnLstmConfig(1)).to(config.device)
+    backbone = ImageEncoder(CnnLstmConfig(1, backbone=config.backbone)).to(config.device)
     load_backbone(backbone, config.backbone_weights)
     features = evaluation = _features_of_readable(dataset, backbone, spec, config)
 
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Flickr8k]:
         (words for words, _ in _cleaned(dataset.splits["train"], config)), config.min_count
     )
     model = CnnLstm(
-        CnnLstmConfig(len(vocabulary), config.embed_size, config.hidden_size),
+        CnnLstmConfig(len(vocabulary), config.embed_size, config.hidden_size, config.backbone),
         config.train_backbone,
     )
     model.encoder.backbone.load_state_dict(backbone.backbone.state_dict())

@@ -42,10 +42,10 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: CnnLstmConfig) -> None:
         super().__init__()
-        backbone = BACKBONES[config.backbone]
-        self.backbone = backbone.build()
+        self.architecture = BACKBONES[config.backbone]
+        self.backbone = self.architecture.build()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(backbone.channels, config.embed_size)
+        self.linear = nn.Linear(self.architecture.channels, config.embed_size)
         self.norm = nn.BatchNorm1d(config.embed_size)
 
     def regions(self, images: Tensor) -> Tensor:
