@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from capexport.cli import teaching
 from capexport.errors import CheckpointError
+from capexport.models.backbones import BACKBONES
 from capexport.preprocessing import ImageSpec
 
 
@@ -63,15 +64,26 @@ class TrainConfig(RunOptions):
     )
     test: float = option("share of photos for the test, where no split files are", default=0.1)
     seed: int = option("seed of the split, the initial weights and the order of batches", default=0)
+    backbone: str = option(
+        "torchvision's image network", default="mobilenet_v2", choices=tuple(BACKBONES)
+    )
     backbone_weights: Path | None = option(
-        "safetensors file with torchvision's MobileNetV2 `features.*`; without it, torchvision's "
-        "ImageNet weights are downloaded",
+        "safetensors file with the backbone's weights by torchvision's names (`features.*`; of a "
+        "ResNet `conv1.*`, `layer1.*`...); without it, torchvision's ImageNet weights are "
+        "downloaded",
         default=None,
     )
-    resize: int = option("shorter edge of a photo, in pixels", default=256)
-    crop: int = option("side of the central square, in pixels", default=224)
+    resize: int | None = option(
+        "shorter edge of a photo, in pixels; by default what torchvision's weights of the backbone "
+        "were made for, 256 for mobilenet_v2",
+        default=None,
+    )
+    crop: int | None = option(
+        "side of the central square, in pixels; by default as above, 224 for mobilenet_v2",
+        default=None,
+    )
     squash: bool = option(
-        "make both edges --resize long, so that nothing of a photo is cut off", default=False
+        "make both edges --crop long instead, so that nothing of a photo is cut off", default=False
     )
     init: Path | None = option(
         "checkpoint or run folder to begin with; network, vocabulary and image size are its own",
@@ -187,7 +199,11 @@ class TrainConfig(RunOptions):
 
     @property
     def image(self) -> ImageSpec:
-        return ImageSpec(self.resize, self.crop, keep_aspect=not self.squash)
+        """What the backbone's weights were made for, but for what was given."""
+        spec = BACKBONES[self.backbone].image
+        crop = self.crop or spec.crop
+        resize = crop if self.squash else self.resize or spec.resize
+        return dataclasses.replace(spec, resize=resize, crop=crop, keep_aspect=not self.squash)
 
 
 def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
@@ -197,7 +213,7 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
         argv,
         prog="python -m train",
         **teaching(
-            "Train the CNN-LSTM captioner (frozen MobileNetV2, LSTM) on Flickr8k. The defaults "
+            "Train the CNN-LSTM captioner (frozen backbone, LSTM) on Flickr8k. The defaults "
             "are the published recipe.",
             "python -m train --data flickr8k --out runs/first --keep-articles",
             "python -m train --resume runs/first",

@@ -21,7 +21,6 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torchvision.models import MobileNet_V2_Weights
 from tqdm import tqdm
 
 from capexport.artifact import remove_dead_drafts, replacing_binary_file
@@ -38,39 +37,37 @@ _CROPPED = 0.75  # the smallest share of an edge that augmentation keeps
 def load_backbone(encoder: ImageEncoder, weights: Path | None) -> None:
     """Fill the backbone from a safetensors file, or with torchvision's ImageNet weights.
 
-    The default is `IMAGENET1K_V1`: it was trained with the resize 256, crop 224 that the recipe
-    keeps (V2 uses 232).
-
     Raises:
-        CheckpointError: the file is no MobileNetV2.
+        CheckpointError: the file has not this backbone's weights.
         DownloadError: torchvision's server cannot be reached.
     """
+    kind = encoder.architecture
     if weights is None:
         try:
-            state = MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+            state = kind.weights.get_state_dict(check_hash=True)
         except (urllib.error.URLError, OSError) as error:
             raise DownloadError(
-                f"cannot download torchvision's MobileNetV2 weights ({error}): connect to the "
-                "network once, or pass --backbone-weights FILE (safetensors, `features.*`)"
+                f"cannot download torchvision's {kind.name} weights ({error}): connect to the "
+                "network once, or pass --backbone-weights FILE (safetensors)"
             ) from error
     else:
         try:
             state = load_file(weights)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{weights}: not a safetensors file: {error}") from error
-    prefix = "features."
-    state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-    try:
+    state = kind.without_head(state)
+    shapes, wanted = (
         # Some files leave out the batch-norm step counters, which a frozen backbone never reads.
-        missing, unexpected = encoder.backbone.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{weights}: not a MobileNetV2 of torchvision: {error}") from error
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    if missing or unexpected:
+        {k: v.shape for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+        for tensors in (state, encoder.backbone.state_dict())
+    )
+    if shapes != wanted:
+        wrong = {name for name, _ in shapes.items() ^ wanted.items()}
         raise CheckpointError(
-            f"{weights}: not a MobileNetV2 of torchvision: {len(missing)} tensors missing, "
-            f"{len(unexpected)} unknown"
+            f"{weights}: not the {kind.name} of torchvision that --backbone names: {len(wrong)} "
+            f"tensors missing, unknown or of another shape, {min(wrong)} for one"
         )
+    encoder.backbone.load_state_dict(state, strict=False)
 
 
 class CachedFeatures:

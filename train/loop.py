@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
 
@@ -71,9 +71,7 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     begun = load_checkpoint(config.init) if config.init else None
-    sizes = CnnLstmConfig(1, config.embed_size, config.hidden_size, decoder=config.decoder)
-    network = begun.model.config if begun else sizes
-    network = dataclasses.replace(network, dropout=config.dropout)
+    network = begun.model.config if begun else _network(config)
     encoder = begun.model.encoder if begun else ImageEncoder(network)
     if not begun:
         load_backbone(encoder, config.backbone_weights)
@@ -83,15 +81,8 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
     spec = begun.image if begun else config.image
     features = _features_of_readable(dataset, encoder, spec, config)
 
-    vocabulary = (
-        begun.vocabulary
-        if begun
-        else build_vocabulary(
-            (words for photo in dataset.splits["train"] for words in _cleaned(photo, config)),
-            config.min_count,
-        )
-    )
-    network = dataclasses.replace(network, vocabulary_size=len(vocabulary))
+    vocabulary = begun.vocabulary if begun else _vocabulary(dataset, config)
+    network = dataclasses.replace(network, vocabulary_size=len(vocabulary), dropout=config.dropout)
     model = CnnLstm(network, encoder.train_from, config.update_norms)
     if begun:
         model.load_state_dict(begun.model.state_dict())
@@ -101,6 +92,22 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
     best = Checkpoint(model, vocabulary, spec, _origin(dataset, config))
     _run_epochs(best, dataset, features, config)
     return load_checkpoint(config.out), dataset
+
+
+def _network(config: TrainConfig) -> CnnLstmConfig:
+    return CnnLstmConfig(
+        vocabulary_size=1,  # its words are not counted yet
+        embed_size=config.embed_size,
+        hidden_size=config.hidden_size,
+        backbone=config.backbone,
+        decoder=config.decoder,
+    )
+
+
+def _vocabulary(dataset: Dataset, config: TrainConfig) -> Vocabulary:
+    photos = dataset.splits["train"]
+    captions = (clean(c, config.keep_articles) for photo in photos for c in photo.captions)
+    return build_vocabulary(captions, config.min_count)
 
 
 def _first_trained(encoder: ImageEncoder, config: TrainConfig) -> int:
@@ -168,12 +175,6 @@ def _features_of_readable(
         usable = {path for path, image in checked if image is not None}
     dataset.skip("unreadable images", (path.name for path in paths if path not in usable))
     return features
-
-
-def _cleaned(photo: Photo, config: TrainConfig) -> Iterator[list[str]]:
-    for caption in photo.captions:
-        if words := clean(caption, config.keep_articles):
-            yield words
 
 
 def _run_epochs(

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor, nn
-from torchvision import models
+from typing import TYPE_CHECKING
 
 from capexport.preprocessing import ImageSpec
+
+if TYPE_CHECKING:  # the table's names are wanted before torch, which takes long
+    from torch import Tensor, nn
+    from torchvision.models import WeightsEnum
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,20 @@ class Backbone:
 
     def build(self) -> nn.Sequential:
         """The layers, with random weights."""
-        model = models.get_model(self.name, weights=None)
+        from torch import nn
+        from torchvision.models import get_model
+
+        model = get_model(self.name, weights=None)
         if self.layers == ("features",):
             return model.features
         return nn.Sequential(OrderedDict((name, getattr(model, name)) for name in self.layers))
 
     @property
-    def weights(self) -> models.WeightsEnum:
+    def weights(self) -> WeightsEnum:
         """torchvision's first ImageNet weights; naming them downloads nothing."""
-        return models.get_model_weights(self.name)["IMAGENET1K_V1"]
+        from torchvision.models import get_model_weights
+
+        return get_model_weights(self.name)["IMAGENET1K_V1"]
 
     @property
     def image(self) -> ImageSpec:

@@ -5,6 +5,7 @@ import pytest
 from conftest import draw_photo, every_mode
 from PIL import Image
 
+from capexport.models.backbones import BACKBONES
 from capexport.preprocessing import ImageSpec, preprocess
 
 
@@ -41,6 +42,18 @@ def test_modes(mode: str):
         rtol=0,
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_what_a_backbone_was_made_for(name: str):
+    """Against the transforms that come with its weights, which resize in bilinear or bicubic."""
+    from torchvision.models import get_model_weights
+
+    transforms = get_model_weights(name)["IMAGENET1K_V1"].transforms()
+    for size in SIZES:
+        image = draw_photo(2, size)
+        pixels = preprocess(image, BACKBONES[name].image)
+        np.testing.assert_allclose(pixels, transforms(image).numpy(), rtol=0, atol=1e-6)
 
 
 def test_real_photos():

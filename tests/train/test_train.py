@@ -511,7 +511,7 @@ def test_backbone_weights_that_cannot_be_used(tmp_path, monkeypatch, options, ca
     assert "not a safetensors file" in capsys.readouterr().err
     save_file({"features.0.0.weight": torch.zeros(32, 3, 3, 3)}, path)
     assert main([*options, "--out", str(tmp_path / "run")]) == 2
-    assert "not a MobileNetV2" in capsys.readouterr().err
+    assert "not the mobilenet_v2 of torchvision" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
