@@ -177,13 +177,17 @@ class TrainConfig(RunOptions):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("dropout", "label_smoothing", "average"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        self._require("threads", self.threads is None or self.threads >= 1, "at least 1")
+        for name in ("resize", "crop", "threads"):
+            number = getattr(self, name)
+            self._require(name, number is None or number >= 1, "at least 1")
         for name in ("learning_rate", "backbone_learning_rate"):
-            self._require(name, (getattr(self, name) or 1) > 0, "above 0")
-        self._require("learning_rate", self.learning_rate > 0, "above 0")
+            rate = getattr(self, name)
+            self._require(name, rate is None or rate > 0, "above 0")
         self._require("batch_size", self.batch_size >= 2, "at least 2: batch norm needs a variance")
         if self.train_from and not self.train_backbone:
             raise ValueError("--train-from goes with --train-backbone")
+        if self.squash and self.resize:
+            raise ValueError("--squash goes without --resize: both edges become --crop long")
         if self.objective == "cider" and self.init is None:
             raise ValueError("--objective cider goes on from a trained captioner: pass --init")
 

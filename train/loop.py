@@ -185,7 +185,7 @@ def _run_epochs(
     out = config.out
     whole = _takes_whole_photos(best.model, config)
     examples = _examples(dataset, best.vocabulary, config, whole)
-    trainer = _Trainer(best.model, features, examples["train"], config)
+    trainer = Trainer(best.model, features, examples["train"], config)
     data = {
         "vocabulary": _digest(best.vocabulary.words),
         "captions or photos": _digest([found.digest() for found in examples.values()]),
@@ -254,7 +254,7 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-class _Trainer:
+class Trainer:
     """A model, its optimiser, and the moving average of its weights.
 
     Attributes:

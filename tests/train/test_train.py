@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from capexport import Captioner, DownloadError
 from capexport.cli import main as capexport
+from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.checkpoint import load_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
 from capexport.preprocessing import ImageSpec, preprocess
@@ -27,8 +28,8 @@ from train import loop
 from train import score as score_module
 from train.__main__ import main
 from train.config import TrainConfig
-from train.data import clean, read_dataset
-from train.features import cached_features, live_features, load_backbone
+from train.data import Examples, Photo, encode_captions, read_dataset
+from train.features import CachedFeatures, LiveFeatures, load_backbone
 from train.loop import batch_loss
 from train.run import run_folder
 
@@ -97,15 +98,16 @@ def test_initial_loss_is_that_of_guessing_and_a_toy_batch_is_learnt():
     torch.manual_seed(0)
     model = CnnLstm(CnnLstmConfig(60, embed_size=32, hidden_size=64))
     rng = np.random.default_rng(0)
-    batch = [(Path(), [1, *rng.integers(4, 60, length).tolist(), 2]) for length in (3, 9, 5, 7)]
+    batch = [(Path(), [[1, *rng.integers(4, 60, length).tolist(), 2]]) for length in (3, 9, 5, 7)]
     pooled = torch.randn(4, 1280)
-    loss, tokens = batch_loss(model, batch, pooled)
+    loss, tokens = batch_loss(model, batch, model.encoder.head(pooled))
     assert tokens == 3 + 9 + 5 + 7 + 2 * 4
     assert loss.item() == pytest.approx(math.log(60), rel=0.1)
-    optimiser = torch.optim.Adam(model.trainable_parameters(), 1e-2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(trained, 1e-2)
     for _ in range(150):
         optimiser.zero_grad()
-        loss, _ = batch_loss(model, batch, pooled)
+        loss, _ = batch_loss(model, batch, model.encoder.head(pooled))
         loss.backward()
         optimiser.step()
     assert loss.item() < 0.05
@@ -114,10 +116,10 @@ def test_initial_loss_is_that_of_guessing_and_a_toy_batch_is_learnt():
 def test_padding_changes_neither_loss_nor_gradient():
     torch.manual_seed(0)
     model = CnnLstm(CnnLstmConfig(20, embed_size=8, hidden_size=8)).eval()
-    pooled = torch.randn(2, 1280)
-    batch = [(Path(), [1, 5, 2]), (Path(), [1, 7, 8, 9, 10, 2])]
-    together, _ = batch_loss(model, batch, pooled)
-    alone = [batch_loss(model, batch[i : i + 1], pooled[i : i + 1]) for i in range(2)]
+    features = model.encoder.head(torch.randn(2, 1280))
+    batch = [(Path(), [[1, 5, 2]]), (Path(), [[1, 7, 8, 9, 10, 2]])]
+    together, _ = batch_loss(model, batch, features)
+    alone = [batch_loss(model, batch[i : i + 1], features[i : i + 1]) for i in range(2)]
     mean = sum(loss * tokens for loss, tokens in alone) / sum(tokens for _, tokens in alone)
     torch.testing.assert_close(together, mean)
 
@@ -155,10 +157,8 @@ def test_patience_counts_the_epochs_since_the_best(options, tmp_path, monkeypatc
     """The best is the second; an equal loss later is no better one."""
     losses = iter([3.0, 2.0, 2.0, 2.5, 2.6, 2.7, 2.8])
 
-    def scripted(model, examples, features, config, rng, title, optimiser=None):
-        return 1.0 if optimiser else next(losses)
-
-    monkeypatch.setattr(loop, "_pass", scripted)
+    monkeypatch.setattr(loop.Trainer, "epoch", lambda self, number: 1.0)
+    monkeypatch.setattr(loop.Trainer, "loss", lambda self, examples: next(losses))
     run = tmp_path / "run"
     arguments = ["--out", str(run), "--epochs", "7", "--patience", str(patience)]
     assert main([*options, *arguments]) == 0
@@ -168,15 +168,14 @@ def test_patience_counts_the_epochs_since_the_best(options, tmp_path, monkeypatc
 
 def test_each_epoch_has_an_order_of_its_own(options, tmp_path, monkeypatch):
     orders: dict[str, list[list]] = {"a": [], "b": []}
-    real = loop._pass
+    real = loop.Trainer._shuffled
     for name, found in orders.items():
 
-        def recorded(model, examples, *rest, found=found):
-            if len(rest) == 5:  # with an optimiser
-                found.append(list(examples))
-            return real(model, examples, *rest)
+        def recorded(self, rng, found=found):
+            found.append(real(self, rng).tolist())
+            return np.array(found[-1])
 
-        monkeypatch.setattr(loop, "_pass", recorded)
+        monkeypatch.setattr(loop.Trainer, "_shuffled", recorded)
         assert main([*options, "--out", str(tmp_path / name), "--epochs", "3"]) == 0
     first, second, third = orders["a"]
     assert first != second != third != first
@@ -184,18 +183,39 @@ def test_each_epoch_has_an_order_of_its_own(options, tmp_path, monkeypatch):
     assert orders["a"] == orders["b"], "and the same one in every run"
 
 
-def test_the_loss_is_a_mean_over_tokens_not_over_batches():
+def of_lengths(*captions: tuple[int, ...], whole: bool = True) -> Examples:
+    """Photos with captions of so many words."""
+    words = "".join(chr(97 + index) * 2 + " " for index in range(26)).split()
+    photos = [
+        Photo(f"{n}.jpg", Path(f"{n}.jpg"), tuple(" ".join(words[:count]) for count in counts))
+        for n, counts in enumerate(captions)
+    ]
+    return encode_captions(photos, Vocabulary((*Vocabulary.SPECIALS, *words)), True, whole)
+
+
+class FromMemory:
+    """Features of photos by name."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values
+
+    def __call__(self, paths, rng=None):
+        return torch.stack([self._values[int(path.stem)] for path in paths])
+
+
+@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+def test_the_loss_is_a_mean_over_tokens_not_over_batches(decoder):
     torch.manual_seed(0)
-    model = CnnLstm(CnnLstmConfig(60, embed_size=16, hidden_size=16)).eval()
-    lengths = (2, 3, 3, 9, 12)
-    examples = [(Path(str(n)), [1, *range(4, 4 + n), 2]) for n in lengths]
-    pooled = dict(zip((path for path, _ in examples), torch.randn(5, 1280), strict=True))
-    features = lambda paths, rng: torch.stack([pooled[path] for path in paths])  # noqa: E731
+    config = CnnLstmConfig(60, embed_size=16, hidden_size=16, decoder=decoder)
+    model = CnnLstm(config).eval()
+    whole = decoder == "attention"
+    lengths = [(2, 9), (3,), (3, 5, 4), (9, 1), (12,)] if whole else [(2,), (3,), (3,), (9,), (12,)]
+    examples = of_lengths(*lengths, whole=whole)
+    features = FromMemory(torch.randn(5, 1280, 2, 2) if whole else torch.randn(5, 1280))
     means = []
     for size in (2, 3, 5):
         config = TrainConfig(data=Path(), batch_size=size)
-        with torch.no_grad():
-            means.append(loop._pass(model, examples, features, config, None, "validation"))
+        means.append(loop.Trainer(model, features, examples, config).loss(examples))
     assert means == pytest.approx([means[0]] * 3, rel=1e-6)
 
 
@@ -325,16 +345,12 @@ def test_validation_photos_are_never_augmented(checkpoint, data, options, tmp_pa
     assert main([*options, "--out", str(run), *small]) == 0
     trained = load_checkpoint(run)
     [epoch] = json.loads((run / "history.json").read_text())
-    examples = [
-        (photo.path, trained.vocabulary.encode(clean(caption, keep_articles=False)))
-        for photo in read_dataset(data, 0.1, 0.1, 0).splits["validation"]
-        for caption in photo.captions
-    ]
+    photos = read_dataset(data, 0.1, 0.1, 0).splits["validation"]
+    examples = list(encode_captions(photos, trained.vocabulary, False, whole=False))
     pixels = np.stack([preprocess(path, ImageSpec(72, 64)) for path, _ in examples])
     with torch.no_grad():
-        loss, _ = batch_loss(
-            trained.model, examples, trained.model.encoder.pooled(torch.from_numpy(pixels))
-        )
+        features = trained.model.encoder(torch.from_numpy(pixels))
+        loss, _ = batch_loss(trained.model, examples, features)
     assert epoch["validation_loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
@@ -385,46 +401,17 @@ def test_a_java_that_fails_does_not_cost_the_scores(options, tmp_path, capsys, m
 
 def test_interruption_keeps_the_last_epoch(options, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
-    real = loop._pass
-    calls = []
+    real = loop.Trainer.epoch
 
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:  # training and validation are one epoch
+    def interrupted(self, number):
+        if number == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(self, number)
 
-    monkeypatch.setattr(loop, "_pass", interrupted)
+    monkeypatch.setattr(loop.Trainer, "epoch", interrupted)
     assert main([*options, "--out", str(run)]) == 130
     assert f"--resume {run} goes on" in capsys.readouterr().err
     assert load_checkpoint(run).metrics["epoch"] == 1
-
-
-def test_features_are_computed_once_and_equal_live_ones(data, backbone, tmp_path, monkeypatch):
-    encoder = ImageEncoder(CnnLstmConfig(1)).eval()
-    load_backbone(encoder, backbone)
-    paths = sorted((data / "Images").iterdir())[:6]
-    spec = ImageSpec(72, 64)
-    first = cached_features(encoder, paths[:4], spec, tmp_path, "cpu")
-    live = live_features(encoder, spec, augment=False, device="cpu")
-    with torch.no_grad():
-        computed = live(paths[:4], np.random.default_rng(0)).numpy()
-    np.testing.assert_allclose(
-        np.stack([first[path] for path in paths[:4]]), computed, rtol=1e-4, atol=1e-5
-    )
-    counted = []
-    real = encoder.pooled
-    monkeypatch.setattr(encoder, "pooled", lambda x: counted.append(len(x)) or real(x))
-    renamed = shutil.copy(paths[0], tmp_path / "renamed.jpg")
-    again = cached_features(encoder, [*paths, Path(renamed)], spec, tmp_path, "cpu")
-    assert counted == [2], "only the two new photos are encoded"
-    np.testing.assert_array_equal(again[Path(renamed)], again[paths[0]])
-    [file] = tmp_path.glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:100])
-    cached_features(encoder, paths, spec, tmp_path, "cpu")
-    assert counted == [2, 6], "a damaged cache is made anew"
-    cached_features(encoder, paths, ImageSpec(80, 64), tmp_path, "cpu")
-    assert counted == [2, 6, 6], "other preprocessing, other features"
 
 
 @pytest.fixture
@@ -434,27 +421,77 @@ def encoder(backbone: Path) -> ImageEncoder:
     return encoder
 
 
+@pytest.fixture
+def counted(encoder, monkeypatch) -> list[int]:
+    """How many images the stem was given, call by call."""
+    calls: list[int] = []
+    real = encoder.stem
+    monkeypatch.setattr(encoder, "stem", lambda x: calls.append(len(x)) or real(x))
+    return calls
+
+
+def test_features_are_computed_once_and_equal_live_ones(data, encoder, counted, tmp_path):
+    paths = sorted((data / "Images").iterdir())[:6]
+    spec = ImageSpec(72, 64)
+    first = CachedFeatures(encoder, paths[:4], spec, tmp_path, "cpu")
+    live = LiveFeatures(encoder, spec, augment=False, device="cpu")
+    torch.testing.assert_close(
+        first(paths[:4]), live(paths[:4], np.random.default_rng(0)), rtol=1e-4, atol=1e-5
+    )
+    counted.clear()
+    renamed = Path(shutil.copy(paths[0], tmp_path / "renamed.jpg"))
+    again = CachedFeatures(encoder, [*paths, renamed], spec, tmp_path, "cpu")
+    assert counted == [2], "only the two new photos are encoded"
+    assert torch.equal(again([renamed]), again(paths[:1]))
+    _, file = sorted(tmp_path.glob("*/*.safetensors"), key=os.path.getmtime)
+    file.write_bytes(file.read_bytes()[:100])
+    CachedFeatures(encoder, paths, spec, tmp_path, "cpu")
+    assert counted == [2, 2], "a damaged file is made anew, and only that"
+    CachedFeatures(encoder, paths, ImageSpec(80, 64), tmp_path, "cpu")
+    assert counted == [2, 2, 6], "other preprocessing, other features"
+
+
+def test_views_are_cached_and_drawn(data, encoder, counted, tmp_path):
+    encoder.train_from = 14
+    paths = sorted((data / "Images").iterdir())[:3]
+    spec = ImageSpec(64, 64, keep_aspect=False)
+    features = CachedFeatures(encoder, paths, spec, tmp_path, "cpu", views=4)
+    assert sum(counted) == 3 * 4
+    images = torch.from_numpy(np.stack([preprocess(path, spec) for path in paths]))
+    mirrored = images.flip(3)
+    drawn = [features(paths, np.random.default_rng(seed)) for seed in range(40)]
+    with torch.no_grad():
+        for views, wanted in ((features(paths), images), (drawn, mirrored)):
+            wanted = encoder.stem(wanted)
+            distances = [(wanted - view).abs().mean().item() for view in views]
+            assert views is drawn or distances[0] < 1e-2 * wanted.abs().mean()
+    distinct = {tuple(view[0].flatten().tolist()) for view in drawn}
+    assert len(distinct) == 4
+    again = CachedFeatures(encoder, paths, spec, tmp_path, "cpu", views=4)
+    assert sum(counted) == 3 * 4 + 3 + 3
+    assert torch.equal(again(paths), features(paths))
+
+
 def test_a_cache_that_cannot_be_written_is_tried_first(
     data, options, encoder, tmp_path, capsys, monkeypatch
 ):
     paths = sorted((data / "Images").iterdir())[:6]
-    wanted = cached_features(encoder, paths, ImageSpec(72, 64), tmp_path / "cache", "cpu")
+    wanted = CachedFeatures(encoder, paths, ImageSpec(72, 64), tmp_path / "cache", "cpu")
     (tmp_path / "file").write_text("")
-    real = encoder.pooled
+    real = encoder.stem
     warned = []
     monkeypatch.setattr(
-        encoder, "pooled", lambda x: warned.append(capsys.readouterr().err) or real(x)
+        encoder, "stem", lambda x: warned.append(capsys.readouterr().err) or real(x)
     )
-    got = cached_features(encoder, paths, ImageSpec(72, 64), tmp_path / "file" / "cache", "cpu")
+    got = CachedFeatures(encoder, paths, ImageSpec(72, 64), tmp_path / "file" / "cache", "cpu")
     assert "kept in memory alone" in warned[0], "before the features are made"
-    for path in paths:
-        np.testing.assert_array_equal(got[path], wanted[path])
+    assert torch.equal(got(paths), wanted(paths))
     # A disk that fills up meanwhile.
     monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    got = cached_features(encoder, paths, ImageSpec(80, 64), tmp_path / "cache", "cpu")
-    assert len(got) == 6
+    got = CachedFeatures(encoder, paths, ImageSpec(80, 64), tmp_path / "cache", "cpu")
+    assert len(got.readable) == 6
     assert "full" in capsys.readouterr().err
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 1
     monkeypatch.undo()
     options[options.index("--cache") + 1] = str(tmp_path / "file" / "cache")
     assert main([*options, "--out", str(tmp_path / "run"), "--epochs", "1"]) == 0
@@ -464,24 +501,23 @@ def test_trainings_that_share_a_cache_lose_nothing(data, encoder, tmp_path, monk
     paths = sorted((data / "Images").iterdir())[:6]
     spec = ImageSpec(72, 64)
     counted = []
-    real = encoder.pooled
+    real = encoder.stem
 
-    def pooled(images):
+    def stem(images):
         counted.append(len(images))
         if len(counted) == 1:  # another training begins and ends meanwhile
-            cached_features(encoder, paths[2:5], spec, tmp_path, "cpu")
+            CachedFeatures(encoder, paths[2:5], spec, tmp_path, "cpu")
         return real(images)
 
-    monkeypatch.setattr(encoder, "pooled", pooled)
-    cached_features(encoder, paths[:2], spec, tmp_path, "cpu")
+    monkeypatch.setattr(encoder, "stem", stem)
+    CachedFeatures(encoder, paths[:2], spec, tmp_path, "cpu")
     assert counted == [2, 3]
-    [file] = tmp_path.iterdir()
-    (tmp_path / f".{file.name}.0123456789abcdef.partial").write_bytes(
-        b"of a writer that was killed"
-    )
-    cached_features(encoder, paths, spec, tmp_path, "cpu")
+    first, second = tmp_path.glob("*/*.safetensors")
+    killed = first.parent / f".{first.name}.0123456789abcdef.partial"
+    killed.write_bytes(b"of a writer that was killed")
+    CachedFeatures(encoder, paths, spec, tmp_path, "cpu")
     assert counted == [2, 3, 1], "only what neither had is encoded"
-    assert list(tmp_path.iterdir()) == [file]
+    assert not killed.exists() and first.exists() and second.exists()
 
 
 def test_unreadable_photos_are_listed_and_skipped(data, options, tmp_path):
