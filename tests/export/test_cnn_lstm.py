@@ -23,6 +23,7 @@ from capexport.export import parity
 from capexport.export.cnn_lstm import export_cnn_lstm
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.torch_captioner import torch_captioner
+from capexport.onnx_file import gather_graph
 from capexport.preprocessing import ImageSpec
 
 
@@ -48,6 +49,12 @@ def test_graphs_have_the_documented_inputs_and_outputs(artifact: Path, checkpoin
         "words": ["steps", "batch"],
         "log_probabilities": ["batch"],
     }
+
+
+def test_the_graph_that_reorders_a_state():
+    model = onnx.load_from_string(gather_graph([1, 10, 7] * 60))
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Gather"] * 180
 
 
 def test_step_and_loop_share_their_weights(artifact: Path):
