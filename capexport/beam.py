@@ -6,8 +6,11 @@ Source: `GenerationMixin._beam_search` of Transformers 4.57, whose captions thes
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
-from numpy.typing import NDArray
 
 from capexport.decoding import (
     NOTHING_LEFT,
@@ -17,7 +20,6 @@ from capexport.decoding import (
     Hypothesis,
     Prompts,
     State,
-    TokenArray,
     adjust,
     begin,
 )
@@ -43,122 +45,128 @@ def beam_search(
     """
     logits, state = decoder.start(features, prompts)
     said, limits = begin(logits, options, prompts)
-    context = said.shape[1]
-    ended = [_Ended(options) for _ in range(len(logits))]
-    images = np.arange(len(logits))  # those whose beams go on
-    sums = np.zeros((len(logits), 1), np.float32)  # log-probability of each beam, the best first
+    searches = [_Search(options, limit) for limit in limits.tolist()]
+    running, width = searches, 1  # images whose search goes on, and the beams of each
+    sums = np.zeros(len(logits), np.float32)
     for length in range(1, options.max_tokens + 1):
-        width = sums.shape[1]
-        log_probabilities = _log_softmax(logits)
-        adjust(log_probabilities, said, options, length)
-        rows, tokens, sums = _continuations(log_probabilities, sums, options)
-        ends = np.isin(tokens, options.end_tokens)
-        stops = ends | (limits == length)[:, None]
-        for at, rank in np.argwhere(stops[:, : options.num_beams]).tolist():
-            last = [] if ends[at, rank] else [int(tokens[at, rank])]
-            words = said[rows[at, rank], context:].tolist() + last
-            ended[images[at]].add(words, sums[at, rank], length)
-        kept = np.argsort(stops, axis=1, kind="stable")[:, : options.num_beams]
-        sums[stops] = -np.inf  # where few are left, some that stop are among those kept
-        rows = np.take_along_axis(rows, kept, axis=1)
-        tokens = np.take_along_axis(tokens, kept, axis=1)
-        sums = np.take_along_axis(sums, kept, axis=1)
-        worst = np.array([ended[image].worst for image in images], np.float32)
-        going = _may_improve(sums[:, 0], worst, length, limits, options)
-        if not going.any():
+        _log_softmax(logits)
+        adjust(logits, said, options, length)
+        logits += sums[:, None]
+        kept = [
+            (number, search.advance(candidates, length))
+            for number, (search, candidates) in enumerate(
+                zip(running, _likeliest(logits, len(running), options), strict=True)
+            )
+        ]
+        kept = [(number, beams) for number, beams in kept if beams]
+        if not kept:
             break
-        aligned = sums.shape[1] == width and bool(going.all())
-        images, limits, sums = images[going], limits[going], sums[going]
-        rows, tokens = rows[going].ravel(), tokens[going].ravel()
+        rows = np.array([n * width + beam.parent for n, beams in kept for beam in beams])
+        tokens = np.array([beam.token for _, beams in kept for beam in beams])
+        sums = np.array([beam.total for _, beams in kept for beam in beams], np.float32)
+        aligned = len(rows) == len(logits) and len(kept) == len(running)
+        running, width = [running[number] for number, _ in kept], len(rows) // len(kept)
         state = _select(decoder, state, rows, aligned)
         said = np.concatenate([said[rows], tokens[:, None]], axis=1)
         logits, state = decoder.step(tokens, state)
-    return [each.best() for each in ended]
+    return [search.best() for search in searches]
 
 
-class _Ended:
-    """The captions of an image that have ended: the `num_beams` best of them, the best first."""
+class _Beam(NamedTuple):
+    """A caption so far: the log-probability of the whole, the beam before that it goes on from,
+    and its last token."""
 
-    def __init__(self, options: DecodingOptions) -> None:
-        self._options = options
-        self._captions: list[Hypothesis] = []
+    total: float
+    parent: int
+    token: int
 
-    def add(self, tokens: list[int], log_probability: np.float32, length: int) -> None:
-        """`length` counts the end token."""
-        if np.isneginf(log_probability):
-            return
-        score = float(log_probability / _divisor(length, self._options))
-        self._captions.append(Hypothesis(tokens, float(log_probability), score))
-        self._captions.sort(key=_score, reverse=True)  # of equals, the earlier stays before
-        del self._captions[self._options.num_beams :]
 
-    @property
-    def worst(self) -> float:
-        """The score that another caption must exceed; minus infinity while there is room."""
-        full = len(self._captions) == self._options.num_beams
-        return _score(self._captions[-1]) if full else -np.inf
+class _Search:
+    """The search of one image."""
+
+    def __init__(self, options: DecodingOptions, limit: int) -> None:
+        """`limit`: how many tokens a caption may have."""
+        self._options, self._limit = options, limit
+        self._captions: list[list[int]] = [[]]  # of each beam
+        # At most `num_beams`, the best first, each with its score.
+        self._ended: list[tuple[float, Hypothesis]] = []
+
+    def advance(self, candidates: list[_Beam], length: int) -> list[_Beam]:
+        """Of the likeliest continuations, the likeliest first, those that end and those that go on
+        as beams: none where the search is over. `length` counts their tokens, end tokens too."""
+        options = self._options
+        going: list[_Beam] = []
+        over: list[_Beam] = []
+        for rank, beam in enumerate(candidates):
+            end = beam.token in options.end_tokens
+            if not end and length < self._limit:
+                going.append(beam)
+                continue
+            over.append(beam._replace(total=-math.inf))
+            if rank < options.num_beams and beam.total > -math.inf:
+                caption = self._captions[beam.parent]
+                self._end(caption if end else [*caption, beam.token], beam.total, length)
+        # Images have equally many beams: where too few go on, some that are over stay among them.
+        going = (going + over)[: options.num_beams]
+        if not self._may_improve(going[0].total, length):
+            return []
+        self._captions = [[*self._captions[beam.parent], beam.token] for beam in going]
+        return going
+
+    def _end(self, caption: list[int], total: float, length: int) -> None:
+        score = _score(total, length, self._options)
+        self._ended.append((score, Hypothesis(caption, total, score)))
+        self._ended.sort(key=lambda one: -one[0])  # of equals, the earlier stays before
+        del self._ended[self._options.num_beams :]
+
+    def _may_improve(self, total: float, length: int) -> bool:
+        """Whether the likeliest beam may yet become one of the best captions, as far as
+        `early_stopping` wants to know."""
+        options = self._options
+        if length == self._limit or total == -math.inf:
+            return False
+        if len(self._ended) < options.num_beams:
+            return True
+        if options.early_stopping is True:
+            return False
+        any_length = options.early_stopping == "never" and options.length_penalty > 0
+        reached = _score(total, self._limit if any_length else length, options)
+        return reached > self._ended[-1][0]
 
     def best(self) -> list[Hypothesis]:
-        if not self._captions:
+        if not self._ended:
             raise OptionError(NOTHING_LEFT)
-        return self._captions[: self._options.num_return_sequences]
+        return [one for _, one in self._ended[: self._options.num_return_sequences]]
 
 
-def _score(hypothesis: Hypothesis) -> float:
-    assert hypothesis.score is not None
-    return hypothesis.score
+def _score(total: float, length: int, options: DecodingOptions) -> float:
+    """In float32, as it is compared with others."""
+    return float(np.float32(total) / np.float32(length**options.length_penalty))
 
 
-def _divisor(length: TokenArray | int, options: DecodingOptions) -> FloatArray:
-    """What log-probabilities of captions of that length are divided by to compare them."""
-    return (np.asarray(length, np.float64) ** options.length_penalty).astype(np.float32)
-
-
-def _log_softmax(logits: FloatArray) -> FloatArray:
+def _log_softmax(logits: FloatArray) -> None:
     """Of each row, in place."""
     logits -= logits.max(axis=1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    return logits
 
 
-def _continuations(
-    log_probabilities: FloatArray, sums: FloatArray, options: DecodingOptions
-) -> tuple[TokenArray, TokenArray, FloatArray]:
-    """The likeliest next tokens of an image's beams together, the likeliest first: the rows that
-    they continue, the tokens, and the log-probabilities of the whole; each (images, n), and so
-    many that `num_beams` go on whichever of them end."""
-    (images, beams), vocabulary = sums.shape, log_probabilities.shape[1]
-    log_probabilities += sums.reshape(-1, 1)
-    together = log_probabilities.reshape(images, -1)
-    count = (1 + max(1, len(options.end_tokens))) * options.num_beams
-    count = min(count, together.shape[1])
+def _likeliest(totals: FloatArray, images: int, options: DecodingOptions) -> Iterator[list[_Beam]]:
+    """Of each image the likeliest continuations of all its beams, the likeliest first: so many
+    that `num_beams` go on whichever of them end. `totals`: float32 (beams, vocabulary)."""
+    together = totals.reshape(images, -1)
+    count = min((1 + max(1, len(options.end_tokens))) * options.num_beams, together.shape[1])
     places = np.argpartition(together, -count, axis=1)[:, -count:]
-    places.sort(axis=1)  # of equals, the first comes first
-    found = np.take_along_axis(together, places, axis=1)
-    order = np.argsort(-found, axis=1, kind="stable")
-    places = np.take_along_axis(places, order, axis=1)
-    found = np.take_along_axis(found, order, axis=1)
+    found = together[np.arange(images)[:, None], places]
     if np.isnan(found).any():
         raise ArithmeticError("probabilities that are no numbers")
-    parents, tokens = np.divmod(places, vocabulary)
-    return parents + beams * np.arange(images)[:, None], tokens, found
+    for row, values in zip(places.tolist(), found.tolist(), strict=True):
+        ranked = sorted(zip(values, row, strict=True), key=lambda one: (-one[0], one[1]))
+        yield [_Beam(total, *divmod(place, totals.shape[1])) for total, place in ranked]
 
 
-def _may_improve(
-    best: FloatArray, worst: FloatArray, length: int, limits: TokenArray, options: DecodingOptions
-) -> NDArray[np.bool_]:
-    """Of each image, whether a beam as good as `best` may yet become a caption that is better than
-    the `worst` of `num_beams`, as far as `early_stopping` wants to know."""
-    any_length = options.early_stopping == "never" and options.length_penalty > 0
-    may = best / _divisor(limits if any_length else length, options) > worst
-    if options.early_stopping is True:
-        may &= np.isneginf(worst)
-    return may & (length < limits)
-
-
-def _select(decoder: Decoder, state: State, rows: NDArray[np.intp], aligned: bool) -> State:
-    """The state of `rows`. Where they are `aligned`, each row is one of the same image as before,
-    and what an image's rows have in common stays where it is."""
+def _select(decoder: Decoder, state: State, rows: np.ndarray, aligned: bool) -> State:
+    """The state of `rows`. Where they are `aligned`, each is one of the same image as before, and
+    what an image's rows have in common stays where it is."""
     if not aligned:
         return decoder.select(state, rows)
     if np.array_equal(rows, np.arange(len(rows))):

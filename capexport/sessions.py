@@ -346,8 +346,8 @@ class Graph:
         """
         Args:
             memory: the device on which values stay, and its index; None if all are arrays.
-            open_session: opens the file, also for a forked process; or what else a state needs.
-            content: in place of what is at `path`.
+            open_session: opens a session of a file or its content; anew in a forked process.
+            content: in place of the file at `path`.
         """
         self.path = path
         self._open = partial(open_session, content or path)

@@ -26,7 +26,7 @@ class Path:
 
     Attributes:
         milliseconds: a batch's, by stage.
-        steps: decoding steps a batch, the mean.
+        steps: decoding steps a batch, the mean; a search of beams may take more.
         captions_per_second, tokens_per_second: at the median.
         identical_captions: the share that is the first captioner's.
         outside_graphs: the share of decoding, from features to text, spent outside the graphs.

@@ -38,7 +38,7 @@ def _early_stopping(text: str) -> EarlyStopping:
     if text == "never":
         return "never"
     if text not in ("true", "false"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be true, false or never, got {text!r}")
     return text == "true"
 
 

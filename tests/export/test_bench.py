@@ -80,6 +80,8 @@ def test_peers_metrics_and_the_picture(
 
 
 def test_refusals(artifact: Path, checkpoint: Checkpoint, tmp_path: Path, capsys, monkeypatch):
+    assert main(["--num-beams", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
     assert main(["--repeats", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
     other = tmp_path / "other"
@@ -122,11 +124,13 @@ def test_blip2_against_generate_and_the_sheet(
     sheet = tmp_path / "sheet"
     arguments = [str(blip2_checkpoint("opt")), "--artifact", str(blip2_export("opt"))]
     arguments += ["--photos", *map(str, photos[:5]), "--repeats", "2", "--batch-sizes", "2"]
-    arguments += ["--sheet", str(sheet), "--beside", str(artifact)]
+    arguments += ["--sheet", str(sheet), "--beside", str(artifact), "--num-beams", "3"]
     assert main([*arguments, "--references", str(references)]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert result["model"] == "blip2 opt"
+    assert result["num_beams"] == 3
+    assert "2 batches of each size, 3 beams, medians" in table[1]
     assert result["runs"][0]["variants"]["PyTorch"] == "generate()"
     assert result["runs"][0]["paths"]["ONNX fp32"]["identical_captions"] == 1
     assert any("- batch 2: PyTorch: generate()" in line for line in table)
@@ -137,7 +141,7 @@ def test_blip2_against_generate_and_the_sheet(
     assert "A &lt;b&gt;dog&lt;/b&gt; , running" in page
     for folder, title in ((blip2_export("opt"), "blip2 fp32"), (artifact, "cnn-lstm fp32")):
         assert f"<th>{title}</th>" in page
-        captions = Captioner.load(folder).caption(photos[:5])
+        captions = Captioner.load(folder).caption(photos[:5], num_beams=3)
         assert all(f"<td>{html.escape(caption.text)}</td>" in page for caption in captions)
     with Image.open(sheet / "captions.png") as image:
         assert image.width > 1000

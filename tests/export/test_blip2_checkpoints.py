@@ -547,9 +547,12 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "LoRA beside": (
         "opt", resave(lambda t: t.update({f"{LM}x.lora_A.weight": torch.ones(2)})), "merge it first"
     ),
-    "no_repeat_ngram_size": (
-        "opt", text(no_repeat_ngram_size=3, num_beams=5),
-        r"text_config sets no_repeat_ngram_size, num_beams, which .* cannot keep",
+    "groups of beams": (
+        "opt", text(num_beam_groups=2, diversity_penalty=0.5, num_beams=4),
+        r"text_config sets diversity_penalty, num_beam_groups, which .* cannot keep",
+    ),
+    "beams made probable again": (
+        "t5", text(renormalize_logits=True, num_beams=4), "sets renormalize_logits"
     ),
     "sampling": ("t5", text(do_sample=True), "sets do_sample"),
     "bad words": ("t5", text(bad_words_ids=[[3]]), "sets bad_words_ids"),
@@ -629,6 +632,8 @@ def test_another_read_than_transformers_is_noticed(shape, blip2_checkpoint: Make
         ("opt", {"min_length": 5, "max_new_tokens": 30, "top_k": 3}),
         ("opt", {"min_new_tokens": 12, "repetition_penalty": 0.7, "eos_token_id": [123, 5000, -1]}),
         ("opt", {"max_length": 20, "eos_token_id": None, "use_cache": False}),
+        ("opt", {"num_beams": 3, "early_stopping": "never", "no_repeat_ngram_size": 2}),
+        ("t5", {"num_beams": 2, "early_stopping": True, "length_penalty": -0.5}),
     ],
 )
 def test_generation_settings_count_as_in_generate(kind: str, settings, shape, blip2_checkpoint):
@@ -638,6 +643,9 @@ def test_generation_settings_count_as_in_generate(kind: str, settings, shape, bl
         "max_new_tokens": decoding.max_tokens, "min_new_tokens": decoding.min_tokens,
         "repetition_penalty": decoding.repetition_penalty, "eos_token_id": ends or None,
         "suppress_tokens": list(decoding.suppress_tokens) or None,
+        "num_beams": decoding.num_beams, "early_stopping": decoding.early_stopping,
+        "length_penalty": decoding.length_penalty,
+        "no_repeat_ngram_size": decoding.no_repeat_ngram_size,
     }  # fmt: skip
     plain = HuggingFaceCaptioner.load(blip2_checkpoint(kind))
     if not ends:
@@ -743,7 +751,7 @@ def test_what_transformers_reads_is_downloaded_and_no_more(shape, hub):
         (all_of(resave(), renamed("fc1.bias", "fc1.b")), "no weight"),
         (pickled, r'two lines make it: .*from_pretrained\("someone/blip2", dtype="auto"\)'),
         (remove("model-00001.safetensors"), r"model-00001\.safetensors not there"),
-        (text(num_beams=3), "text_config sets num_beams"),
+        (text(bad_words_ids=[[3]]), "text_config sets bad_words_ids"),
     ],
 )
 def test_weights_that_will_be_refused_are_not_downloaded(edit: Edit, words: str, shape, hub):

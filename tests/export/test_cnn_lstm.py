@@ -16,12 +16,14 @@ import torch
 from conftest import draw_photo, shapes
 
 from capexport import Captioner, CheckpointError, OutputExistsError, ParityError
+from capexport.beam import beam_search
 from capexport.cli import main
 from capexport.decoding import greedy_by_steps
 from capexport.export import parity
 from capexport.export.cnn_lstm import export_cnn_lstm
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.torch_captioner import torch_captioner
+from capexport.onnx_file import gather_graph
 from capexport.preprocessing import ImageSpec
 
 
@@ -49,6 +51,12 @@ def test_graphs_have_the_documented_inputs_and_outputs(artifact: Path, checkpoin
     }
 
 
+def test_the_graph_that_reorders_a_state():
+    model = onnx.load_from_string(gather_graph([1, 10, 7] * 60))
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Gather"] * 180
+
+
 def test_step_and_loop_share_their_weights(artifact: Path):
     graphs = [artifact / f"decoder_{name}.onnx" for name in ("step", "loop")]
     weights = (artifact / "decoder.data").stat().st_size
@@ -72,6 +80,28 @@ def test_captions_equal_pytorch_on_images_the_export_did_not_see(
                 rtol=1e-3,
                 atol=1e-3,
             )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2}, {"num_beams": 3, "early_stopping": True, "num_return_sequences": 3},
+        {"num_beams": 5, "early_stopping": "never", "length_penalty": 0.3, "min_tokens": 4},
+        {"num_beams": 3, "length_penalty": -1.0, "no_repeat_ngram_size": 2, "max_tokens": 9},
+    ],
+)  # fmt: skip
+def test_beams_equal_pytorchs(artifact: Path, checkpoint: Checkpoint, options: dict):
+    images = [draw_photo(seed) for seed in range(100, 112)]
+    wanted = torch_captioner(checkpoint).caption(images, **options)
+    captions = Captioner.load(artifact).caption(images, batch_size=5, **options)
+    assert len({caption.tokens for caption in wanted}) > 5
+    for one, other in zip(captions, wanted, strict=True):
+        assert [a.tokens for a in one.alternatives] == [a.tokens for a in other.alternatives]
+        np.testing.assert_allclose(
+            [a.score for a in one.alternatives],
+            [a.score for a in other.alternatives],
+            rtol=1e-3, atol=1e-3,
+        )  # fmt: skip
 
 
 def test_training_takes_the_same_steps(checkpoint: Checkpoint):
@@ -168,7 +198,9 @@ def test_the_loop_is_the_steps_in_one_graph(artifact: Path, checkpoint: Checkpoi
         [h.log_probability for h in looped], [h.log_probability for h in stepped], rtol=1e-4
     )
     # What the loop was not built for goes step by step.
-    for other in ({"repetition_penalty": 1.5}, {"suppress_tokens": (0, 1, 3, 4)}):
+    for other in (
+        {"repetition_penalty": 1.5}, {"suppress_tokens": (0, 1, 3, 4)}, {"no_repeat_ngram_size": 3}
+    ):  # fmt: skip
         assert exported.decoder.greedy(features, dataclasses.replace(options, **other)) is None
 
 
@@ -228,6 +260,12 @@ def test_a_state_is_whatever_tensors_a_decoder_names(checkpoint: Checkpoint, tmp
     assert [h.tokens for h in looped] == [h.tokens for h in wanted]
     assert [h.tokens for h in stepped] == [h.tokens for h in wanted]
     assert len({len(h.tokens) for h in wanted}) > 3
+    beams = dataclasses.replace(exported.options, num_beams=3, num_return_sequences=2)
+    found = beam_search(exported.decoder, features, beams)
+    wanted = beam_search(reference.decoder, reference.encoder(pixels), beams)
+    assert [[h.tokens for h in each] for each in found] == [
+        [h.tokens for h in each] for each in wanted
+    ]
     loop = onnx.load(tmp_path / "decoder_loop.onnx").graph
     [node] = [node for node in loop.node if node.op_type == "Loop"]
     assert len(node.input) == 2 + 5  # trip count, condition; tokens, query, age, ended, log

@@ -302,7 +302,7 @@ def test_weights_that_are_no_numbers(copied: Path, capfd):
     data.write_bytes(np.full(data.stat().st_size // 4, np.nan, np.float32).tobytes())
     vouched(copied)
     captioner = Captioner.load(copied)
-    for options in ({}, {"repetition_penalty": 1.5}):
+    for options in ({}, {"repetition_penalty": 1.5}, {"num_beams": 3}):
         with pytest.raises(ArtifactError, match="no numbers"):
             captioner.caption(BLANK, **options)
     assert capfd.readouterr().err == ""

@@ -57,6 +57,28 @@ def test_csv_and_coco(artifact, photos, wanted, tmp_path, capsys):
         ]
 
 
+def test_alternatives_stand_in_jsonl(artifact, photos, captioner, tmp_path, capsys):
+    command = ["caption", "-m", str(artifact), *map(str, photos), "--prefix", "> "]
+    command += ["--num-beams", "3", "--num-return-sequences", "2"]
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    out = tmp_path / "out.jsonl"
+    for _ in range(2):  # the second time, finished rows are read and kept
+        assert main([*command, "--out", str(out), "--resume"]) == 0
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        for row, caption in zip(rows, captioner.caption(photos, **options), strict=True):
+            assert row["text"] == f"> {caption.text}"
+            assert row["log_probability"] == pytest.approx(caption.log_probability, rel=1e-4)
+            best, second = row["alternatives"]
+            assert [best["text"], second["text"]] == [f"> {a.text}" for a in caption.alternatives]
+            assert best["score"] > second["score"]
+            assert best["log_probability"] == row["log_probability"]
+    assert main([*command, "--format", "csv"]) == 2
+    assert "--num-return-sequences needs --format jsonl" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--early-stopping", "maybe"])
+    assert "must be true, false or never, got 'maybe'" in capsys.readouterr().err
+
+
 def test_coco_image_ids():
     assert coco_image_id("COCO_val2014_000000000042.jpg") == 42
     assert coco_image_id("a/000000397133.jpg") == 397133
@@ -191,6 +213,11 @@ def test_kill_and_resume(artifact, photos, wanted, tmp_path, capsys):
         (["--max-tokens", "3"], {"max_tokens": 3}),
         (["--min-tokens", "30"], {"min_tokens": 30}),
         (["--repetition-penalty", "1.8"], {"repetition_penalty": 1.8}),
+        (
+            ["--num-beams", "3", "--early-stopping", "true"],
+            {"num_beams": 3, "early_stopping": True},
+        ),
+        (["--no-repeat-ngram-size", "1"], {"no_repeat_ngram_size": 1}),
     ],
 )
 def test_decoding_flags_reach_captions_and_the_journal(

@@ -95,6 +95,21 @@ def test_no_end_before_min_tokens():
             DecodingOptions((0,), max_tokens=5, min_tokens=minimum)
 
 
+def test_no_sequence_of_tokens_comes_twice():
+    decoder, options = Fixed(9, 8, 2, 1), DecodingOptions((), max_tokens=7)
+    twos = dataclasses.replace(options, no_repeat_ngram_size=2)
+    [hypothesis] = greedy(decoder, 1, twos)
+    assert hypothesis.tokens == [0, 0, 1, 0, 2, 0, 3]
+    said = np.array([[3, 0, 0, 1]])
+    [hypothesis] = greedy(decoder, 1, twos, Prompts(said, said, said))
+    assert hypothesis.tokens == [0, 2, 0, 3, 1, 1, 2], "what the prompt says counts"
+    ones = dataclasses.replace(options, max_tokens=4, no_repeat_ngram_size=1)
+    [hypothesis] = greedy(decoder, 1, ones)
+    assert hypothesis.tokens == [0, 1, 2, 3]
+    with pytest.raises(OptionError, match="leave no token to go on with"):
+        greedy(decoder, 1, dataclasses.replace(ones, max_tokens=5))
+
+
 def test_the_repetition_penalty_counts_prompt_and_caption():
     """Positive logits are divided, negative ones multiplied, once however often a word was said."""
     context = np.array([[2, 2]])
@@ -153,6 +168,11 @@ def test_without_an_end_token_a_caption_runs_to_its_limit():
         {"repetition_penalty": float("nan")}, {"repetition_penalty": float("inf")},
         {"end_tokens": 2}, {"end_tokens": (2.0,)}, {"end_tokens": [2]}, {"end_tokens": (-1,)},
         {"suppress_tokens": ("a",)},
+        {"num_beams": 0}, {"num_beams": 2.0}, {"num_beams": 10**9}, {"num_beams": True},
+        {"num_return_sequences": 2}, {"num_return_sequences": 0}, {"length_penalty": "1"},
+        {"length_penalty": float("nan")}, {"length_penalty": float("inf")},
+        {"early_stopping": "always"}, {"early_stopping": 1}, {"no_repeat_ngram_size": -1},
+        {"no_repeat_ngram_size": 1.5},
     ],
 )  # fmt: skip
 def test_options_of_a_wrong_type_or_out_of_range(wrong: dict, captioner: Captioner):
@@ -183,5 +203,5 @@ def test_keywords_and_flags_are_the_options():
     assert DecodingKeywords.__annotations__.keys() == fields.keys()
     from capexport.cli.caption import DECODING_FLAGS
 
-    numbers = {name for name, item in fields.items() if item.type in ("int", "float")}
-    assert {item.name for item in DECODING_FLAGS} == numbers
+    no_lists = {name for name, item in fields.items() if not item.type.startswith("tuple")}
+    assert {item.name for item in DECODING_FLAGS} == no_lists

@@ -85,6 +85,30 @@ def test_the_callers_own_session_options_and_providers(artifact: Path):
         Captioner.load(artifact, threads=2, session_options=options)
 
 
+def test_values_are_reordered_where_they_are(artifact: Path, monkeypatch: pytest.MonkeyPatch):
+    import onnxruntime
+
+    graph = CPU.open(artifact / "encoder.onnx", bound=True)
+    rng = np.random.default_rng(0)
+    shapes = [(3,), (3, 2), (3, 4, 0, 5), (3, 2, 6, 7)]
+    arrays = {
+        f"{kind.__name__} {number}": rng.normal(0, 9, shapes[number % 4]).astype(kind)
+        for kind in (np.float32, np.float16, np.int64)
+        for number in range(40)
+    }
+    state = {n: onnxruntime.OrtValue.ortvalue_from_numpy(a) for n, a in arrays.items()}
+    rows = np.array([2, 0, 0, 1, 2])
+    with monkeypatch.context() as patch:
+        patch.delattr(onnxruntime.OrtValue, "numpy")
+        patch.delattr(onnxruntime.OrtValue, "ortvalue_from_numpy")
+        chosen = graph.select({**state, "on the host": np.arange(3)}, rows)
+    np.testing.assert_array_equal(chosen.pop("on the host"), rows)
+    assert chosen.keys() == arrays.keys()
+    for name, value in chosen.items():
+        np.testing.assert_array_equal(value.numpy(), arrays[name][rows])
+        assert value.numpy().dtype == arrays[name].dtype
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
 def test_threads_that_are_none(artifact: Path, threads):
     with pytest.raises(OptionError, match="threads must be at least 1"):
