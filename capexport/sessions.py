@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capexport.decoding import State
-from capexport.errors import ArtifactError, DeviceError, MissingExtraError, OptionError
+from capexport.errors import ArtifactError, DeviceError, OptionError, importing
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -79,13 +79,11 @@ DEVICES = (
 
 
 def _import_onnxruntime() -> Any:
-    try:
+    with importing(
+        "captioning needs onnxruntime: `pip install 'capexport[cpu]'`, or "
+        "`pip install 'capexport[gpu]'` for CUDA (never both)"
+    ):
         import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError(
-            "onnxruntime is not installed: `pip install 'capexport[cpu]'`, or "
-            "`pip install 'capexport[gpu]'` for CUDA (never both)"
-        ) from error
     return onnxruntime
 
 
@@ -226,7 +224,10 @@ class Target:
         providers = list(self.providers) or [(self.device.provider, self._provider_options())]
         options = self.session_options or self._session_options(threads or self.threads, mapped)
         try:
-            session = _import_onnxruntime().InferenceSession(path, options, providers)
+            # Its fallback, which prints, is for GPUs.
+            session = _import_onnxruntime().InferenceSession(
+                path, options, providers, enable_fallback=cuda
+            )
         except Exception as error:  # onnxruntime's own exceptions share no narrower base
             if cuda and (trouble := _cuda_trouble(self.index or 0)):
                 raise DeviceError(f"{self.device.provider} did not start: {trouble}") from error

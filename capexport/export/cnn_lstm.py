@@ -31,7 +31,7 @@ from capexport.export.parity import (
     seeded_images,
     token_agreement,
 )
-from capexport.metrics import score
+from capexport.metrics import score, scorers
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm, State
 from capexport.models.torch_captioner import DECODING, torch_captioner
@@ -137,6 +137,8 @@ def _check(
     references: Mapping[str, Sequence[str]] | None,
 ) -> None:
     """Refuse what the arguments alone tell."""
+    if references:
+        scorers()
     if len(names) < IMAGES:
         raise OptionError(f"parity takes at least {IMAGES} photos, got {len(names)}")
     if (precision == "int8") != bool(calibration):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from capexport.artifact import is_hub_id
 from capexport.captioner import Caption, Captioner
-from capexport.errors import DeviceError, MissingExtraError
+from capexport.errors import DeviceError, importing
 
 # Decoded: uint8 (height, width, 3).
 Photo: TypeAlias = NDArray[np.uint8]
@@ -63,16 +64,13 @@ def open_pair(checkpoint: str, device: str, threads: int) -> Pair:
     if folder.is_dir():
         # A run folder of `python -m train` has a config.json too, beside its best checkpoint.
         is_blip2 = (folder / "config.json").exists() and not (folder / "best").exists()
-    try:
+    extras = "cpu,export,blip2" if is_blip2 else "cpu,export"
+    with importing(f"the PyTorch path needs `pip install 'capexport[{extras}]'`"):
         import torch
 
-        torch.set_num_threads(threads)
-        return Blip2(checkpoint, device) if is_blip2 else CnnLstm(checkpoint, device, threads)
-    except ImportError as error:
-        extras = "cpu,export,blip2" if is_blip2 else "cpu,export"
-        raise MissingExtraError(
-            f"the PyTorch path needs `pip install 'capexport[{extras}]'` ({error})"
-        ) from error
+        import_module(f"capexport.export.{'blip2' if is_blip2 else 'cnn_lstm'}")
+    torch.set_num_threads(threads)
+    return Blip2(checkpoint, device) if is_blip2 else CnnLstm(checkpoint, device, threads)
 
 
 class CnnLstm:

@@ -29,8 +29,8 @@ from train.__main__ import main
 from train.config import TrainConfig
 from train.data import clean, read_flickr8k
 from train.features import cached_features, live_features, load_backbone
+from train.folder import run_folder
 from train.loop import batch_loss
-from train.run import run_folder
 
 
 @pytest.fixture(scope="session")
@@ -246,7 +246,8 @@ def test_a_kill_between_the_state_and_the_history_loses_no_epoch(options, tmp_pa
 def test_a_run_killed_while_its_options_are_written_can_begin_anew(options, tmp_path, capsys):
     run = tmp_path / "run"
     killed = (
-        "import os, sys; from pathlib import Path; from train.run import run_folder, start_run\n"
+        "import os, sys; from pathlib import Path; from train.folder import run_folder\n"
+        "from train.run import start_run\n"
         "os.fsync = lambda file: os.kill(os.getpid(), 9)\n"
         "with run_folder(Path(sys.argv[1]), False): start_run(Path(sys.argv[1]), {}, {}, [])"
     )
