@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SLOWLY, draw_photo
+from PIL import Image
 
 from capexport.artifact import sha256_of
 from capexport.bulk.outputs import FileOutput, coco_image_id
@@ -280,6 +281,30 @@ def test_images_that_nothing_here_reads_are_said_at_the_end(artifact, photos, ca
     assert ".dng: dcraw converts them to TIFF" in line
     assert main(["caption", "-m", str(artifact), str(folder / "IMG_1.DNG")]) == 1
     assert ".dng: dcraw" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_heic_is_captioned_with_pillow_heif_and_hinted_at_without(
+    artifact, captioner, photos, tmp_path, capsys
+):
+    heif = pytest.importorskip("pillow_heif")
+    image = Image.open(photos[0])
+    exif = Image.Exif()
+    exif[274] = 6
+    path = tmp_path / "IMG_1.HEIC"
+    heif.from_pillow(image).save(path, quality=-1, exif=exif.tobytes())
+    assert main(["caption", "-m", str(artifact), str(tmp_path)]) == 0
+    # Its decoder has turned the pixels already, whatever EXIF says.
+    turned = heif.open_heif(path).to_pillow().transpose(Image.Transpose.ROTATE_270)
+    assert capsys.readouterr().out == f"{path}\t{captioner.caption(turned).text}\n"
+    without = (
+        "import sys; sys.modules['pillow_heif'] = None\n"
+        "from capexport.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", without, "caption", "-m", artifact]
+    for given in (tmp_path, path):
+        done = subprocess.run([*command, given], capture_output=True, text=True)
+        assert done.returncode == 1 or (done.returncode == 2 and given == tmp_path)
+        assert "pip install pillow-heif" in done.stderr and not done.stdout
 
 
 def test_a_shell_s_pattern_among_side_cars(artifact, photos, capsys):
