@@ -7,6 +7,7 @@ import ctypes
 import io
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 # reporting thread hangs the exit of a forked process. What is set already stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+_SILENT = 4  # what onnxruntime logs as an error, it raises, too
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -79,11 +81,14 @@ DEVICES = (
 
 
 def _import_onnxruntime() -> Any:
+    first = "onnxruntime" not in sys.modules
     with importing(
         "captioning needs onnxruntime: `pip install 'capexport[cpu]'`, or "
         "`pip install 'capexport[gpu]'` for CUDA (never both)"
     ):
         import onnxruntime
+    if first:  # whoever imported it before may have set this
+        onnxruntime.set_default_logger_severity(_SILENT)
     return onnxruntime
 
 
@@ -255,7 +260,7 @@ class Target:
         options = onnxruntime.SessionOptions()
         # Of a quota onnxruntime knows nothing.
         options.intra_op_num_threads = threads or (available_cores() if cpu_quota() else 0)
-        options.log_severity_level = 4  # what it logs as an error, it raises, too
+        options.log_severity_level = _SILENT
         # Idle threads would spin on the cores that the next graph, or preprocessing, needs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if mapped:
