@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -57,6 +58,16 @@ def test_csv_and_coco(artifact, photos, wanted, tmp_path, capsys):
             {"image_id": path.stem, "caption": caption}
             for path, caption in zip(photos, wanted, strict=True)
         ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="keeps a folder that is in use")
+def test_a_current_folder_that_is_gone(photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["caption", "photo.jpg"]) == 2
+    assert "the current folder is gone" in capsys.readouterr().err
+    assert main(["caption", str(photos[0])]) == 0
 
 
 def test_coco_image_ids():
