@@ -406,7 +406,7 @@ def local_folder(folder: str | os.PathLike[str], revision: str | None = None) ->
     except ImportError as error:
         raise ArtifactNotFoundError(
             f"{name}: no such folder; if it is a Hugging Face id, first "
-            "`pip install 'capexport[tokenizers]'`"
+            f"`pip install 'capexport[tokenizers]'` ({error})"
         ) from error
     try:
         manifest = Path(hub.hf_hub_download(name, FILE_NAME, revision=revision))
@@ -471,6 +471,17 @@ def refuse_existing(out: Path) -> None:
     """
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise OutputExistsError(f"{out}: already there; remove it, or pick another --out")
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a place where nothing can be made, before anything is computed for it.
+
+    Raises:
+        OSError: `path`, or the folders above it, could not be made.
+    """
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    with _draft(above / path.name, folder=True):
+        pass
 
 
 def sha256_of(path: Path) -> str:

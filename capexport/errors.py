@@ -1,5 +1,8 @@
 """Every error that capexport raises on purpose; each message says what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CapexportError(Exception):
     """Base of all errors below: catch it to catch them all."""
@@ -46,8 +49,29 @@ class DeviceError(CapexportError, RuntimeError):
 
 
 class MissingExtraError(CapexportError, ImportError):
-    """A package that an optional extra installs is not there."""
+    """A package that an optional extra installs is not there, or cannot be loaded."""
 
 
 class DownloadError(CapexportError, ConnectionError):
     """Pretrained weights cannot be downloaded."""
+
+
+@contextmanager
+def importing(remedy: str) -> Iterator[None]:
+    """Import what an extra installs; `remedy` says what needs it, and how to get it.
+
+    Raises:
+        MissingExtraError: it is not installed, or it is and fails in itself.
+        KeyboardInterrupt: Ctrl-C, also where an extension module made an ImportError of it.
+    """
+    try:
+        yield
+    except Exception as error:  # libraries that don't fit each other raise what they like
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        if isinstance(error, ModuleNotFoundError):
+            raise MissingExtraError(f"{remedy} ({error})") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise MissingExtraError(
+            f"{remedy}; what is installed cannot be loaded: {reason}"
+        ) from error

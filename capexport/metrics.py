@@ -19,9 +19,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from capexport.errors import MissingExtraError
+from capexport.errors import importing
 
 log = logging.getLogger("capexport")
 
@@ -47,6 +47,19 @@ class _JavaError(Exception):
     """Why a Java program gave no answer, in one line."""
 
 
+def scorers() -> tuple[Any, Any, Any]:
+    """pycocoevalcap's classes for BLEU, ROUGE-L and CIDEr.
+
+    Raises:
+        MissingExtraError: pycocoevalcap is not installed.
+    """
+    with importing("metrics need `pip install 'capexport[eval]'`"):
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    return Bleu, Rouge, Cider
+
+
 def score(
     captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> dict[str, float | str]:
@@ -59,12 +72,7 @@ def score(
     Raises:
         MissingExtraError: pycocoevalcap is not installed.
     """
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError as error:
-        raise MissingExtraError("metrics need `pip install 'capexport[eval]'`") from error
+    Bleu, Rouge, Cider = scorers()  # noqa: N806
     generated, human, java = _tokenized(
         {name: [caption] for name, caption in captions.items()},
         {name: list(references[name]) for name in captions},
@@ -90,10 +98,7 @@ def cider(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) 
     Raises:
         MissingExtraError: pycocoevalcap is not installed.
     """
-    try:
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError as error:
-        raise MissingExtraError("metrics need `pip install 'capexport[eval]'`") from error
+    _, _, Cider = scorers()  # noqa: N806
     generated = _by_regular_expression({name: [caption] for name, caption in captions.items()})
     human = _by_regular_expression({name: list(references[name]) for name in captions})
     return 100 * float(Cider().compute_score(human, generated)[0])

@@ -7,6 +7,7 @@ import ctypes
 import io
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capexport.decoding import State
-from capexport.errors import ArtifactError, DeviceError, MissingExtraError, OptionError
+from capexport.errors import ArtifactError, DeviceError, OptionError, importing
 from capexport.onnx_file import gather_graph
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 # reporting thread hangs the exit of a forked process. What is set already stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+_SILENT = 4  # what onnxruntime logs as an error, it raises, too
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -80,13 +82,14 @@ DEVICES = (
 
 
 def _import_onnxruntime() -> Any:
-    try:
+    first = "onnxruntime" not in sys.modules
+    with importing(
+        "captioning needs onnxruntime: `pip install 'capexport[cpu]'`, or "
+        "`pip install 'capexport[gpu]'` for CUDA (never both)"
+    ):
         import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError(
-            "onnxruntime is not installed: `pip install 'capexport[cpu]'`, or "
-            "`pip install 'capexport[gpu]'` for CUDA (never both)"
-        ) from error
+    if first:  # whoever imported it before may have set this
+        onnxruntime.set_default_logger_severity(_SILENT)
     return onnxruntime
 
 
@@ -226,7 +229,10 @@ class Target:
         providers = list(self.providers) or [(self.device.provider, self._provider_options())]
         options = self.session_options or self._session_options(threads or self.threads, mapped)
         try:
-            session = _import_onnxruntime().InferenceSession(model, options, providers)
+            # Its fallback, which prints, is for GPUs.
+            session = _import_onnxruntime().InferenceSession(
+                model, options, providers, enable_fallback=cuda
+            )
         except Exception as error:  # onnxruntime's own exceptions share no narrower base
             if cuda and (trouble := _cuda_trouble(self.index or 0)):
                 raise DeviceError(f"{self.device.provider} did not start: {trouble}") from error
@@ -256,7 +262,7 @@ class Target:
         options = onnxruntime.SessionOptions()
         # Of a quota onnxruntime knows nothing.
         options.intra_op_num_threads = threads or (available_cores() if cpu_quota() else 0)
-        options.log_severity_level = 4  # what it logs as an error, it raises, too
+        options.log_severity_level = _SILENT
         # Idle threads would spin on the cores that the next graph, or preprocessing, needs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if mapped:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 from capexport.cli import run_command
-from capexport.errors import MissingExtraError
+from capexport.errors import MissingExtraError, importing
+from capexport.metrics import scorers
 from train.config import parse
+from train.folder import run_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,13 +18,14 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str] | None) -> int:
     config, resume = parse(argv)
     try:
-        # Importing torch takes long; --help and usage errors need not wait for it.
-        from train.loop import finish, train
-        from train.run import run_folder
-    except ImportError as error:
-        raise MissingExtraError(f"training needs `pip install -e '.[train]'` ({error})") from error
+        scorers()
+    except MissingExtraError as error:
+        print(f"train: {error}; until then the test split cannot be scored", file=sys.stderr)
     try:
         with run_folder(config.out, resume):
+            with importing("training needs `pip install -e '.[train]'`"):
+                # Importing torch takes long; what is refused before need not wait for it.
+                from train.loop import finish, train
             checkpoint, dataset = train(config)
             finish(checkpoint, dataset, config)
     except KeyboardInterrupt:

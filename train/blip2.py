@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capexport.cli import run_command, show_progress, teaching
-from capexport.errors import MissingExtraError
+from capexport.errors import importing
 from train.config import RunOptions, option, parse_options
+from train.folder import run_folder
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,9 @@ def _train(argv: list[str] | None) -> int:
             "capexport blip2 --model runs/blip2/best --out artifacts/mine   # then, to use it",
         ),
     )
-    try:
-        # Importing torch takes long; --help and usage errors need not wait for it.
+    # Importing torch takes long; --help and usage errors need not wait for it.
+    with importing("training BLIP-2 needs `pip install -e '.[train,blip2]'`"):
         from train.blip2_loop import finish, train
-        from train.run import run_folder
-    except ImportError as error:
-        raise MissingExtraError(
-            f"training BLIP-2 needs `pip install -e '.[train,blip2]'` ({error})"
-        ) from error
     show_progress()
     # Without a network it warns of every attempt; the error at the end says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ from capexport.bench.sheet import Entry, draw_sheet
 from capexport.decoding import greedy
 from capexport.errors import DatasetError, MissingExtraError
 from capexport.families.cnn_lstm import Vocabulary
-from capexport.metrics import cider, format_scores, score
+from capexport.metrics import cider, format_scores, score, scorers
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
 from capexport.models.torch_captioner import (
@@ -70,6 +70,8 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    if "cider" in (config.objective, config.best_by):
+        scorers()
     begun = load_checkpoint(config.init) if config.init else None
     network = begun.model.config if begun else _network(config)
     encoder = begun.model.encoder if begun else ImageEncoder(network)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capexport.errors import MissingExtraError
+from capexport.errors import importing
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.steps import State
@@ -76,10 +76,8 @@ class CiderReward:
         Raises:
             MissingExtraError: pycocoevalcap is not installed.
         """
-        try:
+        with importing("CIDEr needs `pip install 'capexport[eval]'`"):
             from pycocoevalcap.cider import cider_scorer
-        except ImportError as error:
-            raise MissingExtraError("CIDEr needs `pip install 'capexport[eval]'`") from error
         self._library = cider_scorer
         self._photos = len(examples)
         self._frequency: Counter[Any] = Counter()

@@ -1,4 +1,4 @@
-"""The run folder: held by one training at a time, and whole again after any kill.
+"""What a run folder holds, whole again after any kill.
 
 config.json        the options of the run
 skipped.json       photos that were left out, by reason
@@ -15,14 +15,10 @@ may take it. Only `*.partial` may be left half-written.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,56 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from capexport.artifact import lock, remove_dead_drafts, replace_file, replacing_binary_file
-from capexport.errors import CheckpointError, OutputExistsError
+from capexport.artifact import replace_file, replacing_binary_file
+from capexport.errors import CheckpointError
 from train import figures
 
 STATE = "last.safetensors"
 
 History: TypeAlias = list[dict[str, float]]
-
-
-@contextlib.contextmanager
-def run_folder(out: Path, resume: bool) -> Iterator[None]:
-    """Hold `out`, made if need be; it vanishes again if nothing was written there.
-
-    Raises:
-        OutputExistsError: another training holds it, or a new run would overwrite something.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out, wait=False) as held:
-        if not held:
-            raise OutputExistsError(f"{out}: another training is writing there")
-        try:
-            finished = [path for path in out.iterdir() if path.suffix != ".partial"]
-            if not resume and (out / "config.json").exists():
-                raise OutputExistsError(
-                    f"{out}: already there; go on with --resume {out}, or pick another --out"
-                )
-            if not resume and finished:
-                raise OutputExistsError(f"{out}: already there, and no run; pick another --out")
-            for folder in (out, out / "best"):
-                with contextlib.suppress(OSError):
-                    remove_dead_drafts(folder)
-            tempfile.TemporaryFile(dir=out).close()  # now, not after the image features
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                out.rmdir()  # where it is empty
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a folder until the block or the process ends; False where another process holds it and
-    `wait` is not wanted. Systems and file systems without such locks hold nothing."""
-    if sys.platform == "win32":  # no folder can be opened there
-        yield True
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield lock(descriptor, wait=wait) is not False
-    finally:
-        os.close(descriptor)
 
 
 def start_run(

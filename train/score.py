@@ -12,10 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from capexport import Captioner
-from capexport.artifact import FILE_NAME, replace_file
+from capexport.artifact import FILE_NAME, replace_file, require_writable
 from capexport.cli import run_command, teaching
-from capexport.errors import MissingExtraError
-from capexport.metrics import format_scores, score
+from capexport.errors import importing
+from capexport.metrics import format_scores, score, scorers
 from train.data import SPLITS, Photo, photos_as_trained
 
 
@@ -64,16 +64,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
+    scorers()  # now, not after the captions
+    if options.captions:
+        require_writable(options.captions)
     if (options.captioner / FILE_NAME).exists():
         captioner = Captioner.load(options.captioner)
     else:
-        try:
+        with importing("a PyTorch captioner needs `pip install -e '.[train]'`"):
             from capexport.models.checkpoint import load_checkpoint
             from capexport.models.torch_captioner import torch_captioner
-        except ImportError as error:
-            raise MissingExtraError(
-                f"a PyTorch captioner needs `pip install -e '.[train]'` ({error})"
-            ) from error
         captioner = torch_captioner(load_checkpoint(options.captioner))
     photos = photos_as_trained(options.data, options.split, options.captioner, options.seed)
     captions = caption_photos(captioner, photos, options.batch_size)

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-from capexport.artifact import Manifest, replace_file
+from capexport.artifact import Manifest, replace_file, require_writable
 from capexport.bench import measure, report, sheet
 from capexport.bench.measure import Clock, ClockedTarget
 from capexport.bench.openvino import openvino_captioners
@@ -25,10 +25,10 @@ from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner, open_artifact
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
 from capexport.decoding import DecodingKeywords
-from capexport.errors import ArtifactError, ImageNotFoundError, OptionError
+from capexport.errors import ArtifactError, ImageNotFoundError, OptionError, OutputExistsError
 from capexport.export.pairs import Pair, Variants, open_pair
 from capexport.families import find_family
-from capexport.metrics import score
+from capexport.metrics import score, scorers
 from capexport.preprocessing import load_image
 from capexport.references import read_references
 from capexport.sessions import Target, available_cores, targets
@@ -149,11 +149,14 @@ def _benchmark(options: argparse.Namespace) -> int:
     counts = (*options.batch_sizes, options.repeats, options.threads or 1)
     if min(*counts, 1 if options.num_beams is None else options.num_beams) < 1:
         raise OptionError("--batch-sizes, --repeats, --threads and --num-beams must be at least 1")
+    _check_outputs(options)
     threads = options.threads or available_cores()
     target = targets(options.device, threads)[0]
     target.require_provider()
     paths = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
     references = read_references(options.references) if options.references else {}
+    if _cover(references, paths):
+        scorers()
     pair = open_pair(options.checkpoint or str(bundled_checkpoint()), target.name, threads)
     with contextlib.ExitStack() as stack:
         folders = options.artifact
@@ -166,6 +169,8 @@ def _benchmark(options: argparse.Namespace) -> int:
         if options.sheet:
             _write_sheet(options.sheet, bench.columns(options.beside), paths, references)
     table = report.render(result)
+    for path in _files(options):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if options.json:
         replace_file(options.json, result.to_json(indent=1) + "\n")
     if options.markdown:
@@ -175,6 +180,26 @@ def _benchmark(options: argparse.Namespace) -> int:
     print(table)
     print(result.to_json())
     return 0
+
+
+def _files(options: argparse.Namespace) -> list[Path]:
+    return [path for path in (options.picture, options.json, options.markdown) if path]
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse what could not be written or drawn at the end."""
+    for path in _files(options):
+        require_writable(path)
+        if path.is_dir():
+            raise OutputExistsError(f"{path}: a folder, not the name of a file")
+    if options.sheet:
+        require_writable(options.sheet / "captions.html")
+    if options.picture or options.sheet:
+        sheet.new_figure(1, 1)
+
+
+def _cover(references: Mapping[str, Sequence[str]], paths: Sequence[Path]) -> bool:
+    return bool(references) and all(path.name in references for path in paths)
 
 
 def _by_precision(folders: Sequence[Path], pair: Pair) -> Artifacts:
@@ -220,7 +245,7 @@ class _Bench:
         peers, unavailable = self._peers() if options.peers else ({}, {})
         exported = {name: {"": captioner} for name, captioner in self._exported.items()}
         contenders: Contenders = {"PyTorch": self._pair.variants(), **peers, **exported}
-        scored = bool(references) and all(path.name in references for path in self._paths)
+        scored = _cover(references, self._paths)
         environment = report.environment(self._target.threads or 1, self._target.name)
         bandwidth = environment.memory_gb_per_second * 1e9
         return Result(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from capexport.artifact import Manifest
 from capexport.captioner import Captioner, open_artifact
-from capexport.errors import DeviceError, MissingExtraError
+from capexport.errors import DeviceError, importing
 from capexport.families import find_family
 from capexport.sessions import CPU, Graph, Target
 
@@ -74,10 +74,8 @@ def openvino_captioners(folder: Path, device: str, threads: int) -> dict[str, Ca
     """
     if device != "cpu":
         raise DeviceError(f"OpenVINO has no {device}")
-    try:
+    with importing("OpenVINO needs `pip install 'capexport[peers]'`"):
         import openvino  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("OpenVINO needs `pip install 'capexport[peers]'`") from error
     manifest = Manifest.read(folder)
     target = _OpenVinoTarget(CPU.device, threads=threads)
     captioners = {"all graphs": open_artifact(folder, manifest, target)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from capexport.artifact import replace_file, replacing_binary_file
-from capexport.errors import MissingExtraError
+from capexport.errors import importing
 from capexport.preprocessing import load_image
 
 _COLUMNS = 4
@@ -63,9 +63,8 @@ def new_figure(width: float, height: float) -> Any:
     # A notebook's own MPLBACKEND stops the import where it is not installed. No window is drawn.
     inherited = os.environ.pop("MPLBACKEND", None)
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("drawing needs `pip install 'capexport[export]'`") from error
+        with importing("drawing needs `pip install 'capexport[export]'`"):
+            from matplotlib.figure import Figure
     finally:
         if inherited is not None:
             os.environ["MPLBACKEND"] = inherited

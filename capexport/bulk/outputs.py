@@ -7,26 +7,21 @@ piece at the end. Side-car files need no journal: each is whole or not there.
 from __future__ import annotations
 
 import csv
-import errno
-import io
 import json
 import os
-import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeAlias
 
-from capexport.artifact import is_at, lock, remove_dead_drafts, replacing_file
+from capexport.artifact import lock, remove_dead_drafts, replacing_file
 from capexport.bulk.files import STDIN, file_type
+from capexport.bulk.journal import Journal, journal_of, naming, read_record, record_of
 from capexport.bulk.names import original_name, readable_name
 from capexport.bulk.rows import Row, RowWriter, coco_image_id, read_rows, to_json
 from capexport.errors import OptionError, OutputExistsError
 
 FORMATS = ("text", "jsonl", "csv", "coco", "txt")
-
-# Follow no link, and wait for nobody at the other end of a pipe.
-_CAUTION: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 # A file, and what stands in a `Row` behind its name.
 Captioned: TypeAlias = (
@@ -57,20 +52,20 @@ class StreamOutput:
         if style == "coco":
             _refuse_clashing_ids(paths)
         self._stream = stream
-        with _naming("standard output"):
+        with naming("standard output"):
             self._rows = RowWriter(stream, style, columns)
 
     def done(self, path: Path) -> bool:
         return False
 
     def write(self, rows: Sequence[Captioned]) -> None:
-        with _naming("standard output"):
+        with naming("standard output"):
             for path, *rest in rows:
                 self._rows.write((readable_name(path), *rest))
             self._stream.flush()
 
     def finish(self) -> None:
-        with _naming("standard output"):
+        with naming("standard output"):
             self._rows.finish()
             self._stream.flush()
 
@@ -158,173 +153,17 @@ def _lock_folders(folders: Sequence[str]) -> list[int]:
     return [number for _, number in opened]
 
 
-class Journal:
-    """The rows of an output in the making, locked for as long as it is open.
-
-    Its first line says that it is one, and what the rows are made with; each other is a row.
-
-    Attributes:
-        header: that line.
-        begun_anew: whether an output that is there already doesn't count.
+def refuse_existing(out: Path, accepted: bool) -> None:
     """
-
-    BEGINNING = b'{"captioner": '
-
-    def __init__(self, path: Path, made_with: dict[str, Any], resume: bool, anew: bool) -> None:
-        """Open or begin it; where it is to begin `anew`, rows that are there are dropped.
-
-        Raises:
-            OutputExistsError: it is in use, is no journal, is there and not to be gone on with, or
-                was begun with something else.
-        """
-        self.path = path
-        self.header, begun_anew = (
-            to_json(header).encode() + b"\n" for header in (made_with, {**made_with, "anew": True})
+    Raises:
+        OutputExistsError: there is something at `out`, and it is no file, or none is `accepted`.
+    """
+    if out.is_dir():
+        raise OutputExistsError(f"{out}: a folder; --out takes the name of a file")
+    if os.path.lexists(out) and not (accepted and out.is_file()):
+        raise OutputExistsError(
+            f"{out}: already there; --resume adds what is missing, --overwrite makes anew"
         )
-        there = os.path.lexists(path)
-        self._file = io.FileIO(_open_locked(path), "r+")
-        try:
-            with self._reading(0) as reader:
-                first = reader.readline(1 << 20)
-            whole = first.startswith(self.BEGINNING) and first.endswith(b"\n")
-            if not (whole or self.BEGINNING.startswith(first[: len(self.BEGINNING)])):
-                raise OutputExistsError(
-                    f"{path}: where the journal would be is a file that is none; pick another --out"
-                )
-            if there and not (resume or anew):
-                raise OutputExistsError(
-                    f"{path}: left by an interrupted run; go on with --resume, or remove it"
-                )
-            if whole and not anew and first not in (self.header, begun_anew):
-                raise OutputExistsError(
-                    f"{path}: was begun with another model or other options; --overwrite drops it"
-                )
-        except BaseException:
-            self._file.close()
-            raise
-        self.begun_anew = anew or first == begun_anew
-        if anew or not whole:
-            self._file.truncate(0)
-            try:
-                self.append(begun_anew if anew else self.header)
-            except OSError:
-                self.close(keep=False)
-                raise
-
-    def append(self, line: bytes) -> int:
-        """Add a line; where it begins."""
-        beginning = self._file.seek(0, os.SEEK_END)
-        with _naming(self.path):
-            rest = memoryview(line)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        return beginning
-
-    def add(self, rows: Sequence[Row]) -> int:
-        """Add rows; where the first begins."""
-        return self.append(b"".join(to_json(row).encode() + b"\n" for row in rows))
-
-    def scan(self) -> dict[str, int]:
-        """Where each image's row begins, by its name; a line that was torn is cut off."""
-        found = {}
-        with self._reading(0) as reader:
-            end = len(reader.readline())
-            for line in reader:
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    name, _, *_ = json.loads(line)
-                    found[name] = end
-                except (ValueError, TypeError) as error:
-                    raise OutputExistsError(f"{self.path}: damaged ({error}); remove it") from error
-                end += len(line)
-        self._file.truncate(end)
-        return found
-
-    def rows(self, names: Iterator[str], kept: Mapping[str, int], added: int) -> Iterator[Row]:
-        """Rows in the order of `names`: those that begin at `kept`, and those from `added` on,
-        which are in that order already, so that nothing needs to be known of them."""
-        with self._reading(added) as reader:
-            row = _read_row(reader)
-            for name in names:
-                if name in kept:
-                    position = reader.tell()
-                    reader.seek(kept[name])
-                    yield _read_row(reader)
-                    reader.seek(position)
-                elif row and row[0] == name:
-                    yield row
-                    row = _read_row(reader)
-            while row:  # out of order after all
-                yield row
-                row = _read_row(reader)
-
-    @contextmanager
-    def _reading(self, beginning: int) -> Iterator[io.BufferedReader[Any]]:
-        self._file.seek(beginning)
-        reader = io.BufferedReader(self._file)
-        try:
-            yield reader
-        finally:
-            reader.detach()
-
-    def size(self) -> int:
-        return self._file.seek(0, os.SEEK_END)
-
-    @property
-    def holds_rows(self) -> bool:
-        with self._reading(0) as reader:
-            return bool(reader.readline() and reader.readline())
-
-    @property
-    def is_there(self) -> bool:
-        return is_at(self._file.fileno(), self.path)
-
-    def close(self, keep: bool) -> None:
-        """Close it and, if it is not to be kept or holds no row, remove it."""
-        if self._file.closed:
-            return
-        unlink = self.is_there and not (keep and self.holds_rows)
-        if os.name == "nt":  # where no open file is removed
-            self._file.close()
-        if unlink:
-            self.path.unlink(missing_ok=True)
-        self._file.close()
-
-
-def _read_row(reader: io.BufferedReader[Any]) -> Row:
-    """The row that begins here; an empty one at the end."""
-    line = reader.readline()
-    return tuple(json.loads(line)) if line else ()
-
-
-def _open_locked(path: Path) -> int:
-    """Open a file, made if need be and no link, and lock it."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | _CAUTION
-    while True:
-        try:
-            number = os.open(path, flags, 0o666)
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise OutputExistsError(f"{path}: a link, not a journal; remove it") from error
-        if stat.S_ISREG(os.fstat(number).st_mode) and lock(number) is not False:
-            if is_at(number, path):
-                return number
-            os.close(number)  # the run that held it has just finished
-            continue
-        os.close(number)
-        raise OutputExistsError(f"{path}: another run is writing it; wait for its end")
-
-
-def journal_of(out: Path) -> Path:
-    return out.with_name(out.name + ".journal")
-
-
-def record_of(out: Path) -> Path:
-    """What tells, beside a finished output, what it was made with: a hidden file of one line, since
-    no format of rows has a place for that; COCO's ids also need the names behind them."""
-    return out.with_name(f".{out.name}.capexport")
 
 
 class FileOutput:
@@ -352,14 +191,14 @@ class FileOutput:
         self._folder = os.path.abspath(out.parent)
         if style == "coco":
             _refuse_clashing_ids(paths)
-        self._refuse_existing(resume or overwrite)
+        refuse_existing(out, resume or overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
         made_with = {"captioner": key, "format": style, "scores": columns > 2}
         self._journal = Journal(journal_of(out), made_with, resume, overwrite)
         begun = self._journal.holds_rows
         try:
-            self._refuse_existing(resume or overwrite)  # now that nobody else makes it
-            _read_record(record_of(out))
+            refuse_existing(out, resume or overwrite)  # now that nobody else makes it
+            read_record(record_of(out))
             remove_dead_drafts(out.parent)
             # Only what is kept is held in memory, and only where it is.
             self._kept = self._keep() if resume else {}
@@ -367,14 +206,6 @@ class FileOutput:
             self._journal.close(keep=begun)  # what was added comes from the finished file
             raise
         self._added = self._journal.size()
-
-    def _refuse_existing(self, accepted: bool) -> None:
-        if self._out.is_dir():
-            raise OutputExistsError(f"{self._out}: a folder; --out takes the name of a file")
-        if os.path.lexists(self._out) and not (accepted and self._out.is_file()):
-            raise OutputExistsError(
-                f"{self._out}: already there; --resume adds what is missing, --overwrite makes anew"
-            )
 
     def _keep(self) -> dict[str, int]:
         """Where the rows begin that stay: of images that are wanted today and still there."""
@@ -394,7 +225,7 @@ class FileOutput:
         return kept
 
     def _finished_rows(self) -> Iterator[Row]:
-        header, *names = _read_record(record_of(self._out))
+        header, *names = read_record(record_of(self._out))
         if header.encode() + b"\n" != self._journal.header:
             raise OutputExistsError(
                 f"{self._out}: was made with another model or other options, or not by capexport; "
@@ -448,34 +279,6 @@ class FileOutput:
 
     def close(self) -> None:
         self._journal.close(keep=True)
-
-
-def _read_record(record: Path) -> list[str]:
-    """Its lines; one that is empty where there is none.
-
-    Raises:
-        OutputExistsError: it is somebody else's file.
-    """
-    try:
-        number = os.open(record, os.O_RDONLY | _CAUTION)
-        with os.fdopen(number, encoding="utf-8", errors="replace") as file:
-            lines = file.read().split("\n")
-    except FileNotFoundError:
-        return [""]
-    if not lines[0].encode().startswith(Journal.BEGINNING):
-        raise OutputExistsError(f"{record}: not capexport's, but in its way; move it")
-    return lines
-
-
-@contextmanager
-def _naming(name: str | Path) -> Iterator[None]:
-    """A full disk is reported without the file that met it."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(name)) from error
 
 
 def _refuse_clashes(paths: Sequence[Path], key: Callable[[Path], str], what: str) -> None:

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from capexport.artifact import refuse_existing
+from capexport.artifact import refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
-from capexport.errors import MissingExtraError
+from capexport.errors import importing
 
 
 def add_parser(commands: Any) -> None:
@@ -57,14 +57,11 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     # What the arguments alone tell is refused before torch is imported.
     refuse_existing(options.out)
+    require_writable(options.out)
     photos = find_images(options.photos, sys.stdin) if options.photos else []
-    try:
+    with importing("exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'`"):
         from capexport.export.blip2 import export_blip2
         from capexport.models.blip2_checkpoint import find_checkpoint
-    except ImportError as error:
-        raise MissingExtraError(
-            f"exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'` ({error})"
-        ) from error
     # Without a network it warns of every attempt; the error at the end says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     folder, source = find_checkpoint(options.model, options.revision)

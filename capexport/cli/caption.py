@@ -20,7 +20,14 @@ from tqdm import tqdm
 from capexport.artifact import FILE_NAME, local_folder, sha256_of
 from capexport.bulk.files import READERS, Found, search
 from capexport.bulk.names import shown
-from capexport.bulk.outputs import FORMATS, FileOutput, Output, SideCars, StreamOutput
+from capexport.bulk.outputs import (
+    FORMATS,
+    FileOutput,
+    Output,
+    SideCars,
+    StreamOutput,
+    refuse_existing,
+)
 from capexport.bulk.run import caption_files, open_captioner
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli.command import say, teaching
@@ -214,6 +221,8 @@ def _check(options: argparse.Namespace) -> None:
         raise OptionError(
             f"--num-return-sequences needs --format jsonl; {options.format} has no place"
         )
+    if options.out:
+        refuse_existing(options.out, options.resume or options.overwrite)
     if sys.stdout is None and not (txt or options.out):
         raise OptionError("standard output is closed: name a file with --out")
 

@@ -63,7 +63,10 @@ def run_command(name: str, command: Callable[[], int]) -> int:
     except BrokenPipeError:  # as when `| head` has read enough
         code = 141
     except (CapexportError, OSError, ValueError) as error:
-        say(f"{name}: {shown(str(error))}")
+        reason = str(error)
+        if isinstance(error, FileNotFoundError) and error.errno and error.filename is None:
+            reason = "the current folder is gone; change to another"  # `getcwd` names none
+        say(f"{name}: {shown(reason)}")
         code = 2
     except _Stopped as stop:
         say(f"{name}: stopped by {signal.Signals(stop.number).name}")

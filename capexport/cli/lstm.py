@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from capexport.artifact import Manifest, refuse_existing
+from capexport.artifact import Manifest, refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
-from capexport.errors import CheckpointError, MissingExtraError, OptionError
-from capexport.metrics import format_scores
+from capexport.errors import CheckpointError, OptionError, importing
+from capexport.metrics import format_scores, scorers
 from capexport.references import read_references
 
 BUNDLED_CHECKPOINT = Path(__file__).parents[2] / "artifacts" / "default"
@@ -84,6 +84,7 @@ def bundled_checkpoint() -> Path:
 def _run(options: argparse.Namespace) -> int:
     # What the arguments alone tell is refused before torch is imported.
     refuse_existing(options.out)
+    require_writable(options.out)
     if (options.precision == "int8") != bool(options.calibration):
         raise OptionError("int8, and int8 alone, needs --calibration photos: a hundred or so")
     photos, calibration = (
@@ -91,13 +92,11 @@ def _run(options: argparse.Namespace) -> int:
         for paths in (options.photos, options.calibration)
     )
     references = read_references(options.references) if options.references else None
-    try:
+    if references:
+        scorers()
+    with importing("exporting needs `pip install 'capexport[cpu,export]'`"):
         from capexport.export.cnn_lstm import export_cnn_lstm
         from capexport.models.checkpoint import load_checkpoint
-    except ImportError as error:
-        raise MissingExtraError(
-            f"exporting needs `pip install 'capexport[cpu,export]'` ({error})"
-        ) from error
     checkpoint = load_checkpoint(options.checkpoint or bundled_checkpoint())
     manifest = export_cnn_lstm(
         checkpoint,

@@ -33,7 +33,7 @@ from capexport.export.parity import (
     token_agreement,
 )
 from capexport.families.cnn_lstm import ATTENTION, AttentiveDecoder
-from capexport.metrics import score
+from capexport.metrics import score, scorers
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.steps import State
@@ -140,6 +140,8 @@ def _check(
     references: Mapping[str, Sequence[str]] | None,
 ) -> None:
     """Refuse what the arguments alone tell."""
+    if references:
+        scorers()
     if len(names) < IMAGES:
         raise OptionError(f"parity takes at least {IMAGES} photos, got {len(names)}")
     if (precision == "int8") != bool(calibration):

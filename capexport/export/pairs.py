@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from capexport.artifact import is_hub_id
 from capexport.captioner import Caption, Captioner
 from capexport.decoding import DecodingKeywords
-from capexport.errors import DeviceError, MissingExtraError
+from capexport.errors import DeviceError, importing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,16 +70,13 @@ def open_pair(checkpoint: str, device: str, threads: int) -> Pair:
     if folder.is_dir():
         # A run folder of `python -m train` has a config.json too, beside its best checkpoint.
         is_blip2 = (folder / "config.json").exists() and not (folder / "best").exists()
-    try:
+    extras = "cpu,export,blip2" if is_blip2 else "cpu,export"
+    with importing(f"the PyTorch path needs `pip install 'capexport[{extras}]'`"):
         import torch
 
-        torch.set_num_threads(threads)
-        return Blip2(checkpoint, device) if is_blip2 else CnnLstm(checkpoint, device, threads)
-    except ImportError as error:
-        extras = "cpu,export,blip2" if is_blip2 else "cpu,export"
-        raise MissingExtraError(
-            f"the PyTorch path needs `pip install 'capexport[{extras}]'` ({error})"
-        ) from error
+        import_module(f"capexport.export.{'blip2' if is_blip2 else 'cnn_lstm'}")
+    torch.set_num_threads(threads)
+    return Blip2(checkpoint, device) if is_blip2 else CnnLstm(checkpoint, device, threads)
 
 
 class CnnLstm:

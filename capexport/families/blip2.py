@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from capexport.artifact import Manifest, PromptSpec
 from capexport.decoding import Decoder, Prompts, State, TokenArray
-from capexport.errors import ArtifactError, MissingExtraError, OptionError
+from capexport.errors import ArtifactError, OptionError, importing
 from capexport.families import Family, Parts
 from capexport.preprocessing import FloatArray
 from capexport.sessions import Graph, Target
@@ -28,12 +28,8 @@ class PromptTokenizer:
             MissingExtraError: tokenizers is not installed.
             ArtifactError: `path` is no tokenizer.
         """
-        try:
+        with importing("BLIP-2 needs tokenizers: `pip install 'capexport[tokenizers]'`"):
             from tokenizers import Tokenizer
-        except ImportError as error:
-            raise MissingExtraError(
-                "BLIP-2 needs tokenizers: `pip install 'capexport[tokenizers]'`"
-            ) from error
         self.path = path
         with self._blamed("not a tokenizer"):
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -79,7 +79,9 @@ def test_peers_metrics_and_the_picture(
         assert image.width > 1000
 
 
-def test_refusals(artifact: Path, checkpoint: Checkpoint, tmp_path: Path, capsys, monkeypatch):
+def test_refusals(
+    artifact: Path, checkpoint: Checkpoint, photos, tmp_path: Path, capsys, monkeypatch
+):
     assert main(["--num-beams", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
     assert main(["--repeats", "0"]) == 2
@@ -88,6 +90,25 @@ def test_refusals(artifact: Path, checkpoint: Checkpoint, tmp_path: Path, capsys
     other.mkdir()
     assert main([str(other), "--artifact", str(artifact)]) == 2
     assert "no checkpoint.json" in capsys.readouterr().err
+    flags = ["--artifact", str(artifact), "--photos", str(photos[0])]
+    for flag in ("--json", "--markdown", "--picture"):
+        assert main([*flags, flag, str(other)]) == 2
+        assert "a folder, not the name of a file" in capsys.readouterr().err
+    assert main([*flags, "--sheet", str(artifact / "manifest.json")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+    humans = tmp_path / "humans.csv"
+    humans.write_text(f"image,caption\n{photos[0].name},A dog\n")
+    for module, *flag in (
+        ("matplotlib.figure", "--sheet", tmp_path / "sheet"),
+        ("matplotlib.figure", "--picture", tmp_path / "x.png"),
+        ("pycocoevalcap.bleu.bleu", "--references", humans),
+    ):
+        with monkeypatch.context() as absent:
+            absent.setitem(sys.modules, module, None)
+            # The checkpoint is none: so this is refused before it is looked at.
+            assert main([str(other), *flags, *map(str, flag)]) == 2
+            assert "pip install 'capexport[" in capsys.readouterr().err
+    assert not (tmp_path / "sheet").exists()
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main([checkpoint.training["folder"]]) == 2
     error = capsys.readouterr().err

@@ -382,6 +382,34 @@ def test_damaged_checkpoints_are_refused(saved: Path):
         load_checkpoint(saved)
 
 
+@pytest.mark.parametrize("operator", ["ReduceMax", "Reduce\udcff"])
+def test_a_hostile_graph_is_refused_without_a_word(operator: str, tmp_path: Path):
+    """Too much memory is wanted, and an operator's name is no UTF-8."""
+    shape = onnx.numpy_helper.from_array(np.array([1 << 62]), "shape")
+    nodes = [
+        onnx.helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        onnx.helper.make_node("ReduceMax", ["zeros"], ["y"], keepdims=0),
+    ]
+    outputs = [onnx.helper.make_tensor_value_info("y", 1, [])]
+    graph = onnx.helper.make_graph(nodes, "bomb", [], outputs, [shape])
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    name = operator.ljust(9, "x").encode(errors="surrogateescape")
+    path = tmp_path / "bomb.onnx"
+    path.write_bytes(model.SerializeToString().replace(b"ReduceMax", name))
+    code = (
+        "import sys; from pathlib import Path; from capexport.sessions import CPU, ArtifactError\n"
+        "try: CPU.open(Path(sys.argv[1])).run({}, ['y'])\n"
+        "except ArtifactError as error: sys.exit(0 if sys.argv[1] in str(error) else 'unnamed')\n"
+        "sys.exit('not refused')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_the_runtime_passes_its_tests_where_torch_cannot_be_imported():
     blocked = [
         "torch", "torchvision", "transformers", "optimum", "onnx", "onnxscript", "safetensors"

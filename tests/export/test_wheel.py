@@ -1,6 +1,7 @@
 """The wheel alone, in an environment without torch, transformers, optimum and onnx."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -56,6 +57,49 @@ def test_the_wheel_holds_capexport_alone(wheel: Path):
     }
     assert {f"capexport/default/{file.name}" for file in BUNDLED_ARTIFACT.iterdir()} <= set(names)
     assert wheel.stat().st_size < 10e6
+
+
+def test_the_description_needs_no_repository(wheel: Path):
+    """A package index shows it alone: links and pictures within the repository lead nowhere."""
+    with zipfile.ZipFile(wheel) as archive:
+        [metadata] = [name for name in archive.namelist() if name.endswith("METADATA")]
+        text = archive.read(metadata).decode()
+    assert "# capexport" in text
+    links = re.findall(
+        r"""\]\(([^)]+)\)|^\[[^]]+\]:\s*(\S+)|(?:src|href)=["']([^"']+)""", text, re.M
+    )
+    assert [link for link in map("".join, links) if not link.startswith("https://")] == []
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of that version: on the path, or as pyenv or uv keep theirs."""
+    places = [Path.home(), Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))]
+    kept = [
+        *places[1].glob(f"versions/{version}.*/bin/python"),
+        *places[0].glob(f".local/share/uv/python/cpython-{version}.*/bin/python{version}"),
+    ]
+    for python in filter(None, (shutil.which(f"python{version}"), *map(str, kept))):
+        tried = subprocess.run([python, "-c", "import ensurepip, venv"], capture_output=True)
+        if tried.returncode == 0:  # a shim of pyenv's may stand for nothing
+            return python
+    return None
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_it_captions_on_every_python(version: str, wheel: Path, photos: list[Path], tmp_path: Path):
+    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+        pytest.skip("what the other tests run on")
+    if (base := interpreter(version)) is None:
+        pytest.skip(f"no Python {version} here")
+    run(base, "-m", "venv", "--without-pip", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    run(*pip, "install", "-q", "--no-compile", f"{wheel}[cpu]")
+    artifact = ROOT / "tests" / "artifacts" / "cnn-lstm"
+    command = [python, "-W", "error", "-m", "capexport", "caption", "-m", artifact, *photos]
+    captions = Captioner.load(artifact).caption(photos)
+    wanted = [f"{p}\t{c.text}" for p, c in zip(photos, captions, strict=True)]
+    assert run(*command, cwd=tmp_path).splitlines() == wanted
 
 
 def test_it_captions_in_a_small_environment_of_its_own(

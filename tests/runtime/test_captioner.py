@@ -206,6 +206,31 @@ def test_without_onnxruntime_both_extras_are_named(artifact: Path, monkeypatch: 
         Captioner.load(artifact)
 
 
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        ("raise ImportError('libx.so.1: cannot open')", MissingExtraError, "loaded: libx.so.1"),
+        ("raise RuntimeError('built for another numpy')", MissingExtraError, "another numpy"),
+        ("import surely_not_there", MissingExtraError, "No module named 'surely_not_there'"),
+        # What extension modules make of Ctrl-C.
+        (
+            "try: raise KeyboardInterrupt\n"
+            "except KeyboardInterrupt as error: raise ImportError('initialization') from error",
+            KeyboardInterrupt,
+            "^$",
+        ),
+    ],
+)
+def test_an_onnxruntime_that_is_there_but_fails(
+    body: str, error: type[BaseException], message: str, artifact: Path, monkeypatch, tmp_path
+):
+    (tmp_path / "onnxruntime.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    with pytest.raises(error, match=message):
+        Captioner.load(artifact)
+
+
 def test_importing_capexport_loads_no_heavy_package():
     heavy = ["onnxruntime", "torch", "transformers", "tokenizers", "matplotlib", "scipy"]
     code = f"import sys, capexport; sys.exit(str([m for m in {heavy} if m in sys.modules]))"

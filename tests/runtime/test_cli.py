@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import SLOWLY, draw_photo
+from PIL import Image
 
 from capexport.artifact import sha256_of
 from capexport.bulk.outputs import FileOutput, coco_image_id
@@ -77,6 +80,16 @@ def test_alternatives_stand_in_jsonl(artifact, photos, captioner, tmp_path, caps
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--early-stopping", "maybe"])
     assert "must be true, false or never, got 'maybe'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="keeps a folder that is in use")
+def test_a_current_folder_that_is_gone(photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["caption", "photo.jpg"]) == 2
+    assert "the current folder is gone" in capsys.readouterr().err
+    assert main(["caption", str(photos[0])]) == 0
 
 
 def test_coco_image_ids():
@@ -307,6 +320,27 @@ def test_images_that_nothing_here_reads_are_said_at_the_end(artifact, photos, ca
     assert ".dng: dcraw converts them to TIFF" in line
     assert main(["caption", "-m", str(artifact), str(folder / "IMG_1.DNG")]) == 1
     assert ".dng: dcraw" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_heic_is_captioned_with_pillow_heif_and_hinted_at_without(
+    artifact, captioner, photos, tmp_path, capsys
+):
+    heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "phone" / "IMG_1.HEIC"
+    path.parent.mkdir()
+    heif.from_pillow(Image.open(photos[0])).save(path)
+    assert main(["caption", "-m", str(artifact), str(path.parent)]) == 0
+    pixels = np.asarray(heif.open_heif(path))
+    assert capsys.readouterr().out == f"{path}\t{captioner.caption(pixels).text}\n"
+    without = (
+        "import sys; sys.modules['pillow_heif'] = None\n"
+        "from capexport.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", without, "caption", "-m", artifact]
+    for given, code in ((path.parent, 2), (path, 1)):
+        done = subprocess.run([*command, given], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert "pip install pillow-heif" in done.stderr
 
 
 def test_a_shell_s_pattern_among_side_cars(artifact, photos, capsys):

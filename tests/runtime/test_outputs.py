@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SLOWLY, default_signals, draw_photo
+from PIL import Image
 
 import capexport
 from capexport.artifact import new_artifact, remove_dead_drafts, replace_file, replacing_file
@@ -582,13 +583,19 @@ def test_quiet_says_what_went_wrong_alone(artifact, photos, capsys):
         (["lstm", "--out", "there"], "already there"),
         (["lstm", "--out", "new", "--precision", "int8"], "needs --calibration"),
         (["lstm", "--out", "new", "--photos", "absent*"], "no image files there"),
+        (["lstm", "--out", "new", "--references", "humans.csv"], "capexport[eval]"),
         (["blip2", "--out", "there"], "already there"),
+        (["blip2", "--out", "there/new"], "Not a directory"),
+        (["caption", "-m", "owner/model", "x.jpg", "--out", "there"], "already there"),
     ],
 )
 def test_what_arguments_tell_needs_no_torch(arguments, message, tmp_path):
     (tmp_path / "there").write_text("precious")
+    (tmp_path / "humans.csv").write_text("image,caption\nx.jpg,A dog\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
     code = (
-        "import sys; from capexport.cli import main; code = main(sys.argv[1:])\n"
+        "import sys; sys.modules['pycocoevalcap'] = None\n"
+        "from capexport.cli import main; code = main(sys.argv[1:])\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys(); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, *arguments]
@@ -602,6 +609,7 @@ def test_what_arguments_tell_needs_no_torch(arguments, message, tmp_path):
     )
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")

@@ -30,8 +30,7 @@ from train.__main__ import main
 from train.config import TrainConfig
 from train.data import Examples, Photo, encode_captions, read_dataset
 from train.features import CachedFeatures, LiveFeatures, load_backbone
-from train.loop import batch_loss
-from train.run import run_folder
+from train.objective import batch_loss
 
 
 @pytest.fixture(scope="session")
@@ -266,7 +265,8 @@ def test_a_kill_between_the_state_and_the_history_loses_no_epoch(options, tmp_pa
 def test_a_run_killed_while_its_options_are_written_can_begin_anew(options, tmp_path, capsys):
     run = tmp_path / "run"
     killed = (
-        "import os, sys; from pathlib import Path; from train.run import run_folder, start_run\n"
+        "import os, sys; from pathlib import Path; from train.folder import run_folder\n"
+        "from train.run import start_run\n"
         "os.fsync = lambda file: os.kill(os.getpid(), 9)\n"
         "with run_folder(Path(sys.argv[1]), False): start_run(Path(sys.argv[1]), {}, {}, [])"
     )

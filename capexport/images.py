@@ -1,0 +1,358 @@
+"""Images as they come: which formats are opened, within which limits, and as what errors."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import io
+import logging
+import os
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImagePalette, JpegImagePlugin, UnidentifiedImageError
+
+from capexport.errors import ImageError, ImageNotFoundError
+from capexport.image_metadata import exif_orientation, jpeg_scans, without_metadata
+from capexport.pixels import BITS_PER_SAMPLE, TURNS, Loaded, rgb_converter, upright_rgb
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
+
+# What photos come in: nothing that runs a program (EPS) or holds no photo, and no icons, which
+# Pillow decodes before their size can be seen. TGA has no signature, so it is tried last.
+FORMATS = (
+    "JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM",
+    "QOI", "PSD", "DDS", "PCX", "SGI", "TGA",
+)  # fmt: skip
+
+# A phone's 108 megapixels pass; at Pillow's 4 bytes a pixel this is half a gigabyte.
+MAX_PIXELS = 120_000_000
+# Each scan of a progressive JPEG goes over all its pixels. Encoders write about ten; more are for
+# small images.
+_MAX_SCANS, _MAX_SCANNED_PIXELS = 32, 200_000_000
+# Bytes of a file that is read as a whole, twice for a moment; the largest photos have a third.
+_MAX_BYTES = 100_000_000
+# A TIFF's tags.
+_ORIENTATION, _COLORMAP, _COMPRESSION, _ROWS_PER_STRIP = 274, 320, 259, 278
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The file name endings, ".jpg" and so on in lower case, of the images that are read here.
+
+    Those of HEIC are among them where pillow-heif is installed.
+    """
+    readable = {*_readable_formats(), "MPO"}  # opened as a JPEG is
+    extensions = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, style in extensions if style in readable)
+
+
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this installation reads."""
+    with contextlib.suppress(Exception):  # not installed, or not made for this Pillow
+        importlib.import_module("pillow_heif").register_heif_opener()
+    # libtiff writes its complaints to stderr, without a file's name; Pillow raises them as well.
+    # Where Pillow holds libtiff within its own library, as on Windows, they can't be reached.
+    with contextlib.suppress(Exception):
+        libtiff = ctypes.CDLL(importlib.import_module("PIL._imaging").__file__)
+        libtiff.TIFFSetErrorHandler(None)
+        libtiff.TIFFSetWarningHandler(None)
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    Image.init()
+    return tuple(style for style in FORMATS if style in Image.OPEN)
+
+
+def image_name(source: ImageSource) -> str:
+    """The file name behind `source` where there is one, else what kind of thing it is."""
+    if isinstance(source, str | os.PathLike):
+        return os.fsdecode(source)
+    if isinstance(source, bytes):
+        return f"image of {len(source)} bytes"
+    if isinstance(source, np.ndarray):
+        return f"array of shape {source.shape}"
+    name = getattr(source, "filename", None) or getattr(source, "name", None)
+    return str(name) if name else f"{type(source).__name__} image"
+
+
+def load_image(
+    source: ImageSource, *, max_pixels: int = MAX_PIXELS, truncated: bool = False
+) -> Image.Image:
+    """Decode `source` into an upright RGB image.
+
+    A path, encoded bytes, a binary file object, a PIL image, or a uint8 array of shape
+    (height, width), (height, width, 1), (height, width, 3) or (height, width, 4). EXIF rotation
+    is applied, transparency dropped, grey of more than 8 bits scaled to 8 (Pillow alone would
+    clip it to white or black); of an animation, the first frame counts. One object may be loaded
+    several times, also by several threads at once; PIL images stay as they are.
+
+    Args:
+        max_pixels: files with more are refused before they are decoded. Where a format needs
+            more memory a pixel than a JPEG does, fewer are allowed: of WebP a quarter.
+        truncated: take what there is of a file that breaks off early; what is missing stays
+            grey or black. PIL images and arrays are whole in any case.
+    Raises:
+        ImageNotFoundError: the file does not exist.
+        ImageError: the data are no readable image, or too large.
+    """
+    with naming(source):
+        loaded = decoded(source, max_pixels, truncated)
+        upright = upright_rgb(loaded)
+        shared = upright is loaded[0] and isinstance(source, Image.Image)
+        return upright.copy() if shared else upright
+
+
+@contextlib.contextmanager
+def naming(source: ImageSource) -> Iterator[None]:
+    """Whatever goes wrong with `source` becomes an `ImageError` that begins with its name."""
+    _silence_pillow()
+    outer, _thread.loads = getattr(_thread, "loads", False), True
+    try:
+        yield
+    except ImageError as error:
+        raise type(error)(f"{image_name(source)}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{image_name(source)}: more pixels than PIL.Image.MAX_IMAGE_PIXELS allows; "
+            "scale the image down first"
+        ) from error
+    except Exception as error:  # decoders raise what they like
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "empty, damaged, or not in an image format that is read here"
+        elif "truncated" in reason:
+            reason += " (the option `truncated` takes what there is)"
+        raise ImageError(f"{image_name(source)}: cannot read the image: {reason}") from error
+    finally:
+        _thread.loads = outer
+
+
+_thread = threading.local()
+
+
+class _WhileLoading:
+    """The pattern of a warning filter that holds in the threads that are loading an image."""
+
+    def match(self, text: str) -> bool:
+        return getattr(_thread, "loads", False)
+
+
+_FILTER = ("ignore", _WhileLoading(), Warning, None, 0)
+
+
+def _silence_pillow() -> None:
+    """Keep Pillow's warnings, which name no file, off stderr; everybody else's stay.
+
+    `warnings.catch_warnings` would change the filters of all threads, and clear what they know.
+    """
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    if not filters or filters[0] is not _FILTER:
+        with contextlib.suppress(ValueError):
+            filters.remove(_FILTER)
+        filters.insert(0, _FILTER)
+
+
+def _new_locks() -> None:
+    global _locks
+    _locks = [threading.RLock() for _ in range(61)]
+
+
+_locks: list[threading.RLock]
+_new_locks()
+if hasattr(os, "register_at_fork"):  # another thread of the parent may hold one
+    os.register_at_fork(after_in_child=_new_locks)
+
+
+def _lock_of(source: object) -> contextlib.AbstractContextManager[object]:
+    """A lock that is the same for the same object."""
+    return _locks[hash(id(source)) % len(_locks)]
+
+
+def decoded(source: ImageSource, max_pixels: int, truncated: bool) -> Loaded:
+    if isinstance(source, Image.Image):
+        with _lock_of(source):
+            if isinstance(source, ImageFile.ImageFile):
+                _check_size(source, max_pixels)
+            source.load()
+            return _plain(source)
+    if isinstance(source, np.ndarray):
+        return _plain(_from_array(source))
+    if isinstance(source, bytes):
+        return _read(io.BytesIO(source), max_pixels, truncated)
+    if isinstance(source, str | os.PathLike):
+        _check_regular(source)
+        with open(source, "rb") as file:  # noqa: PTH123
+            return _read(file, max_pixels, truncated)
+    if hasattr(source, "read") and not isinstance(source, type):
+        return _read(io.BytesIO(_content(source)), max_pixels, truncated)
+    raise ImageError(
+        "this is no image: pass a path, bytes, a binary file, a PIL image or a uint8 array; "
+        "several as a list"
+    )
+
+
+def _check_regular(path: str | os.PathLike[str]) -> None:
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (Path("") is the current folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageNotFoundError("no such image file") from error
+    if stat.S_ISDIR(mode):
+        raise ImageError("this is a folder, not an image file")
+    if not stat.S_ISREG(mode):  # reading it might never end
+        raise ImageError(
+            "this is a pipe, a socket or a device, not an image file; save its content as one"
+        )
+
+
+def _content(file: BinaryIO) -> bytes:
+    with _lock_of(file):
+        with contextlib.suppress(AttributeError, OSError):  # a stream, read once
+            file.seek(0)
+        content: object = file.read()
+    if not isinstance(content, bytes):
+        raise ImageError(f"read() gives {type(content).__name__}; open the file in binary mode")
+    return content
+
+
+def _from_array(array: NDArray[np.uint8]) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise ImageError(f"pixels must be uint8, got {array.dtype}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise ImageError("expected (height, width) or (height, width, 1, 3 or 4)")
+    return Image.fromarray(array)
+
+
+def _read(file: BinaryIO, max_pixels: int, truncated: bool) -> Loaded:
+    """Decode a file; where its metadata are what fails, without them."""
+    head = file.read(12)
+    if head[8:] == b"WEBP" or head[4:8] == b"ftyp" or head[:4] == b"qoif":
+        _check_bytes(file)  # their decoders read all of it
+    file.seek(0)
+    try:
+        return _decode(file, max_pixels, truncated)
+    except ImageError:
+        raise
+    except Exception:
+        tried = data = _whole(file)
+        for keep_orientation in (True, False):
+            bare = without_metadata(data, keep_orientation)
+            if bare != tried:
+                with contextlib.suppress(Exception):
+                    return _decode(io.BytesIO(bare), max_pixels, truncated)
+            tried = bare
+        raise
+
+
+def _whole(file: BinaryIO) -> bytes:
+    _check_bytes(file)
+    file.seek(0)
+    return file.read()
+
+
+def _check_bytes(file: BinaryIO) -> None:
+    if (size := file.seek(0, os.SEEK_END)) > _MAX_BYTES:
+        raise ImageError(
+            f"damaged, or too large a file of its kind: {size / 1e6:.0f} MB; save it as JPEG or PNG"
+        )
+
+
+def _decode(file: BinaryIO, max_pixels: int, truncated: bool) -> Loaded:
+    with Image.open(file, formats=_readable_formats()) as image:
+        _check_size(image, max_pixels)
+        if image.info.get("progressive"):
+            _check_scans(_whole(file), image.width * image.height)
+        tags = getattr(image, "tag_v2", {})
+        if image.mode == "P" and max(tags.get(_COLORMAP, (256,))) < 256:
+            # Colours of 8 bits where 16 are due: Pillow would make them all black.
+            image.palette = ImagePalette.raw("RGB;L", bytes(tags[_COLORMAP]))
+        if truncated:
+            _load_truncated(image)
+        else:
+            image.load()
+        return _plain(image)
+
+
+def _plain(image: Image.Image) -> Loaded:
+    """A loaded image's pixels without its metadata and file, and what these say about them."""
+    if 0 in image.size:
+        raise ImageError("the image has no pixels")
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ImageError("the image has a palette without colours")
+    to_rgb = rgb_converter(image)
+    plain = image._new(image.im)
+    plain.info = {}
+    return plain, _orientation(image), to_rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where the metadata have none that is readable."""
+    value, exif = None, image.info.get("exif")
+    with contextlib.suppress(Exception):
+        value = image.getexif().get(_ORIENTATION)
+    if value is None and isinstance(exif, bytes):  # Pillow stops at a tag that leads nowhere
+        value = exif_orientation(exif)
+    return int(value) if value in TURNS else 1
+
+
+def _load_truncated(image: ImageFile.ImageFile) -> None:
+    """Load what a file that breaks off has, without Pillow's switch, which is all threads'."""
+    ends = [b"\xff\xd9"]  # without it, nothing of a progressive JPEG is shown
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        read = image.load_read
+        image.load_read = lambda read_bytes: (  # type: ignore[method-assign]
+            read(read_bytes) or (ends.pop() if ends else b"")
+        )
+    try:
+        image.load()
+    except (OSError, EOFError):
+        ends.clear()
+        image.tile = []  # what was decoded is there
+        image.load()
+    if not ends and all(low == high for low, high in np.reshape(image.getextrema(), (-1, 2))):
+        raise ImageError("the file breaks off before its first pixels")
+
+
+def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
+    """Refuse an image by its header, before memory is taken."""
+    width, height = image.size
+    allowed = int(max_pixels * 4 / _decoding_bytes(image))
+    if width * height > allowed:
+        raise ImageError(
+            f"{width}x{height} are more pixels than the {allowed} that are decoded of such a "
+            "file; scale it down, or raise `max_pixels`"
+        )
+
+
+def _decoding_bytes(image: ImageFile.ImageFile) -> float:
+    """About how many bytes a pixel takes while such a file is decoded, by measurements."""
+    if image.format in ("WEBP", "AVIF", "QOI"):
+        return {"WEBP": 16, "AVIF": 8, "QOI": 8}[image.format]
+    if image.format == "JPEG2000":  # where it is one tile
+        return max(4, 5 * len(image.getbands()) + 1)
+    if image.info.get("progressive"):  # the coefficients of all scans
+        return 7 if image.mode == "RGB" else 4
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_COMPRESSION, 1) != 1:  # a strip or tile is unpacked whole, however large it says
+        wide, high = tags.get(_TILE_WIDTH, image.width), tags.get(_TILE_LENGTH, image.height)
+        if _TILE_WIDTH not in tags:
+            high = min(high, tags.get(_ROWS_PER_STRIP, high))
+        unpacked = wide * high * sum(tags.get(BITS_PER_SAMPLE, (1,))) / 8
+        return 4 + float(unpacked) / max(1, image.width * image.height)
+    return 4
+
+
+def _check_scans(data: bytes, pixels: int) -> None:
+    """Refuse a progressive JPEG that would take minutes."""
+    allowed = max(_MAX_SCANS, _MAX_SCANNED_PIXELS // max(1, pixels))
+    if (scans := jpeg_scans(data, allowed)) > allowed:
+        raise ImageError(f"a progressive JPEG of {scans} scans; save it anew, with fewer")
