@@ -30,6 +30,7 @@ from train.__main__ import main
 from train.config import TrainConfig
 from train.data import Examples, Photo, encode_captions, read_dataset
 from train.features import CachedFeatures, LiveFeatures, load_backbone
+from train.folder import run_folder
 from train.objective import batch_loss
 
 
