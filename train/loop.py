@@ -128,7 +128,8 @@ def _features_of_readable(
     else:
         checked = tqdm(readable(paths, load_image), "checking photos", len(paths))
         usable = {path for path, image in checked if image is not None}
-    dataset.skip("unreadable images", (path.name for path in paths if path not in usable))
+    unreadable = (photo.name for photo in dataset.photos() if photo.path not in usable)
+    dataset.skip("unreadable images", unreadable)
 
     def features(batch: Sequence[Path], rng: np.random.Generator) -> Tensor:
         return torch.from_numpy(np.stack([cached[path] for path in batch])).to(config.device)
