@@ -1,4 +1,4 @@
-"""Flickr8k in both of its layouts, the split, the cleaning of captions and the vocabulary.
+"""A data set's photos in their splits, the cleaning of captions, the vocabulary.
 
 Nothing here needs torch: an exported captioner is scored without it.
 """
@@ -12,7 +12,7 @@ import string
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,18 +27,10 @@ from capexport.cli import run_command, teaching
 from capexport.errors import DatasetError, ImageError
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.preprocessing import load_image
-from capexport.references import read_references
+from train.formats import FLICKR8K_SPLIT, find_captions
 
 SPLITS = ("train", "validation", "test")
 
-_IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images")
-_CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt", "results.csv")  # the last is Flickr30k's
-_TEXT_FOLDERS = (".", "Flickr8k_text")
-_SPLIT_FILES = {
-    "train": "Flickr_8k.trainImages.txt",
-    "validation": "Flickr_8k.devImages.txt",
-    "test": "Flickr_8k.testImages.txt",
-}
 _READ_AHEAD = 128  # images
 
 T = TypeVar("T")
@@ -55,13 +47,15 @@ class Photo:
 
 @dataclass
 class Dataset:
-    """The photos of each split, and by reason the names of what was left out.
+    """The photos of each split, no two with the same name.
 
-    `official` says whether the split is that of Flickr8k's own files.
+    Attributes:
+        official: the files or folders that tell the split; empty where a seed made it.
+        skipped: by reason, the names of what was left out.
     """
 
     splits: dict[str, list[Photo]]
-    official: bool = False
+    official: str = ""
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def photos(self) -> list[Photo]:
@@ -86,90 +80,85 @@ class Dataset:
 
 
 def read_dataset(
-    folder: Path, validation: float, test: float, seed: int, official: bool | None = None
+    folder: Path, validation: float, test: float, seed: int, official: str | bool | None = None
 ) -> Dataset:
     """Read captions and split; whether the images can be decoded is found out later.
 
-    The official split counts where its three files are, or as `official` says. Otherwise photos
-    are ranked by a hash of seed and name, so the split is the same on every machine, missing photos
-    or not.
+    Which captions count is `train.formats`' to say, and is printed. The split is the one that
+    files tell. Without a test split, as in COCO, whose test captions are not public, the validation
+    split is halved; without a validation split the training split gives its share. Without any,
+    photos are ranked by a hash of seed and name, so the split is the same on every machine,
+    missing photos or not.
 
+    Args:
+        official: what tells the split, as an earlier `Dataset` had it.
     Raises:
         DatasetError: no captions, no images, or nothing usable in a split.
     """
-    captions = _read_captions(folder)
-    images = next((folder / name for name in _IMAGE_FOLDERS if (folder / name).is_dir()), None)
-    if images is None:
-        raise DatasetError(f"{folder}: no image folder there ({' or '.join(_IMAGE_FOLDERS)})")
-    listed = None if official is False else _official_split(folder)
-    if official and not listed:
-        raise DatasetError(
-            f"{folder}: not all of {', '.join(_SPLIT_FILES.values())} are there, and the model was "
-            "trained on that split"
-        )
-    names = listed or _seeded_split(captions, validation, test, seed)
+    if official is not None and not isinstance(official, str):
+        official = FLICKR8K_SPLIT if official else ""  # in checkpoints of 0.1
+    source, contents, others = find_captions(folder, official)
+    told = {} if official == "" else contents.told
+    names, how = _split(told, contents.captions, validation, test, seed)
+    listed = set().union(*names.values())
+    if len(listed) < sum(map(len, names.values())):
+        raise DatasetError(f"{folder}: {source.split} has a photo in two splits")
     dataset = Dataset(
         {
             split: [
-                Photo(name, images / name, tuple(captions[name]))
+                Photo(name, contents.root / name, tuple(contents.captions[name]))
                 for name in names[split]
-                if name in captions
+                if name in contents.captions
             ]
             for split in SPLITS
         },
-        official=listed is not None,
+        official=source.split if "train" in told and len(told) > 1 else "",
     )
-    present = {path.name for path in images.iterdir() if path.is_file()}
-    uncaptioned = {name for split in names.values() for name in split} | present
-    dataset.skip("captioned photos without an image file", set(captions) - present)
-    dataset.skip("photos without captions", uncaptioned - set(captions))
+    captioned = contents.captions.keys()
+    dataset.skip("captioned photos without an image file", contents.missing)
+    dataset.skip("photos without captions", contents.uncaptioned | (listed - captioned))
+    dataset.skip("photos in no split", captioned - contents.missing - listed)
+    also = f"; not taken: {', '.join(others)}" if others else ""
+    print(f"{folder}: captions of {source.name}, {how}{also}", file=sys.stderr)
     return dataset
 
 
-def _read_captions(folder: Path) -> dict[str, list[str]]:
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such folder")
-    for name in _CAPTION_FILES:
-        if file := _text_file(folder, name):
-            return read_references(file)
-    raise DatasetError(f"{folder}: neither captions.txt nor Flickr8k.token.txt there")
+def _split(
+    told: Mapping[str, list[str]], names: Iterable[str], validation: float, test: float, seed: int
+) -> tuple[dict[str, list[str]], str]:
+    """The names of each split, and a word on who made it."""
 
+    def ranked(names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
-def _text_file(folder: Path, name: str) -> Path | None:
-    candidates = (folder / place / name for place in _TEXT_FOLDERS)
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _official_split(folder: Path) -> dict[str, list[str]] | None:
-    files = {split: _text_file(folder, name) for split, name in _SPLIT_FILES.items()}
-    if not all(files.values()):
-        return None
-    try:
-        return {
-            split: path.read_text(encoding="utf-8-sig").split()
-            for split, path in files.items()
-            if path
-        }
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{folder}: a split file is not in UTF-8: {error}") from error
-
-
-def _seeded_split(
-    names: Iterable[str], validation: float, test: float, seed: int
-) -> dict[str, list[str]]:
-    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    if told.keys() == set(SPLITS):
+        return dict(told), "with their split"
+    if told.keys() == {"train", "validation"}:
+        order = ranked(told["validation"])
+        middle = len(order) // 2
+        halves = {"validation": order[:middle], "test": order[middle:]}
+        return {"train": told["train"], **halves}, (
+            f"no test split: the validation split is halved into validation and test, seed {seed}"
+        )
     if validation <= 0 or test <= 0 or validation + test >= 1:
         raise DatasetError(
             "the shares for validation and test must leave some photos to each split"
         )
-    n_validation = round(len(ranked) * validation)
-    n_test = round(len(ranked) * test)
-    n_train = len(ranked) - n_validation - n_test
-    return {
-        "train": ranked[:n_train],
-        "validation": ranked[n_train : n_train + n_validation],
-        "test": ranked[n_train + n_validation :],
+    apart = told.keys() == {"train", "test"}
+    order = ranked(told["train"] if apart else names)
+    n_validation = round(len(order) * validation)
+    n_test = 0 if apart else round(len(order) * test)
+    n_train = len(order) - n_validation - n_test
+    cut = {
+        "train": order[:n_train],
+        "validation": order[n_train : n_train + n_validation],
+        "test": told["test"] if apart else order[n_train + n_validation :],
     }
+    return cut, (
+        f"no validation split: {validation:.0%} of the training split, seed {seed}"
+        if apart
+        else f"split by photo, seed {seed}"
+    )
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -302,9 +291,11 @@ def photos_as_trained(
         dataset = read_dataset(data, **numbers)
     except TypeError as error:
         raise DatasetError(f"{captioner}: says no split that can be made: {numbers}") from error
-    paths = [photo.path for photo in dataset.splits[split]]
-    checked = tqdm(readable(paths, load_image), "checking photos", len(paths), leave=False)
-    dataset.skip("unreadable images", [path.name for path, image in checked if image is None])
+    name_of = {photo.path: photo.name for photo in dataset.splits[split]}
+    checked = tqdm(
+        readable(list(name_of), load_image), "checking photos", len(name_of), leave=False
+    )
+    dataset.skip("unreadable images", [name_of[path] for path, image in checked if image is None])
     photos = dataset.splits[split]
     for reason, names in dataset.skipped.items():
         print(f"left out: {len(names)} {reason}, {names[0]} for one", file=sys.stderr)
@@ -343,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
             "python -m train.data --data flickr8k --run runs/first   # split as it was",
         ),
     )
-    parser.add_argument("--data", type=Path, required=True, help="Flickr8k folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of a data set")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     parser.add_argument(
         "--run",

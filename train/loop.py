@@ -175,7 +175,8 @@ def _features_of_readable(
         features = LiveFeatures(encoder, spec, config.augment, config.device)
         checked = tqdm(readable(paths, load_image), "checking photos", len(paths))
         usable = {path for path, image in checked if image is not None}
-    dataset.skip("unreadable images", (path.name for path in paths if path not in usable))
+    unreadable = (photo.name for photo in dataset.photos() if photo.path not in usable)
+    dataset.skip("unreadable images", unreadable)
     return features
 
 

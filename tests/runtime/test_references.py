@@ -2,12 +2,13 @@
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
 
 from capexport.errors import DatasetError
-from capexport.references import read_references
+from capexport.references import CaptionedImage, read_captions, read_references
 
 PLAIN = {"000.jpg": ["A dog runs .", "Two dogs play"], "001.jpg": ["A man sits", "A woman"]}
 ROWS = [(name, text) for name, texts in PLAIN.items() for text in texts]
@@ -19,8 +20,8 @@ def written(rows, **style) -> str:
     return stream.getvalue()
 
 
-def read(tmp_path: Path, content: str | bytes) -> dict[str, list[str]]:
-    file = tmp_path / "captions.txt"
+def read(tmp_path: Path, content: str | bytes, name="captions.txt") -> dict[str, list[str]]:
+    file = tmp_path / name
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     return read_references(file)
 
@@ -52,6 +53,126 @@ FLICKR30K = written([("image_name", "comment_number", "comment"), *NUMBERED])
 )
 def test_layouts(content: str, tmp_path: Path):
     assert read(tmp_path, content) == PLAIN
+
+
+KARPATHY = {
+    "images": [
+        {
+            "filepath": "val2014",
+            "filename": name,
+            "imgid": 0,
+            "split": "test",
+            "sentences": [
+                {"tokens": text.lower().split(), "raw": f"{text}\n", "imgid": 0, "sentid": 0}
+                for text in (*texts, " ")
+            ],
+            "sentids": [0, 1, 2],
+            "cocoid": 391895,
+        }
+        for name, texts in PLAIN.items()
+    ],
+    "dataset": "coco",
+}
+COCO = {
+    "info": {"year": 2017},
+    "images": [{"file_name": name, "id": id} for id, name in enumerate(["no.jpg", *PLAIN])],
+    "annotations": [
+        {"id": 7, "caption": f" {text}", "image_id": [*PLAIN].index(name) + 1}
+        for name, text in ROWS
+    ],
+}
+METADATA = [{"file_name": name, "text": text} for name, text in ROWS]
+
+
+def lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset_coco.json", json.dumps(KARPATHY)),
+        ("dataset_coco.JSON", "\ufeff" + json.dumps(KARPATHY, indent=1)),
+        ("captions_val2017.json", json.dumps(COCO)),
+        ("captions_val2017.json", json.dumps(COCO, indent=1)),
+        ("metadata.jsonl", lines(METADATA)),
+        ("metadata.jsonl", "\ufeff" + lines(METADATA).replace("\n", "\r\n\r\n").rstrip()),
+        ("metadata.jsonl", lines({"caption": t, "file_name": n, "width": 1} for n, t in ROWS)),
+        ("metadata.jsonl", lines({"file_name": n, "text": t} for n, t in PLAIN.items())),
+        (
+            "metadata.jsonl",
+            lines([*METADATA, *({"file_name": "2.jpg", "text": t} for t in (None, ""))]),
+        ),
+        ("metadata.jsonl", lines({"file_name": f"./a/{n}", "text": t} for n, t in ROWS)),
+        ("metadata.csv", written([("file_name", "text"), *ROWS])),
+        ("metadata.csv", written([("text", "file_name"), *((t, n) for n, t in ROWS)])),
+    ],
+)
+def test_json_and_tables(name: str, content: str, tmp_path: Path):
+    assert read(tmp_path, content, name) == PLAIN
+
+
+def test_what_else_a_file_tells(tmp_path: Path):
+    file = tmp_path / "dataset_coco.json"
+    file.write_text(json.dumps(KARPATHY))
+    first = CaptionedImage("val2014/000.jpg", PLAIN["000.jpg"], "test", 391895)
+    assert read_captions(file)[0] == first
+
+
+def karpathy(**changes) -> str:
+    return json.dumps({"images": [KARPATHY["images"][0] | changes]})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", json.dumps(KARPATHY, indent=1)[:-40], "line .*, column .*: damaged JSON: "),
+        ("a.json", '{"images": [\n  {"filename": }', "line 2, column 16: damaged JSON: Expecting"),
+        ("a.json", "", "line 1, column 1: damaged"),
+        ("a.json", "[" * 100_000, "neither Karpathy's JSON nor COCO's"),
+        ("a.json", json.dumps(COCO).encode("utf-16"), "line 1: not a caption file in UTF-8"),
+        ("a.json", lines([{"image_id": 1, "caption": "a dog"}]), "no list of images"),
+        ("a.json", json.dumps([{"image_id": 1, "caption": "a dog"}]), "no list of images"),
+        ("a.json", json.dumps({"images": {}}), "no list of images"),
+        ("a.json", json.dumps({"images": [{"id": 1}]}), "an image without filename and sentences"),
+        (
+            "a.json",
+            json.dumps({"images": KARPATHY["images"][:1] * 2}),
+            "lists val2014/000.jpg twice",
+        ),
+        ("a.json", karpathy(sentences=[{"tokens": ["a"]}]), "where a caption should be"),
+        ("a.json", karpathy(sentences=None), "neither Karpathy's JSON nor COCO's"),
+        ("a.json", karpathy(filename=7), "neither Karpathy's JSON nor COCO's"),
+        ("a.json", karpathy(filename="../0.jpg"), "leads out of the data folder"),
+        ("a.json", karpathy(filepath="/data"), "leads out of the data folder"),
+        ("a.json", json.dumps(COCO | {"images": [{"id": 1}]}), "an image without file_name"),
+        ("a.json", json.dumps(COCO | {"images": COCO["images"] * 2}), "the same id or file_name"),
+        ("a.json", json.dumps(COCO | {"images": COCO["images"][:2]}), "of no image that it lists"),
+        ("a.json", json.dumps(COCO | {"annotations": [[1, "a dog"]]}), "of no image that it lists"),
+        (
+            "a.json",
+            json.dumps(COCO | {"annotations": [{"image_id": 1, "bbox": []}]}),
+            "no captions",
+        ),
+        ("a.jsonl", lines(METADATA) + '{"file_name": "0.jpg", "te', "line 5: "),
+        (
+            "a.jsonl",
+            lines([METADATA[0], {"file_name": "0.jpg"}]),
+            'line 2: .*"file_name" and "text"',
+        ),
+        ("a.jsonl", lines([METADATA[0], ["0.jpg", "a dog"]]), 'line 2: .*"file_name" and "text"'),
+        ("a.jsonl", lines([{"text": "a dog"}]), "line 1: None is not a file name"),
+        ("a.jsonl", lines([{"file_name": "0.jpg", "text": 7}]), "line 1: 7 where a caption"),
+        ("a.jsonl", lines([{"file_name": "a/../../0.jpg", "text": "a"}]), "line 1: .*leads out"),
+        ("a.jsonl", lines([{"file_name": f"{x}/0.jpg", "text": "a"} for x in "ab"]), "two images"),
+        ("a.csv", "file_name,text\n0.jpg,a\n..\\0.jpg,a\n", "line 3: .*leads out"),
+        ("a.csv", "file_name,text,label\n0.jpg,a,b\n", "line 1: unknown columns"),
+    ],
+)
+def test_damaged_json(name: str, content: str | bytes, message: str, tmp_path: Path):
+    with pytest.raises(DatasetError, match=rf"{name}.*{message}") as raised:
+        read(tmp_path, content, name)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("sign", ",;|\t")

@@ -1,6 +1,8 @@
-"""Both layouts of Flickr8k, the split, cleaning, vocabulary, and what is left out."""
+"""Data sets as they are published, splits, cleaning, vocabulary, and what is left out."""
 
+import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from conftest import CAPTIONS, draw_photo, kaggle
 from capexport.errors import DatasetError
 from capexport.families.cnn_lstm import Vocabulary
 from train.data import (
+    SPLITS,
     Dataset,
     Photo,
     build_vocabulary,
@@ -54,13 +57,273 @@ def flickr30k(folder: Path, count: int = 20) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", [kaggle, original, flickr30k])
-def test_layouts(layout: Callable[[Path], Path], tmp_path: Path):
-    dataset = read_dataset(layout(tmp_path), 0.1, 0.1, seed=0)
-    assert len(dataset.photos()) == 20
+def photos_at(folder: Path, *paths: str) -> None:
+    """Empty files: whether they can be decoded is not asked before training."""
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+
+
+def karpathy(file: Path, photos: dict[str, str], dataset: str) -> None:
+    """A file as Karpathy's; `photos` has paths and their splits."""
+    images = []
+    for index, (path, split) in enumerate(photos.items()):
+        folder, _, name = path.rpartition("/")
+        sentences = [
+            {
+                "tokens": text.lower().split(),
+                "raw": text,
+                "imgid": index,
+                "sentid": 2 * index + number,
+            }
+            for number, text in enumerate(CAPTIONS)
+        ]
+        image = {
+            "sentids": [sentence["sentid"] for sentence in sentences],
+            "imgid": index,
+            "sentences": sentences,
+            "split": split,
+            "filename": name,
+        }
+        if folder:
+            image |= {"filepath": folder, "cocoid": int(name[-10:-4])}
+        images.append(image)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"images": images, "dataset": dataset}))
+
+
+def coco(folder: Path, train: int, validation: int, year: str = "2017") -> Path:
+    """COCO's own files; the photos of train come first."""
+    (folder / "annotations").mkdir(parents=True)
+    for half, numbers in (("train", range(train)), ("val", range(train, train + validation))):
+        names = {n: f"{n:012}.jpg" for n in numbers}
+        if year == "2014":
+            names = {n: f"COCO_{half}2014_{name}" for n, name in names.items()}
+        photos_at(folder / f"{half}{year}", *names.values())
+        document = {
+            "info": {"description": "COCO 2017 Dataset", "year": 2017},
+            "images": [
+                {"license": 3, "file_name": name, "height": 480, "width": 640, "id": n}
+                for n, name in names.items()
+            ],
+            "licenses": [{"id": 3, "name": "Attribution"}],
+            "annotations": [
+                {"image_id": n, "id": 2 * n + number, "caption": f"{text}\n"}
+                for number, text in enumerate(CAPTIONS)
+                for n in reversed(names)
+            ],
+        }
+        (folder / "annotations" / f"captions_{half}{year}.json").write_text(json.dumps(document))
+    return folder
+
+
+def metadata(file: Path, *photos: str) -> None:
+    """An image folder's of Hugging Face, with a row for each caption."""
+    rows = [{"file_name": name, "text": text} for name in photos for text in CAPTIONS]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".csv":
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, ["file_name", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sizes(dataset: Dataset) -> list[int]:
     for photo in dataset.photos():
         assert photo.captions == tuple(CAPTIONS)
         assert photo.path.is_file()
+    assert len({photo.name for photo in dataset.photos()}) == len(dataset.photos())
+    return [len(dataset.splits[split]) for split in SPLITS]
+
+
+@pytest.mark.parametrize("layout", [kaggle, original, flickr30k])
+def test_layouts(layout: Callable[[Path], Path], tmp_path: Path):
+    dataset = read_dataset(layout(tmp_path), 0.1, 0.1, seed=0)
+    assert sizes(dataset) == [16, 2, 2]
+    assert dataset.official == ""
+
+
+@pytest.mark.parametrize("place", ["", "annotations", "caption_datasets"])
+@pytest.mark.parametrize(
+    ("dataset", "images"),
+    [
+        ("flickr8k", "Images"),
+        ("flickr8k", "Flicker8k_Dataset"),
+        ("flickr30k", "flickr30k-images"),
+        ("flickr30k", "flickr30k_images/flickr30k_images"),
+        ("flickr30k", "."),
+    ],
+)
+def test_karpathys_split(dataset: str, images: str, place: str, tmp_path: Path, capsys):
+    splits = {f"{n}.jpg": split for n, split in enumerate(["train"] * 4 + ["test"] * 3 + ["val"])}
+    karpathy(tmp_path / place / f"dataset_{dataset}.json", splits, dataset)
+    photos_at(tmp_path / images, *splits, "no_captions.JPG", "Thumbs.db")
+    (tmp_path / images / "3.jpg").unlink()
+    found = read_dataset(tmp_path, 0.1, 0.1, 0)
+    assert (found.official, sizes(found)) == (f"dataset_{dataset}.json", [3, 1, 3])
+    assert names(found)["test"] == ["4.jpg", "5.jpg", "6.jpg"]
+    assert found.skipped == {
+        "captioned photos without an image file": ["3.jpg"],
+        "photos without captions": ["no_captions.JPG"],
+    }
+    assert f"captions of dataset_{dataset}.json, with their split" in capsys.readouterr().err
+
+
+COCO_SPLITS = {
+    "train2014/COCO_train2014_000000000001.jpg": "train",
+    "val2014/COCO_val2014_000000000002.jpg": "restval",
+    "val2014/COCO_val2014_000000000003.jpg": "val",
+    "val2014/COCO_val2014_000000000004.jpg": "test",
+}
+COCO_2017 = ["train2017/000000000001.jpg", "train2017/000000000002.jpg",
+             "val2017/000000000003.jpg", "train2017/000000000004.jpg"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("below", "photos"),
+    [
+        (".", [*COCO_SPLITS]),
+        ("images", [*COCO_SPLITS]),
+        ("Images", [path.split("/")[1] for path in COCO_SPLITS]),
+        (".", COCO_2017),
+    ],
+)
+def test_karpathys_coco(below: str, photos: list[str], tmp_path: Path):
+    karpathy(tmp_path / "dataset_coco.json", COCO_SPLITS, "coco")
+    photos_at(tmp_path / below, *photos)
+    dataset = read_dataset(tmp_path, 0.1, 0.1, 0)
+    assert sizes(dataset) == [2, 1, 1]
+    assert [photo.name for photo in dataset.photos()] == photos
+    assert dataset.photos()[0].path == tmp_path / below / photos[0]
+
+
+@pytest.mark.parametrize("year", ["2014", "2017"])
+def test_cocos_validation_split_is_halved(year: str, tmp_path: Path, capsys):
+    folder = coco(tmp_path / "coco", 5, 6, year)
+    dataset = read_dataset(folder, 0.1, 0.1, 0)
+    assert sizes(dataset) == [5, 3, 3]
+    assert {photo.name.split("/")[0] for photo in dataset.splits["train"]} == {f"train{year}"}
+    assert {photo.name.split("/")[0] for photo in dataset.splits["test"]} == {f"val{year}"}
+    assert dataset.official == f"captions_train{year}.json, captions_val{year}.json"
+    assert "halved into validation and test, seed 0" in capsys.readouterr().err
+    assert names(read_dataset(folder, 0.1, 0.1, 1))["test"] != names(dataset)["test"]
+    # Karpathy's split, where a model was trained without it: some of its test photos were seen.
+    karpathy(folder / "dataset_coco.json", {photo.name: "test" for photo in dataset.photos()}, "")
+    assert names(read_dataset(folder, 0.1, 0.1, 0, dataset.official)) == names(dataset)
+    # The validation photos alone, 1 GB where the others take 18: split as any folder.
+    (folder / "dataset_coco.json").unlink()
+    shutil.rmtree(folder / f"train{year}")
+    dataset = read_dataset(folder, 0.2, 0.2, 0)
+    assert (dataset.official, sizes(dataset), dataset.skipped) == ("", [4, 1, 1], {})
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_an_image_folder_of_hugging_face(name: str, tmp_path: Path):
+    photos = [f"{n}.png" for n in range(10)]
+    photos_at(tmp_path / "plain", *photos)
+    metadata(tmp_path / "plain" / name, *photos)
+    plain = read_dataset(tmp_path / "plain", 0.2, 0.2, 0)
+    assert (plain.official, sizes(plain)) == ("", [6, 2, 2])
+    parts = {"train": 5, "validation": 2, "test": 3}
+    for part, count in parts.items():
+        photos_at(tmp_path / "parts" / part, *photos[:count])
+        metadata(tmp_path / "parts" / part / name, *photos[:count])
+    # One file for all, with folders of other names, and a photo that is in none of them.
+    paths = ["train/a/0.png", "train/b/0.png", "dev/0.png", "test/0.png", "0.png"]
+    photos_at(tmp_path / "one", *paths)
+    metadata(tmp_path / "one" / name, *paths)
+    split = read_dataset(tmp_path / "parts", 0.1, 0.1, 0)
+    assert (split.official, sizes(split)) == ("train/, validation/, test/", [5, 2, 3])
+    assert names(split)["validation"] == ["validation/0.png", "validation/1.png"]
+    one = read_dataset(tmp_path / "one", 0.1, 0.1, 0)
+    assert sizes(one) == [2, 1, 1]
+    assert one.skipped == {"photos in no split": ["0.png"]}
+    # Without validation, the training split gives its share.
+    shutil.rmtree(tmp_path / "parts" / "validation")
+    split = read_dataset(tmp_path / "parts", 0.2, 0.1, 0)
+    assert (split.official, sizes(split)) == ("train/, test/", [4, 1, 3])
+
+
+def test_which_of_several_counts(tmp_path: Path, capsys):
+    folder = kaggle(tmp_path)
+    seeded = names(read_dataset(folder, 0.1, 0.1, 0))
+    metadata(folder / "Images" / "metadata.jsonl", "000.jpg")  # of the photos' folder, not of this
+    metadata(folder / "metadata.jsonl", "Images/000.jpg")
+    assert names(read_dataset(folder, 0.1, 0.1, 0)) == seeded
+    # All three of Karpathy's, as one downloads them; Flickr30k's photos hold some of Flickr8k's.
+    splits = {f"{n:03}.jpg": ("train", "val", "test")[n % 3] for n in range(18)}
+    others = {f"other{n:06}.jpg": "train" for n in range(20)}
+    karpathy(folder / "dataset_coco.json", {f"train2014/{name}": "train" for name in others}, "")
+    karpathy(folder / "dataset_flickr30k.json", splits | others, "flickr30k")
+    capsys.readouterr()
+    assert names(read_dataset(folder, 0.1, 0.1, 0)) == seeded
+    assert capsys.readouterr().err == (
+        f"{folder}: captions of captions.txt, split by photo, seed 0; not taken: "
+        "dataset_flickr30k.json (18 of 38 photos), dataset_coco.json (0 of 20 photos), "
+        "metadata.jsonl\n"
+    )
+    karpathy(folder / "dataset_flickr8k.json", splits, "flickr8k")
+    dataset = read_dataset(folder, 0.1, 0.1, 0)
+    assert (dataset.official, sizes(dataset)) == ("dataset_flickr8k.json", [6, 6, 6])
+    # What was trained on a seeded split is scored on it.
+    assert names(read_dataset(folder, 0.1, 0.1, 0, official=False)) == seeded
+    assert names(read_dataset(folder, 0.1, 0.1, 0, official="")) == seeded
+    with pytest.raises(DatasetError, match=r"captions_train2017.json is there, and the model was"):
+        read_dataset(folder, 0.1, 0.1, 0, official="captions_train2017.json")
+
+
+@pytest.mark.parametrize(
+    "outside", ["../0.jpg", "a/../../0.jpg", "/0.jpg", "C:/0.jpg", "..\\0.jpg"]
+)
+def test_no_file_name_leads_out_of_the_folder(outside: str, tmp_path: Path):
+    folder = tmp_path / "data"
+    photos_at(tmp_path, "0.jpg", "data/0.jpg", "data/Images/0.jpg")
+    for write in (
+        lambda: metadata(folder / "metadata.jsonl", outside),
+        lambda: metadata(folder / "metadata.csv", outside),
+        lambda: (folder / "captions.txt").write_text(f"image,caption\n{outside},A dog\n"),
+        lambda: karpathy(folder / "dataset_flickr8k.json", {outside[:-5] + "000001.jpg": ""}, ""),
+    ):
+        write()
+        with pytest.raises(DatasetError, match=r"leads out of the data folder"):
+            read_dataset(folder, 0.1, 0.1, 0)
+
+
+def test_links_are_followed(tmp_path: Path):
+    folder = kaggle(tmp_path / "data")
+    (folder / "Images").rename(tmp_path / "elsewhere")
+    (folder / "Images").symlink_to(tmp_path / "elsewhere")
+    (folder / "Images" / "001.jpg").unlink()
+    (folder / "Images" / "001.jpg").symlink_to("000.jpg")
+    (folder / "Images" / "002.jpg").unlink()
+    (folder / "Images" / "002.jpg").symlink_to("gone.jpg")
+    dataset = read_dataset(folder, 0.1, 0.1, 0)
+    assert dataset.skipped == {"captioned photos without an image file": ["002.jpg"]}
+    assert len(dataset.photos()) == 19
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"0.jpg": "train", "a/000000.jpg": "val", "b/000000.jpg": "val"}, "of two photos"),
+        ({"0.jpg": "train", "1.jpg": "holdout"}, "1.jpg: of a split that is not known: 'holdout'"),
+    ],
+)
+def test_a_split_that_cannot_be(splits: dict[str, str], message: str, tmp_path: Path):
+    karpathy(tmp_path / "dataset_flickr8k.json", splits, "flickr8k")
+    photos_at(tmp_path / "Images", "0.jpg", "1.jpg", "000000.jpg")
+    with pytest.raises(DatasetError, match=message):
+        read_dataset(tmp_path, 0.1, 0.1, 0)
+
+
+def test_a_photo_in_two_splits(tmp_path: Path):
+    folder = kaggle(tmp_path)
+    for part in ("train", "dev", "test"):
+        (folder / f"Flickr_8k.{part}Images.txt").write_text("000.jpg\n")
+    with pytest.raises(DatasetError, match="a photo in two splits"):
+        read_dataset(folder, 0.1, 0.1, 0)
 
 
 def test_the_split_is_80_10_10_by_photo_and_the_same_everywhere(tmp_path: Path):
@@ -107,8 +370,11 @@ def test_what_does_not_fit_is_counted_and_skipped(tmp_path: Path):
         (lambda folder: (folder / "captions.txt").write_text("image,caption\n"), "no captions"),
         (lambda folder: (folder / "captions.txt").write_bytes(b"\xff\xfe\x00"), "not a caption"),
         (lambda folder: (folder / "captions.txt").write_text("a,b\n0.jpg,c\n"), "unknown columns"),
-        (lambda folder: (folder / "Images").rename(folder / "pictures"), "no image folder"),
-        (lambda folder: [p.unlink() for p in (folder / "Images").iterdir()], "no usable photo"),
+        (
+            lambda folder: (folder / "Images").rename(folder / "pictures"),
+            "none of the 20 photos is there",
+        ),
+        (lambda folder: [p.unlink() for p in (folder / "Images").iterdir()], "they may lie in"),
     ],
 )
 def test_nothing_usable_is_an_error(damage, message: str, tmp_path: Path):
