@@ -308,7 +308,7 @@ class Captioner:
         if on_error not in ("raise", "skip"):
             raise OptionError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         changed(self.options, options)  # refused here, not at the first caption
-        self._check_attention(attention)
+        self.check_attention(attention)
         images = [images] if is_one_image(images) else images
         return self._stream(zip(images, repeat(prompt)), size, on_error, attention, options)
 
@@ -320,7 +320,11 @@ class Captioner:
             raise OptionError("this captioner is closed")
         return size
 
-    def _check_attention(self, wanted: bool) -> None:
+    def check_attention(self, wanted: bool = True) -> None:
+        """
+        Raises:
+            OptionError: attention is wanted, and the decoder looks at no regions.
+        """
         if wanted and self.decoder.regions is None:
             raise OptionError(
                 "this captioner looks at the whole image at once: attention=True needs one that "
@@ -386,7 +390,7 @@ class Captioner:
             attention, options: as of `caption`.
         """
         self._checked(None)
-        self._check_attention(attention)
+        self.check_attention(attention)
         own = changed(self.options, options)
         # A bound that was asked for must fit behind the prompt; the default one yields.
         needed = max(1, options.get("max_tokens") or 1, own.min_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 import time
 import warnings
@@ -17,7 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from capexport.artifact import FILE_NAME, local_folder, sha256_of
+from capexport.artifact import FILE_NAME, local_folder, replacing_binary_file, sha256_of
 from capexport.bulk.files import READERS, Found, search
 from capexport.bulk.names import shown
 from capexport.bulk.outputs import (
@@ -29,10 +30,10 @@ from capexport.bulk.outputs import (
     refuse_existing,
 )
 from capexport.bulk.run import caption_files, open_captioner
-from capexport.captioner import BUNDLED_ARTIFACT
+from capexport.captioner import BUNDLED_ARTIFACT, Captioner
 from capexport.cli.command import say, teaching
 from capexport.decoding import DecodingOptions, EarlyStopping
-from capexport.errors import ImageError, OptionError
+from capexport.errors import ImageError, OptionError, OutputExistsError
 from capexport.preprocessing import image_suffixes
 from capexport.sessions import available_cores
 
@@ -130,6 +131,12 @@ def _add_outputs(group: Any) -> None:
         "--overwrite", action="store_true", help="replace what is there: --out, or files of txt"
     )
     group.add_argument(
+        "--attention",
+        type=Path,
+        metavar="FILE.png",
+        help="draw where the model looked for each word of its caption, of one photo",
+    )
+    group.add_argument(
         "--scores", action="store_true", help="jsonl, csv: add each caption's log-probability"
     )
 
@@ -162,6 +169,8 @@ def _run(options: argparse.Namespace) -> int:
     model = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
     captioner = open_captioner(model, options.device, options.threads)
     captioner.truncated = options.truncated
+    if options.attention:
+        _check_attention(captioner, found)
     given = {item.name: getattr(options, item.name) for item in DECODING_FLAGS}
     changes: Any = {name: value for name, value in given.items() if value is not None}
     own = dataclasses.replace(captioner.options, **changes)  # refused before anything is written
@@ -186,6 +195,8 @@ def _run(options: argparse.Namespace) -> int:
             **changes,
         )
         failed = _follow(results, options, len(todo))
+    if options.attention and not failed:
+        _draw_attention(captioner, found, options, changes)
     left_out = found.ignored.copy()
     left_out["there already"] = len(found.paths) - len(missing)
     left_out["for later"] = len(missing) - len(todo)
@@ -223,8 +234,28 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.out:
         refuse_existing(options.out, options.resume or options.overwrite)
+    if options.attention and os.path.lexists(options.attention):
+        raise OutputExistsError(f"{options.attention}: already there; pick another --attention")
     if sys.stdout is None and not (txt or options.out):
         raise OptionError("standard output is closed: name a file with --out")
+
+
+def _check_attention(captioner: Captioner, found: Found) -> None:
+    if len(found.paths) != 1:
+        raise OptionError(f"--attention draws one photo, and {len(found.paths)} were found")
+    captioner.check_attention(True)
+
+
+def _draw_attention(
+    captioner: Captioner, found: Found, options: argparse.Namespace, changes: Any
+) -> None:
+    from capexport.attention import draw_attention
+
+    [path] = found.paths
+    image = found.content.get(path, path)
+    caption = captioner.caption(image, prompt=options.prompt, attention=True, **changes)
+    with replacing_binary_file(options.attention) as file:
+        draw_attention(captioner, image, caption).save(file, "PNG")
 
 
 def _checked_extension(extension: str) -> str:

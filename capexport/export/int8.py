@@ -123,6 +123,7 @@ def quantize_static(path: Path, inputs: Iterable[Mapping[str, NDArray[np.generic
                 return next(self._inputs, None)
 
         model = onnx.load(path)
+        _separate_tables(model)
         # Shapes with the names of another exporter's axes mislead the quantiser's own inference.
         del model.graph.value_info[:]
         convolutions = [node.name for node in _convolutions(model)]
@@ -144,3 +145,15 @@ def quantize_static(path: Path, inputs: Iterable[Mapping[str, NDArray[np.generic
 
 def _convolutions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "Conv"]
+
+
+def _separate_tables(model: onnx.ModelProto) -> None:
+    """Give tables of which rows are taken an initializer of their own: where it is a product's
+    weights, too, the quantiser would give it a scale for each row, and the rows but one scale."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    products = {name for node in model.graph.node if node.op_type == "Gemm" for name in node.input}
+    for node in model.graph.node:
+        if node.op_type == "Gather" and node.input[0] in products & weights.keys():
+            table = model.graph.initializer.add()
+            table.CopyFrom(weights[node.input[0]])
+            table.name = node.input[0] = f"{table.name}.rows"
