@@ -242,7 +242,7 @@ def _table_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, list[st
             raise DatasetError(f"{file}, line {number}: {error}") from None
         if re.search(_SUFFIX, caption, re.IGNORECASE):
             suspect.append((number, caption))
-        yield names[name], _stripped([caption])
+        yield names[name], [caption] if caption else []
     for number, caption in suspect:
         if inner := _name_within(caption, names):
             raise DatasetError(
