@@ -96,7 +96,7 @@ def read_captions(file: Path) -> list[CaptionedImage]:
         images = _from_json(file, text)
     else:
         rows = _json_rows if file.suffix.lower() == ".jsonl" else _table_rows
-        images = _merged(rows(file, re.split("\r\n|\r|\n", text)))
+        images = _merged(rows(file, _lines(text)))
     images = [image for image in images if image.captions]
     if not images:
         raise DatasetError(f"{file}: no captions in it")
@@ -114,6 +114,10 @@ def _text(file: Path) -> str:
         number = content.count(b"\n", 0, wrong) + 1
         raise DatasetError(f"{file}, line {number}: not a caption file in UTF-8; save it as UTF-8")
     return text
+
+
+def _lines(text: str) -> Iterator[str]:
+    return (match[1] for match in re.finditer(r"([^\r\n]*)(?:\r\n|\r|\n|\Z)", text))
 
 
 def _inside(name: Any) -> str:
@@ -220,8 +224,8 @@ def _json_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, list[str
 
 
 def _table_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    rows: list[tuple[int, str, str]] = []
     names: dict[str, str] = {}
+    suspect: list[tuple[int, str]] = []
     layout = None
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -234,16 +238,17 @@ def _table_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, list[st
             name, caption = _row(line, layout)
             if name not in names:
                 names[name] = _inside(name)
-            rows.append((number, names[name], caption))
         except (ValueError, csv.Error) as error:
             raise DatasetError(f"{file}, line {number}: {error}") from None
-    for number, name, caption in rows:
+        if re.search(_SUFFIX, caption, re.IGNORECASE):
+            suspect.append((number, caption))
+        yield names[name], [caption] if caption else []
+    for number, caption in suspect:
         if inner := _name_within(caption, names):
             raise DatasetError(
                 f"{file}, line {number}: the caption holds the file name {inner}: is a line break "
                 "missing, or a quotation mark misplaced?"
             )
-        yield name, _stripped([caption])
 
 
 def _layout(first: str) -> _Layout:

@@ -51,7 +51,7 @@ class RunOptions:
 class TrainConfig(RunOptions):
     """The options of one training run, as `config.json` in the run folder keeps them."""
 
-    data: Path = option("Flickr8k folder, in the Kaggle or the original layout")
+    data: Path = option("folder of Flickr8k, Flickr30k, COCO or another data set (README.md)")
     out: Path = option("run folder to create", default=Path("runs/cnn-lstm"))
     keep_articles: bool = option(
         'keep single letters, so that captions say "a dog"; the published cleaning drops them '

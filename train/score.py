@@ -22,7 +22,7 @@ from train.data import SPLITS, Photo, photos_as_trained
 def caption_photos(
     captioner: Any, photos: Sequence[Photo], batch_size: int = 32, **options: Any
 ) -> dict[str, str]:
-    """Each photo's caption by its file name; `options` go to the captioner's `caption`."""
+    """Each photo's caption by its name; `options` go to the captioner's `caption`."""
     captions = {}
     with tqdm(total=len(photos), desc="captioning") as bar:
         for start in range(0, len(photos), batch_size):
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.score",
         **teaching(
-            "Score a captioner on a split of Flickr8k, cut as in its training: BLEU, ROUGE-L, "
+            "Score a captioner on a split of a data set, cut as in its training: BLEU, ROUGE-L, "
             "CIDEr-D, and METEOR where Java runs.",
             "python -m train.score artifacts/first --data flickr8k   # ONNX",
             "python -m train.score runs/first --data flickr8k        # PyTorch",
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "captioner", type=Path, help="exported folder (ONNX), or checkpoint or run folder (PyTorch)"
     )
-    parser.add_argument("--data", type=Path, required=True, help="Flickr8k folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of a data set")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     parser.add_argument(
         "--seed",
@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         help="seed of the split, for a captioner that doesn't say its own (default: 0)",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="photos a batch (default: 32)")
-    parser.add_argument(
-        "--captions", type=Path, help="also write {file name: caption} to this JSON"
-    )
+    parser.add_argument("--captions", type=Path, help="also write {photo: caption} to this JSON")
     options = parser.parse_args(argv)
     return run_command("train.score", lambda: _score(options))
 

@@ -126,8 +126,9 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         "--references",
         type=Path,
         metavar="FILE",
-        help="human captions, in a file as Flickr8k's or Flickr30k's: for the sheet, and where "
-        "they cover all photos for BLEU, METEOR and CIDEr beside the speed",
+        help="human captions, in a file as Flickr8k's, Flickr30k's, COCO's, Karpathy's or an image "
+        "folder's metadata.jsonl: for the sheet, and where they cover all photos for BLEU, METEOR "
+        "and CIDEr beside the speed",
     )
 
 

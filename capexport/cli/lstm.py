@@ -66,8 +66,8 @@ def add_parser(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="human captions of --photos, in a file as Flickr8k's or Flickr30k's (columns "
-        "image,caption or image_name,comment_number,comment; Flickr8k.token.txt): also report BLEU "
-        "and CIDEr",
+        "image,caption or image_name,comment_number,comment; Flickr8k.token.txt), COCO's "
+        "captions_*.json, Karpathy's dataset_*.json or metadata.jsonl: also report BLEU and CIDEr",
     )
     parser.set_defaults(run=_run)
 
