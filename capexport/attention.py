@@ -35,7 +35,7 @@ def _pixels(captioner: Captioner, image: ImageSource) -> Image.Image:
     """What `preprocess` made of the image, for people."""
     spec = captioner.image
     values = captioner.preprocess(image).transpose(1, 2, 0)
-    values = values * np.float32(spec.std) + np.float32(spec.mean)
+    values = values * np.array(spec.std) + np.array(spec.mean)
     pixels = Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
     return pixels.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
 

@@ -185,9 +185,9 @@ def train(config: Blip2TrainConfig) -> FineTuning:
     checkpoint = read_checkpoint(folder)
     inputs = CaptionInputs(checkpoint, config.prompt)
     _examples(dataset, inputs)  # whose errors need not wait for the photos and the model
-    paths = [photo.path for photo in dataset.photos()]
-    checked = tqdm(readable(paths, load_image), "checking photos", len(paths))
-    dataset.skip("unreadable images", [path.name for path, image in checked if image is None])
+    names = {photo.path: photo.name for photo in dataset.photos()}
+    checked = tqdm(readable(list(names), load_image), "checking photos", len(names))
+    dataset.skip("unreadable images", [names[path] for path, image in checked if image is None])
     model = load_pretrained(checkpoint, _frozen_dtype(config)).requires_grad_(False)
     parts = TrainedParts(model).float().requires_grad_(True)
     parts.load_state_dict(stored_parts(checkpoint, parts))

@@ -191,7 +191,12 @@ def _run_epochs(
     trainer = Trainer(best.model, features, examples["train"], config)
     data = {
         "vocabulary": _digest(best.vocabulary.words),
-        "captions or photos": _digest([found.digest() for found in examples.values()]),
+        "captions or photos": _digest(
+            [
+                ([photo.name for photo in dataset.splits[split]], found.digest())
+                for split, found in examples.items()
+            ]
+        ),
     }
     history = load_state(out, trainer.kept, trainer.optimiser, data)
     start_run(out, config.to_json(), dataset.skipped, history)
