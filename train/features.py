@@ -128,7 +128,7 @@ class CachedFeatures:
             while shard := list(islice(encoded, _SHARD_PHOTOS)):
                 digests = b"".join(digest for digest, _ in shard)
                 tensors = {
-                    "digests": torch.from_numpy(np.frombuffer(digests, np.uint8).reshape(-1, 32)),
+                    "digests": torch.tensor(np.frombuffer(digests, np.uint8).reshape(-1, 32)),
                     "features": torch.stack([values for _, values in shard]),
                 }
                 file = self._folder / f"{shard[0][0].hex()[:16]}.safetensors"

@@ -453,23 +453,23 @@ def test_features_are_computed_once_and_equal_live_ones(data, encoder, counted, 
 
 
 def test_views_are_cached_and_drawn(data, encoder, counted, tmp_path):
-    encoder.train_from = 14
+    encoder.train_from = 1
     paths = sorted((data / "Images").iterdir())[:3]
     spec = ImageSpec(64, 64, keep_aspect=False)
     features = CachedFeatures(encoder, paths, spec, tmp_path, "cpu", views=4)
     assert sum(counted) == 3 * 4
     images = torch.from_numpy(np.stack([preprocess(path, spec) for path in paths]))
-    mirrored = images.flip(3)
-    drawn = [features(paths, np.random.default_rng(seed)) for seed in range(40)]
     with torch.no_grad():
-        for views, wanted in ((features(paths), images), (drawn, mirrored)):
-            wanted = encoder.stem(wanted)
-            distances = [(wanted - view).abs().mean().item() for view in views]
-            assert views is drawn or distances[0] < 1e-2 * wanted.abs().mean()
-    distinct = {tuple(view[0].flatten().tolist()) for view in drawn}
-    assert len(distinct) == 4
+        whole, mirrored = encoder.stem(images), encoder.stem(images.flip(3))
+    torch.testing.assert_close(features(paths), whole, rtol=1e-3, atol=1e-3)
+    drawn = {
+        tuple(features(paths[:1], np.random.default_rng(n)).flatten().tolist()) for n in range(40)
+    }
+    assert len(drawn) == 4
+    nearest = min((torch.tensor(view) - mirrored[0].flatten()).abs().max() for view in drawn)
+    assert nearest < 1e-3
     again = CachedFeatures(encoder, paths, spec, tmp_path, "cpu", views=4)
-    assert sum(counted) == 3 * 4 + 3 + 3
+    assert sum(counted) == 3 * 4 + 3 + 3, "nothing but the two batches above"
     assert torch.equal(again(paths), features(paths))
 
 
