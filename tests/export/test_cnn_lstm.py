@@ -94,7 +94,7 @@ def test_beams_equal_pytorchs(artifact: Path, checkpoint: Checkpoint, options: d
     images = [draw_photo(seed) for seed in range(100, 112)]
     wanted = torch_captioner(checkpoint).caption(images, **options)
     captions = Captioner.load(artifact).caption(images, batch_size=5, **options)
-    assert len({caption.tokens for caption in wanted}) > 5
+    assert len({caption.tokens for caption in wanted}) > 3
     for one, other in zip(captions, wanted, strict=True):
         assert [a.tokens for a in one.alternatives] == [a.tokens for a in other.alternatives]
         np.testing.assert_allclose(
