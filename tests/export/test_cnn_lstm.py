@@ -52,7 +52,7 @@ def test_graphs_have_the_documented_inputs_and_outputs(artifact: Path, checkpoin
 
 
 def test_the_graph_that_reorders_a_state():
-    model = onnx.load_from_string(gather_graph([1, 10, 7] * 60))
+    model = onnx.load_from_string(gather_graph([(1, 4), (10, 2), (7, 1)] * 60))
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] == ["Gather"] * 180
 
