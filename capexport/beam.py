@@ -61,8 +61,8 @@ def beam_search(
         kept = [(number, beams) for number, beams in kept if beams]
         if not kept:
             break
-        rows = np.array([n * width + beam.parent for n, beams in kept for beam in beams])
-        tokens = np.array([beam.token for _, beams in kept for beam in beams])
+        rows = [n * width + beam.parent for n, beams in kept for beam in beams]
+        tokens = np.array([beam.token for _, beams in kept for beam in beams], np.int64)
         sums = np.array([beam.total for _, beams in kept for beam in beams], np.float32)
         aligned = len(rows) == len(logits) and len(kept) == len(running)
         running, width = [running[number] for number, _ in kept], len(rows) // len(kept)
@@ -157,19 +157,19 @@ def _likeliest(totals: FloatArray, images: int, options: DecodingOptions) -> Ite
     count = min((1 + max(1, len(options.end_tokens))) * options.num_beams, together.shape[1])
     places = np.argpartition(together, -count, axis=1)[:, -count:]
     found = together[np.arange(images)[:, None], places]
-    if np.isnan(found).any():
-        raise ArithmeticError("probabilities that are no numbers")
     for row, values in zip(places.tolist(), found.tolist(), strict=True):
+        if math.isnan(sum(values)):
+            raise ArithmeticError("probabilities that are no numbers")
         ranked = sorted(zip(values, row, strict=True), key=lambda one: (-one[0], one[1]))
         yield [_Beam(total, *divmod(place, totals.shape[1])) for total, place in ranked]
 
 
-def _select(decoder: Decoder, state: State, rows: np.ndarray, aligned: bool) -> State:
+def _select(decoder: Decoder, state: State, rows: list[int], aligned: bool) -> State:
     """The state of `rows`. Where they are `aligned`, each is one of the same image as before, and
     what an image's rows have in common stays where it is."""
     if not aligned:
-        return decoder.select(state, rows)
-    if np.array_equal(rows, np.arange(len(rows))):
+        return decoder.select(state, np.array(rows, np.intp))
+    if rows == list(range(len(rows))):
         return state
     changing = {name: value for name, value in state.items() if name not in decoder.constant}
-    return {**state, **decoder.select(changing, rows)}
+    return {**state, **decoder.select(changing, np.array(rows, np.intp))}

@@ -97,20 +97,23 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
     raise ValueError("a number of more than ten bytes")
 
 
-def gather_graph(types: Sequence[int]) -> bytes:
+def gather_graph(kinds: Sequence[tuple[int, int]]) -> bytes:
     """An ONNX file that takes `rows`, int64 (n,), of several tensors at once, on axis 0: of `in0`
-    to `out0`, and so on. `types` are the tensors' element types, as onnx.proto numbers them."""
-    graph = _field(2, "gather") + _value(11, "rows", 7)
-    for number, kind in enumerate(types):
+    to `out0`, and so on. `kinds` are the tensors' element types, as onnx.proto numbers them, and
+    how many axes they have."""
+    graph = _field(2, "gather") + _value(11, "rows", (7, 1))
+    for number, kind in enumerate(kinds):
         before, after = f"in{number}", f"out{number}"
         node = _field(1, before) + _field(1, "rows") + _field(2, after) + _field(4, "Gather")
         graph += _field(1, node) + _value(11, before, kind) + _value(12, after, kind)
     return _field(1, 8) + _field(7, graph) + _field(8, _field(2, 17))  # IR version, graph, opset
 
 
-def _value(number: int, name: str, kind: int) -> bytes:
-    """An input or output of any shape."""
-    return _field(number, _field(1, name) + _field(2, _field(1, _field(1, kind))))
+def _value(number: int, name: str, kind: tuple[int, int]) -> bytes:
+    """An input or output, the sizes of its axes left open."""
+    element_type, axes = kind
+    tensor = _field(1, element_type) + _field(2, _field(1, b"") * axes)
+    return _field(number, _field(1, name) + _field(2, _field(1, tensor)))
 
 
 def _field(number: int, content: bytes | str | int) -> bytes:

@@ -359,7 +359,7 @@ class Graph:
         self._open = partial(open_session, content or path)
         self._open_session = open_session
         self._session = session = self._open()
-        self._gathers: dict[tuple[int, ...], Graph] = {}
+        self._gathers: dict[tuple[str, ...], Graph] = {}
         _graphs.add(self)
         self.inputs = {node.name: node for node in session.get_inputs()}
         self.outputs = {node.name: node for node in session.get_outputs()}
@@ -453,16 +453,16 @@ class Graph:
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
         """The values of `rows` alone, in that order; those on a device stay there."""
         arrays = {name: v[rows] for name, v in state.items() if isinstance(v, np.ndarray)}
-        others = [name for name in state if name not in arrays]
+        others = tuple(name for name in state if name not in arrays)
         if not others:
             return arrays
-        types = tuple(state[name].element_type() for name in others)
-        if types not in self._gathers:
-            content = gather_graph(types)
-            self._gathers[types] = Graph(self.path, self._memory, self._open_session, content)
+        if others not in self._gathers:
+            kinds = [(state[name].element_type(), len(state[name].shape())) for name in others]
+            content = gather_graph(kinds)
+            self._gathers[others] = Graph(self.path, self._memory, self._open_session, content)
         feeds = {f"in{number}": state[name] for number, name in enumerate(others)}
         outputs = [f"out{number}" for number in range(len(others))]
-        values = self._gathers[types].run({**feeds, "rows": rows}, outputs)
+        values = self._gathers[others].run({**feeds, "rows": rows}, outputs)
         return {**arrays, **dict(zip(others, values.values(), strict=True))}
 
     def empty(self, name: str, batch: int) -> Value:

@@ -104,11 +104,8 @@ def _is_formula(text: str) -> bool:
     return text.lstrip("'").startswith(_FORMULA)
 
 
-def _row(name: Any, text: Any, score: Any = None, alternatives: Any = None) -> Row:
-    if not (isinstance(name, str) and isinstance(text, str)):
-        raise ValueError(f"no row: {(name, text)}")
-    if score is None:
-        return name, text
-    if alternatives is None:
-        return name, text, float(score)
-    return name, text, float(score), list(alternatives)
+def _row(name: Any, text: Any, *rest: Any) -> Row:
+    alternatives = rest[1:]
+    if not all(map(isinstance, (name, text, *alternatives), (str, str, list))) or len(rest) > 2:
+        raise ValueError(f"no row: {(name, text, *rest)}")
+    return name, text, *map(float, rest[:1]), *alternatives
