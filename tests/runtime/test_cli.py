@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,22 @@ def test_csv_and_coco(artifact, photos, wanted, tmp_path, capsys):
             {"image_id": path.stem, "caption": caption}
             for path, caption in zip(photos, wanted, strict=True)
         ]
+
+
+def test_the_hub_s_client_does_not_chatter():
+    """Each of its five attempts would be a paragraph, without a network."""
+    if find_spec("huggingface_hub") is None:
+        pytest.skip("the extra tokenizers is not installed")
+    code = (
+        "import logging; from capexport.cli import show_progress; show_progress()\n"
+        "import huggingface_hub.utils; log = logging.getLogger('huggingface_hub.utils')\n"
+        "log.warning('Retrying'); log.error('an error')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_VERBOSITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert "an error" in done.stderr and "Retrying" not in done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="keeps a folder that is in use")
