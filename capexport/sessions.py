@@ -229,9 +229,9 @@ class Target:
         providers = list(self.providers) or [(self.device.provider, self._provider_options())]
         options = self.session_options or self._session_options(threads or self.threads, mapped)
         try:
-            # Its fallback, which prints, is for GPUs.
+            # Its fallback to the CPU, which prints, is of no use where that failed.
             session = _import_onnxruntime().InferenceSession(
-                model, options, providers, enable_fallback=cuda
+                model, options, providers, enable_fallback=cuda or bool(self.providers)
             )
         except Exception as error:  # onnxruntime's own exceptions share no narrower base
             if cuda and (trouble := _cuda_trouble(self.index or 0)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,6 @@ def _run(options: argparse.Namespace) -> int:
     with importing("exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'`"):
         from capexport.export.blip2 import export_blip2
         from capexport.models.blip2_checkpoint import find_checkpoint
-    # Without a network it warns of every attempt; the error at the end says it once.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     folder, source = find_checkpoint(options.model, options.revision)
     manifest = export_blip2(folder, options.out, options.precision, source=source, photos=photos)
     assert manifest.parity is not None

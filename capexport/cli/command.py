@@ -42,6 +42,8 @@ def say(line: str) -> None:
 
 def show_progress() -> None:
     """Print what the package logs."""
+    # Without a network the hub's client warns of every attempt; the error at the end says it once.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it sets its level when it is imported
     log = logging.getLogger("capexport")
     log.setLevel(logging.INFO)
     if not log.handlers:

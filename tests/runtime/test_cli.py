@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,22 @@ def test_alternatives_stand_in_jsonl(artifact, photos, captioner, tmp_path, caps
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--early-stopping", "maybe"])
     assert "must be true, false or never, got 'maybe'" in capsys.readouterr().err
+
+
+def test_the_hub_s_client_does_not_chatter():
+    """Each of its five attempts would be a paragraph, without a network."""
+    if find_spec("huggingface_hub") is None:
+        pytest.skip("the extra tokenizers is not installed")
+    code = (
+        "import logging; from capexport.cli import show_progress; show_progress()\n"
+        "import huggingface_hub.utils; log = logging.getLogger('huggingface_hub.utils')\n"
+        "log.warning('Retrying'); log.error('an error')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_VERBOSITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert "an error" in done.stderr and "Retrying" not in done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="keeps a folder that is in use")
