@@ -21,7 +21,7 @@ from capexport.decoding import greedy
 from capexport.errors import OptionError, ParityError
 from capexport.export.draft import draft_artifact
 from capexport.export.graph import OPSET, export_graph, versions
-from capexport.export.int8 import quantize_static, round_convolutions
+from capexport.export.int8 import quantize_static, round_weights
 from capexport.export.loop import loop_graph
 from capexport.export.parity import (
     IMAGES,
@@ -232,8 +232,9 @@ def _quantize(
                 _, state = exported.decoder.step(tokens, state)
 
     encoder = draft / "encoder.onnx"
-    round_convolutions(encoder, tqdm(images, "rounding weights", leave=False, disable=None))
-    quantize_static(encoder, images)
+    kept = round_weights(encoder, tqdm(images, "rounding weights", leave=False, disable=None))
+    log.info("%d layers of the encoder stay in float32", len(kept))
+    quantize_static(encoder, images, kept)
     quantize_static(draft / "decoder_step.onnx", steps())
     _add_loop(draft, state)
 

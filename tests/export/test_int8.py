@@ -16,7 +16,11 @@ from capexport.bench.cli import sample_photos
 from capexport.cli import bundled_checkpoint, main
 from capexport.export import cnn_lstm, int8
 from capexport.export.cnn_lstm import export_cnn_lstm
+from capexport.export.graph import export_graph
+from capexport.export.parity import relative_error
 from capexport.models.checkpoint import Checkpoint, load_checkpoint
+from capexport.preprocessing import ImageSpec, preprocess
+from capexport.sessions import CPU
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def test_rounding_with_regard_to_each_other_errs_less():
     inputs = rng.normal(size=(2, 12, 4)) @ rng.normal(size=(2, 4, 500))  # correlated
     inputs += 0.1 * rng.normal(size=inputs.shape)
     weights = rng.normal(size=(2, 6, 12))
-    rounded = int8._round_weights(weights, inputs @ inputs.transpose(0, 2, 1))
+    rounded = int8._round_rows(weights, inputs @ inputs.transpose(0, 2, 1))
     scale = np.abs(weights).max(2, keepdims=True) / 127
     np.testing.assert_allclose(rounded / scale, np.round(rounded / scale), atol=1e-9)
     np.testing.assert_allclose(np.abs(rounded).max(2, keepdims=True), 127 * scale)
@@ -91,28 +95,119 @@ def test_rounding_with_regard_to_each_other_errs_less():
     assert errors[0] < errors[1] / 2
 
 
-@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (4, 2), (2, 1)])
-def test_patches_times_weights_are_the_convolution(groups: int, stride: int):
+@pytest.mark.parametrize(
+    ("groups", "stride", "dilation", "pads"),
+    [
+        (1, 1, 1, (1, 1, 1, 1)),
+        (4, 2, 1, (1, 1, 1, 1)),
+        (2, 1, 2, (2, 0, 1, 3)),
+        (1, 2, 1, (0,) * 4),
+    ],
+)
+def test_patches_times_weights_are_the_convolution(
+    groups: int, stride: int, dilation: int, pads: tuple[int, ...]
+):
     import torch
+    import torch.nn.functional as F
 
     images = torch.randn(2, 4, 7, 8)
     weights = torch.randn(8, 4 // groups, 3, 3)
     node = onnx.helper.make_node(
-        "Conv", ["x", "w"], ["y"], group=groups, strides=[stride, stride], pads=[1, 1, 1, 1]
-    )
+        "Conv", ["x", "w"], ["y"], group=groups, strides=[stride] * 2, dilations=[dilation] * 2,
+        pads=pads,
+    )  # fmt: skip
     patches = int8._patches(images.numpy(), node, weights.shape)
-    rows = weights.reshape(groups, 8 // groups, -1).numpy()
-    wanted = torch.nn.functional.conv2d(images, weights, stride=stride, padding=1, groups=groups)
+    rows = int8._rows(numpy_helper.from_array(weights.numpy()), node)
+    top, left, bottom, right = pads
+    padded = F.pad(images, (left, right, top, bottom))
+    wanted = F.conv2d(padded, weights, stride=stride, dilation=dilation, groups=groups)
     got = (rows @ patches).reshape(8, 2, *wanted.shape[2:]).swapaxes(0, 1)
     np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4)
+
+
+def test_patches_times_weights_are_the_linear_layer():
+    rng = np.random.default_rng(0)
+    maps, weights = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(5, 6))
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    patches = int8._patches(maps, node, weights.shape)
+    got = int8._rows(numpy_helper.from_array(weights), node) @ patches
+    np.testing.assert_allclose(got[0].T.reshape(2, 3, 4, 6), maps @ weights)
+
+
+def blocks(name: str):
+    """Three blocks of a backbone, narrow, behind a stem."""
+    from functools import partial
+
+    from torch import nn
+    from torchvision.models import convnext, efficientnet, mobilenetv3, resnet
+
+    def stem(activation: type[nn.Module]) -> list[nn.Module]:
+        return [nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), activation()]
+
+    if name == "ResNet":
+        down = nn.Sequential(nn.Conv2d(16, 24, 1, 2, bias=False), nn.BatchNorm2d(24))
+        return [
+            *stem(nn.ReLU), nn.MaxPool2d(3, 2, 1), resnet.BasicBlock(16, 16),
+            resnet.BasicBlock(16, 24, 2, down), resnet.BasicBlock(24, 24),
+        ]  # fmt: skip
+    if name == "MobileNetV3":
+        config = partial(mobilenetv3.InvertedResidualConfig, dilation=1, width_mult=1.0)
+        return stem(nn.Hardswish) + [
+            mobilenetv3.InvertedResidual(config(*sizes), nn.BatchNorm2d)
+            for sizes in [
+                (16, 3, 48, 16, True, "RE", 1), (16, 5, 48, 24, True, "HS", 2),
+                (24, 3, 64, 24, False, "HS", 1),
+            ]
+        ]  # fmt: skip
+    if name == "EfficientNet":
+        return stem(nn.SiLU) + [
+            efficientnet.MBConv(efficientnet.MBConvConfig(*sizes, 1), 0.0, nn.BatchNorm2d)
+            for sizes in [(1, 3, 1, 16, 16), (4, 5, 2, 16, 24), (4, 3, 1, 24, 24)]
+        ]
+    return [nn.Conv2d(3, 16, 4, 4)] + [convnext.CNBlock(16, 1.0, 0.0) for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", ["ResNet", "MobileNetV3", "EfficientNet", "ConvNeXt"])
+def test_blocks_of_every_backbone(name: str, tmp_path: Path):
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    network = nn.Sequential(*blocks(name), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.from_numpy(
+        np.stack([preprocess(draw_photo(seed), ImageSpec(48, 48)) for seed in range(24)])
+    )
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        network.train()(images)  # for statistics that are not those of noise
+        wanted = network.eval()(images).numpy()
+    path = tmp_path / "encoder.onnx"
+    export_graph(network, [images[:2]], ["images"], ["features"], path)
+    exact = onnx.load(path)
+    calibration = [{"images": image[None]} for image in images[:16].numpy()]
+    kept = int8.round_weights(path, calibration)
+    int8.quantize_static(path, calibration, kept)
+    graph = CPU.open(path)
+    together = graph.run({"images": images[16:].numpy()}, ["features"])["features"]
+    [alone] = graph.run({"images": images[16:17].numpy()}, ["features"])["features"]
+    np.testing.assert_array_equal(alone, together[0])
+    # Of what tells the photos apart, not of what they share.
+    centred = wanted[16:] - wanted[16:].mean(0)
+    assert relative_error(centred, together - wanted[16:].mean(0)) < 0.3
+    layers = len(int8._layers(exact))
+    small = [t for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert sum(len(tensor.dims) >= 2 for tensor in small) == layers - len(kept)
+    assert len(kept) < layers / 3
 
 
 def test_wrong_8_bits_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint = load_checkpoint(bundled_checkpoint())
     real = cnn_lstm.quantize_static
 
-    def quantize_wrongly(path, inputs):
-        real(path, inputs)
+    def quantize_wrongly(path, inputs, kept=()):
+        real(path, inputs, kept)
         model = onnx.load(path)
         for tensor in model.graph.initializer:
             if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2:
@@ -121,7 +216,7 @@ def test_wrong_8_bits_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         onnx.save(model, path)
 
     monkeypatch.setattr(cnn_lstm, "quantize_static", quantize_wrongly)
-    monkeypatch.setattr(cnn_lstm, "round_convolutions", lambda path, inputs: None)
+    monkeypatch.setattr(cnn_lstm, "round_weights", lambda path, inputs: [])
     with pytest.raises(ParityError, match=r"\.onnx: errs by .* in int8"):
         export_cnn_lstm(
             checkpoint, tmp_path / "out", precision="int8", calibration=[draw_photo(1)] * 2
