@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,19 @@ def captioner(artifact: Path):
     from capexport import Captioner
 
     return Captioner.load(artifact, threads=1)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of the Hugging Face hub, and no network."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import reset_sessions
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    reset_sessions()
+    yield tmp_path / "hub"
+    reset_sessions()  # it remembers that it was offline
 
 
 @pytest.fixture(scope="session")

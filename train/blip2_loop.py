@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -248,8 +248,8 @@ def _run_epochs(tuning: FineTuning) -> None:
     examples = _examples(tuning.dataset, tuning.inputs)
     optimiser = _optimiser(parts, config)
     captions = json.dumps(examples, default=lambda path: path.name).encode()
-    weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in parts.state_dict().values())
-    data = {"model": _digest(weights), "captions or photos": _digest(captions)}
+    weights = (tensor.cpu().numpy().tobytes() for tensor in parts.state_dict().values())
+    data = {"model": _digest(weights), "captions or photos": _digest([captions])}
     history = load_state(out, parts, optimiser, data)
     start_run(out, config.to_json(), tuning.dataset.skipped, history)
     if not (out / "best").exists():
@@ -274,8 +274,11 @@ def _run_epochs(tuning: FineTuning) -> None:
         )  # fmt: skip
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _announce(tuning: FineTuning, captions: int) -> None:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -487,19 +487,6 @@ def test_a_full_disk_in_mid_export(blip2_checkpoint: Make, tmp_path: Path):
     assert re.search(r"^capexport: .*out.*File too large|File too large.*out", outcome.stderr, re.M)
     assert "Traceback" not in outcome.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache of the Hugging Face hub, and no network."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import reset_sessions
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    reset_sessions()
-    yield tmp_path / "hub"
-    reset_sessions()  # it remembers that it was offline
 
 
 def in_cache(hub: Path, model: str, folder: Path) -> str:
