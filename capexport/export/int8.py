@@ -39,18 +39,20 @@ _FOLLOWING = ("Clip", "MaxPool", "Relu")  # 8 bits where their input has
 
 class _Seen:
     """What calibration shows of a layer's inputs: of the patches that its weights are multiplied
-    by the sum of squares (groups, n, n), the sum (groups, n), and the number; and the range."""
+    by the sum of squares (groups, n, n), the sum (groups, n), and the number; of the inputs
+    themselves the number and the range."""
 
     def __init__(self) -> None:
         self.squares: Any = 0
         self.sums: Any = 0
-        self.count = 0
+        self.count = self.size = 0
         self.low = self.high = 0.0
 
     def add(self, values: NDArray[Any], patches: NDArray[Any]) -> None:
         self.squares += patches @ patches.swapaxes(1, 2)
         self.sums += patches.sum(2)
         self.count += patches.shape[2]
+        self.size += values.size
         self.low = min(self.low, float(values.min()))
         self.high = max(self.high, float(values.max()))
 
@@ -84,8 +86,12 @@ def round_weights(path: Path, inputs: Iterable[Mapping[str, NDArray[np.generic]]
             seen[node.name].add(taken, _patches(taken, node, weights[node.input[1]].dims))
     kept: set[str] = set()
     for node in nodes:
-        if seen[node.name].noise(_rows(weights[node.input[1]], node)) > _LARGEST_NOISE:
-            kept |= {node.name} | _sources(model, node)
+        rows, sources = _rows(weights[node.input[1]], node), _sources(model, node)
+        shown = seen[node.name]
+        if shown.noise(rows) > _LARGEST_NOISE:
+            kept |= {node.name} | sources
+        elif sources and sources <= kept and rows[:, :, 0].size * shown.count < shown.size:
+            kept.add(node.name)  # there is less to round behind it than before it
     for node in nodes:
         if node.name not in kept:
             tensor = weights[node.input[1]]
