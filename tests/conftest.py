@@ -129,8 +129,7 @@ def photos(tmp_path: Path) -> list[Path]:
     return paths
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory):
+def small_checkpoint(folder: Path, **sizes):
     """A small CNN-LSTM with random weights whose captions differ from photo to photo."""
     import torch
 
@@ -141,7 +140,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
 
     torch.manual_seed(1)
     vocabulary = Vocabulary((*Vocabulary.SPECIALS, *WORDS))
-    model = CnnLstm(CnnLstmConfig(len(vocabulary), embed_size=24, hidden_size=32))
+    model = CnnLstm(CnnLstmConfig(len(vocabulary), embed_size=24, hidden_size=32, **sizes))
     spec = ImageSpec()
     pixels = np.stack([preprocess(draw_photo(seed), spec) for seed in range(16)])
     with torch.no_grad():
@@ -150,14 +149,44 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.momentum = None
         torch.nn.Module.train(model)
-        model.encoder(torch.from_numpy(pixels))
+        maps = model.encoder(torch.from_numpy(pixels))
+        if model.config.decoder == "attention":  # the same for its regions
+            regions = maps.movedim(1, -1).flatten(0, 2)
+            for layer in (model.decoder.key, model.decoder.value):
+                layer.weight.div_(regions.std(0))
+                layer.bias.copy_(-layer.weight @ regions.mean(0))
+        louder = {"lstm.weight": 4, "output.weight": 4, "query": 8, "first": 4, "deep": 16}
         for name, weight in model.decoder.named_parameters():
-            weight.mul_(4 if name.startswith(("lstm.weight", "output.weight")) else 1)
-    folder = tmp_path_factory.mktemp("checkpoint")
+            weight.mul_(next((by for part, by in louder.items() if name.startswith(part)), 1))
     save_checkpoint(Checkpoint(model, vocabulary, spec), folder)
     loaded = load_checkpoint(folder)
     loaded.training["folder"] = str(folder)
     return loaded
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    return small_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def attention_checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    return small_checkpoint(tmp_path_factory.mktemp("attention"), decoder="attention")
+
+
+@pytest.fixture(scope="session")
+def attention_artifact(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The small model with attention, exported; where torch is not installed, one that is
+    committed."""
+    if find_spec("torch") is None:
+        return COMMITTED / "attention"
+    from capexport.export.cnn_lstm import export_cnn_lstm
+
+    out = tmp_path_factory.mktemp("export") / "attention"
+    export_cnn_lstm(request.getfixturevalue("attention_checkpoint"), out)
+    return out
 
 
 @pytest.fixture(scope="session")

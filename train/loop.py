@@ -91,7 +91,9 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
     else:
         model.encoder.backbone.load_state_dict(encoder.backbone.state_dict())
     model.to(config.device)
-    best = Checkpoint(model, vocabulary, spec, _origin(dataset, config))
+    best = Checkpoint(model, vocabulary, spec, training=_origin(dataset, config))
+    if begun:
+        best.decoding = begun.decoding
     _run_epochs(best, dataset, features, config)
     return load_checkpoint(config.out), dataset
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from capexport import Captioner
 from capexport.artifact import FILE_NAME, replace_file, require_writable
 from capexport.cli import run_command, teaching
+from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import importing
 from capexport.metrics import format_scores, score, scorers
 from train.data import SPLITS, Photo, photos_as_trained
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="photos a batch (default: 32)")
     parser.add_argument("--captions", type=Path, help="also write {photo: caption} to this JSON")
+    add_decoding(parser.add_argument_group("how it decodes"))
     options = parser.parse_args(argv)
     return run_command("train.score", lambda: _score(options))
 
@@ -73,7 +75,8 @@ def _score(options: argparse.Namespace) -> int:
             from capexport.models.torch_captioner import torch_captioner
         captioner = torch_captioner(load_checkpoint(options.captioner))
     photos = photos_as_trained(options.data, options.split, options.captioner, options.seed)
-    captions = caption_photos(captioner, photos, options.batch_size)
+    changes: Any = given_decoding(options)
+    captions = caption_photos(captioner, photos, options.batch_size, **changes)
     if options.captions:
         replace_file(options.captions, json.dumps(captions, indent=1) + "\n")
     scores = score(captions, {photo.name: photo.captions for photo in photos})

@@ -32,25 +32,12 @@ from capexport.bulk.outputs import (
 from capexport.bulk.run import caption_files, open_captioner
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner
 from capexport.cli.command import say, teaching
-from capexport.decoding import DecodingOptions, EarlyStopping
+from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import ImageError, OptionError, OutputExistsError
 from capexport.preprocessing import image_suffixes
 from capexport.sessions import available_cores
 
-# A flag for each option of decoding that has words for its help.
-DECODING_FLAGS = [item for item in dataclasses.fields(DecodingOptions) if "help" in item.metadata]
 _FORMAT_OF = {".jsonl": "jsonl", ".csv": "csv", ".json": "coco"}
-
-
-def _early_stopping(text: str) -> EarlyStopping:
-    if text == "never":
-        return "never"
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"must be true, false or never, got {text!r}")
-    return text == "true"
-
-
-_TYPES = {"int": int, "float": float, "EarlyStopping": _early_stopping}
 
 
 def add_parser(commands: Any) -> None:
@@ -147,13 +134,7 @@ def _add_captions(group: Any) -> None:
     )
     group.add_argument("--prefix", default="", metavar="TEXT", help="put before every caption")
     group.add_argument("--suffix", default="", metavar="TEXT", help="put behind every caption")
-    for option in DECODING_FLAGS:
-        group.add_argument(
-            f"--{option.name.replace('_', '-')}",
-            type=_TYPES[str(option.type)],
-            metavar="true|false|never" if option.type == "EarlyStopping" else "N",
-            help=f"{option.metadata['help']} (default: the model's own)",
-        )
+    add_decoding(group)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -171,8 +152,7 @@ def _run(options: argparse.Namespace) -> int:
     captioner.truncated = options.truncated
     if options.attention:
         _check_attention(captioner, found)
-    given = {item.name: getattr(options, item.name) for item in DECODING_FLAGS}
-    changes: Any = {name: value for name, value in given.items() if value is not None}
+    changes: Any = given_decoding(options)
     own = dataclasses.replace(captioner.options, **changes)  # refused before anything is written
     columns = (
         4 if own.num_return_sequences > 1 and options.format == "jsonl" else 2 + options.scores

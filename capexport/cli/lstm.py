@@ -10,6 +10,7 @@ from typing import Any
 from capexport.artifact import Manifest, refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
+from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import CheckpointError, OptionError, importing
 from capexport.metrics import format_scores, scorers
 from capexport.references import read_references
@@ -69,6 +70,7 @@ def add_parser(commands: Any) -> None:
         "image,caption or image_name,comment_number,comment; Flickr8k.token.txt), COCO's "
         "captions_*.json, Karpathy's dataset_*.json or metadata.jsonl: also report BLEU and CIDEr",
     )
+    add_decoding(parser.add_argument_group("how the artifact decodes by default"))
     parser.set_defaults(run=_run)
 
 
@@ -105,6 +107,7 @@ def _run(options: argparse.Namespace) -> int:
         precision=options.precision,
         calibration=calibration,
         references=references,
+        decoding=given_decoding(options),
     )
     _report(options.out, manifest)
     return 0

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from capexport.artifact import Manifest, Parity, Provenance
 from capexport.captioner import Caption, Captioner
-from capexport.decoding import greedy
+from capexport.decoding import DecodingKeywords, greedy
 from capexport.errors import OptionError, ParityError
 from capexport.export.draft import draft_artifact
 from capexport.export.graph import OPSET, export_graph, versions
@@ -37,7 +37,7 @@ from capexport.metrics import score, scorers
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.steps import State
-from capexport.models.torch_captioner import DECODING, torch_captioner
+from capexport.models.torch_captioner import DECODING, decoding_of, torch_captioner
 from capexport.preprocessing import ImageSource, image_name
 from capexport.sessions import CPU
 
@@ -78,6 +78,7 @@ def export_cnn_lstm(
     precision: str = "fp32",
     calibration: Sequence[ImageSource] = (),
     references: Mapping[str, Sequence[str]] | None = None,
+    decoding: DecodingKeywords | None = None,
 ) -> Manifest:
     """Export `checkpoint` to the new folder `out`, where it appears only if parity holds.
 
@@ -87,6 +88,7 @@ def export_cnn_lstm(
         calibration: photos that show int8 the ranges of its activations; a hundred of what the
             model was trained on will do.
         references: human captions by the photos' file names: what the captions score is reported.
+        decoding: the artifact's default options, in place of the checkpoint's.
     Raises:
         OutputExistsError: `out` is there already.
         ParityError: the graphs do not reproduce the model.
@@ -98,6 +100,8 @@ def export_cnn_lstm(
     names = [Path(image_name(image)).name for image in images]
     _check(names, precision, calibration, references)
     CPU.require_provider()  # parity needs it, at the very end
+    both: Any = {**checkpoint.decoding, **(decoding or {})}
+    checkpoint = dataclasses.replace(checkpoint, decoding=both)
     reference = torch_captioner(checkpoint)
     with draft_artifact(out) as draft:
         state = _export_graphs(checkpoint, draft.folder)
@@ -113,6 +117,9 @@ def export_cnn_lstm(
             max_difference=_compare_graphs(reference, exported, images),
             captions=compare_captions(wanted, exported, images),
         )
+        if reference.options.num_beams > 1:  # loop and steps are compared all the same
+            alone: DecodingKeywords = {"num_beams": 1, "num_return_sequences": 1}
+            compare_captions(reference.caption(images, **alone), exported, images, **alone)
         if precision == "int8":
             log.info("quantising, calibrated on %d photos", len(calibration))
             _quantize(draft.folder, state, exported, calibration)
@@ -155,7 +162,7 @@ def _manifest(checkpoint: Checkpoint, state: Mapping[str, str]) -> Manifest:
         family="cnn-lstm",
         precision="fp32",
         image=checkpoint.image,
-        decoding=DECODING,
+        decoding=decoding_of(checkpoint),
         state=dict(state),
         regions=checkpoint.model.regions(checkpoint.image.crop),
         files={},

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from capexport.artifact import CaptionParity
 from capexport.captioner import Caption, Captioner
-from capexport.decoding import Hypothesis, greedy_by_steps
+from capexport.decoding import DecodingKeywords, Hypothesis, changed, greedy_by_steps
 from capexport.errors import ParityError
 from capexport.preprocessing import FloatArray, ImageSource, image_name
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Largest difference of a value in float32. Trained graphs agree to 1e-5 or so; a wrong weight, gate
 # or padding is off by 1e-2 and more.
@@ -64,9 +68,12 @@ def relative_error(wanted: np.ndarray, got: np.ndarray) -> float:
 
 
 def compare_captions(
-    wanted: Sequence[Caption], exported: Captioner, images: Sequence[ImageSource]
+    wanted: Sequence[Caption],
+    exported: Captioner,
+    images: Sequence[ImageSource],
+    **options: Unpack[DecodingKeywords],
 ) -> CaptionParity:
-    """Caption `images` with the export in batches, in its loop and step by step.
+    """Caption `images` with the export in batches; greedily in its loop and step by step.
 
     Returns:
         How many were compared, how many of their captions are distinct (one caption for all
@@ -75,15 +82,16 @@ def compare_captions(
         ParityError: a caption differs.
     """
     difference = 0.0
-    in_loop: list[Caption] = []
-    by_steps: list[Hypothesis] = []
+    own = changed(exported.options, options)
+    made: list[Sequence[Caption | Hypothesis]] = []
     for start in range(0, len(images), 8):
         pixels = np.stack([exported.preprocess(image) for image in images[start : start + 8]])
-        in_loop += exported.caption_pixels(pixels)
-        features = exported.encoder(pixels)
-        by_steps += greedy_by_steps(exported.decoder, features, exported.options)
-    for image, expected, looped, stepped in zip(images, wanted, in_loop, by_steps, strict=True):
-        for actual in (looped, stepped):
+        ways: list[Sequence[Caption | Hypothesis]] = [exported.caption_pixels(pixels, **options)]
+        if own.num_beams == 1:
+            ways.append(greedy_by_steps(exported.decoder, exported.encoder(pixels), own))
+        made += zip(*ways, strict=True)
+    for image, expected, captions in zip(images, wanted, made, strict=True):
+        for actual in captions:
             if expected.tokens != tuple(actual.tokens):
                 got = exported.text.decode(actual.tokens)
                 raise ParityError(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from capexport.artifact import replace_file, replacing_binary_file, sha256_of, typed
+from capexport.decoding import DecodingKeywords
 from capexport.errors import CheckpointError
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig
@@ -31,13 +32,17 @@ SCHEMA = 1
 class Checkpoint:
     """A trained CNN-LSTM with all that a caption needs.
 
-    `training` records how it was made (options, versions), `metrics` what it scored; `sha256` is
-    the hash of the weights file, known after `save_checkpoint` or `load_checkpoint`.
+    Attributes:
+        decoding: the default options of its captions, where they are not those of every CNN-LSTM.
+        training: how it was made (options, versions).
+        metrics: what it scored.
+        sha256: of the weights file, known after `save_checkpoint` or `load_checkpoint`.
     """
 
     model: CnnLstm
     vocabulary: Vocabulary
     image: ImageSpec
+    decoding: DecodingKeywords = field(default_factory=lambda: DecodingKeywords())
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
@@ -63,6 +68,7 @@ def save_checkpoint(
         "weights": {"file": weights, "sha256": checkpoint.sha256},
         "config": dataclasses.asdict(checkpoint.model.config),
         "image": dataclasses.asdict(checkpoint.image),
+        **({"decoding": checkpoint.decoding} if checkpoint.decoding else {}),
         "training": checkpoint.training,
         "metrics": checkpoint.metrics,
         "vocabulary": checkpoint.vocabulary.words,
@@ -108,6 +114,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             model=CnnLstm(CnnLstmConfig(**document["config"])),
             vocabulary=Vocabulary(tuple(document["vocabulary"])),
             image=typed(ImageSpec, document["image"], "image"),
+            decoding=document.get("decoding", {}),
             training=document["training"],
             metrics=document["metrics"],
             sha256=document["weights"]["sha256"],

@@ -8,6 +8,7 @@ host but the logits that choosing the next token needs.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from capexport.artifact import Decoding
 from capexport.captioner import Captioner
 from capexport.decoding import Decoder, Regions, TokenArray
-from capexport.errors import DeviceError
+from capexport.errors import CheckpointError, DeviceError, OptionError
 from capexport.families.cnn_lstm import ATTENTION, Vocabulary, replay
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm
@@ -109,6 +110,7 @@ def torch_captioner(
         DeviceError: PyTorch has no such device.
     """
     require_torch_device(device)
+    options = decoding_of(checkpoint).options
     model = copy.deepcopy(checkpoint.model).to(device).eval()
     model.decoder.step_by_module = step_by_module
     if compiled:
@@ -121,11 +123,23 @@ def torch_captioner(
         TorchDecoder(model, device, model.regions(checkpoint.image.crop)),
         checkpoint.vocabulary,
         checkpoint.image,
-        DECODING.options,
+        options,
         threads=threads,
         device=device,
         title="PyTorch",
     )
+
+
+def decoding_of(checkpoint: Checkpoint) -> Decoding:
+    """What a manifest says of its decoding.
+
+    Raises:
+        CheckpointError: it names an option that there is not, or one out of range.
+    """
+    try:
+        return dataclasses.replace(DECODING, **checkpoint.decoding)  # type: ignore[arg-type]
+    except (TypeError, OptionError) as error:
+        raise CheckpointError(f"the checkpoint's `decoding`: {error}") from error
 
 
 def require_torch_device(device: str) -> None:

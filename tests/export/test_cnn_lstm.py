@@ -107,6 +107,84 @@ def test_beams_equal_pytorchs(artifact: Path, checkpoint: Checkpoint, options: d
         )  # fmt: skip
 
 
+def by_row_and_step(predicted, targets: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The logits of all captions, (rows, steps, vocabulary), zeros for padding."""
+    logits = torch.zeros(*targets.shape, predicted.logits.shape[1])
+    for row in range(len(targets)):
+        mine = predicted.rows == row
+        assert predicted.targets[mine].tolist() == targets[row, : lengths[row]].tolist()
+        logits[row, : lengths[row]] = predicted.logits[mine]
+    return logits
+
+
+def test_training_with_attention_takes_the_same_steps(attention_checkpoint: Checkpoint):
+    """Two captions of each photo at once, against `start` and `step` of each alone."""
+    model = attention_checkpoint.model
+    captions = torch.tensor([[1, 5, 6, 7, 2], [1, 9, 2, 0, 0], [1, 4, 8, 2, 0], [0] * 5])
+    lengths = torch.tensor([5, 3, 4, 2])
+    maps = torch.randn(2, 1280, 3, 4)
+    with torch.no_grad():
+        predicted = model.decoder(maps, captions, lengths)
+        logits = by_row_and_step(predicted, captions[:, 1:], lengths - 1)
+        state = model.decoder.start(maps.repeat_interleave(2, dim=0))
+        for position in range(4):
+            stepped, state = model.decoder.step(captions[:, position], state)
+            alive = lengths > position + 1
+            torch.testing.assert_close(stepped[alive], logits[alive, position])
+            torch.testing.assert_close(
+                state["attention"][alive], predicted.attention[alive, position]
+            )
+
+
+def test_attention_is_that_of_pytorch(attention_checkpoint: Checkpoint):
+    """One step against `scaled_dot_product_attention` of the projected regions."""
+    model = attention_checkpoint.model
+    decoder, heads = model.decoder, model.config.heads
+    maps = torch.randn(3, 1280, 2, 5)
+    regions = maps.flatten(2).transpose(1, 2)
+    with torch.no_grad():
+        state = decoder.start(maps)
+        query, gate = decoder.query(state["hidden"]).chunk(2, dim=1)
+        parts = (query[:, None], decoder.key(regions), decoder.value(regions))
+        parts = [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts]
+        seen = torch.nn.functional.scaled_dot_product_attention(*parts).flatten(1)
+        one_each = torch.eye(10).expand(3, heads, 10, 10)
+        weights = torch.nn.functional.scaled_dot_product_attention(*parts[:2], one_each)
+        context, attention = decoder._look(state)
+    torch.testing.assert_close(context, seen * gate.sigmoid())
+    torch.testing.assert_close(attention, weights.mean(1)[:, 0])
+
+
+def test_an_exported_captioner_looks_where_pytorch_does(
+    attention_checkpoint: Checkpoint, attention_artifact: Path, photos
+):
+    manifest = json.loads((attention_artifact / "manifest.json").read_text())
+    assert manifest["regions"] == [7, 7]
+    assert manifest["parity"]["captions"]["distinct"] > 5
+    exported = Captioner.load(attention_artifact)
+    assert exported.decoder.constant == {"keys", "values"}
+    loop = onnx.load(attention_artifact / "decoder_loop.onnx").graph
+    [node] = [node for node in loop.node if node.op_type == "Loop"]
+    assert not [name for name in node.input if "keys" in name or "values" in name]
+    for options in ({}, {"num_beams": 3}):
+        wanted = torch_captioner(attention_checkpoint).caption(photos, attention=True, **options)
+        for one, other in zip(
+            exported.caption(photos, attention=True, **options), wanted, strict=True
+        ):
+            assert one.tokens == other.tokens
+            np.testing.assert_allclose(one.attention, other.attention, atol=1e-5)
+
+
+def test_attention_in_8_bits(attention_checkpoint: Checkpoint, tmp_path: Path):
+    calibration = [draw_photo(seed) for seed in range(100, 120)]
+    manifest = export_cnn_lstm(
+        attention_checkpoint, tmp_path / "int8", precision="int8", calibration=calibration
+    )
+    assert manifest.parity.int8["decoder_step.onnx"] < 0.2
+    caption = Captioner.load(tmp_path / "int8").caption(draw_photo(3), attention=True)
+    assert caption.attention.shape == (len(caption.tokens), 7, 7)
+
+
 def test_training_takes_the_same_steps(checkpoint: Checkpoint):
     """`forward` (packed, for training) against `start` and `step`, logits by logits."""
     model = checkpoint.model
@@ -114,8 +192,8 @@ def test_training_takes_the_same_steps(checkpoint: Checkpoint):
     lengths = torch.tensor([5, 3, 4])
     with torch.no_grad():
         feature = torch.randn(3, model.config.embed_size)
-        packed = model.decoder(feature, captions, lengths)
-        logits, _ = torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+        predicted = model.decoder(feature, captions, lengths)
+        logits = by_row_and_step(predicted, captions, lengths)
         for by_module in (False, True):
             model.decoder.step_by_module = by_module
             state = model.decoder.start(feature)

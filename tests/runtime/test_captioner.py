@@ -457,3 +457,39 @@ assert main(["caption", sys.argv[1]]) == 0
 main(["--version"])
 """
     assert run_python(code, photos[0]).splitlines()[1].startswith("capexport ")
+
+
+@pytest.fixture(scope="module")
+def attentive(attention_artifact) -> Captioner:
+    return Captioner.load(attention_artifact)
+
+
+def test_attention_says_where_it_looked(attentive, photos):
+    plain = attentive.caption(photos)
+    assert all(caption.attention is None for caption in plain)
+    rows, columns = attentive.decoder.regions
+    together = attentive.caption(photos, attention=True, max_tokens=7)
+    for photo, before, caption in zip(photos, plain, together, strict=True):
+        assert caption.tokens == before.tokens[:7]
+        assert caption.attention.shape == (len(caption.tokens), rows, columns)
+        assert caption.attention.dtype == np.float32
+        np.testing.assert_allclose(caption.attention.sum((1, 2)), 1, rtol=1e-5)
+        alone = attentive.caption(photo, attention=True, max_tokens=7)
+        np.testing.assert_allclose(alone.attention, caption.attention, atol=1e-5)
+    assert np.ptp([caption.attention[0] for caption in together], axis=0).max() > 1e-3
+    streamed = list(attentive.stream(photos[:3], attention=True, num_beams=2))
+    assert [caption.attention is not None for _, caption in streamed] == [True] * 3
+
+
+def test_a_caption_of_no_word_has_no_attention(attentive, photos):
+    [end] = attentive.options.end_tokens
+    every = tuple(token for token in range(len(attentive.text)) if token != end)
+    caption = attentive.caption(photos[0], attention=True, suppress_tokens=every)
+    assert caption.tokens == ()
+    assert caption.attention.shape == (0, *attentive.decoder.regions)
+
+
+def test_attention_of_a_captioner_without_regions(captioner, photos):
+    for refused in (captioner.caption, captioner.stream):
+        with pytest.raises(OptionError, match="looks at the whole image at once"):
+            refused(photos[0], attention=True)

@@ -416,3 +416,26 @@ def test_the_format_follows_from_the_output_s_name(name, style, artifact, photos
     assert main([*command, "--out", str(tmp_path / name)]) == 0
     assert main([*command, "--out", str(tmp_path / "y"), "--format", style]) == 0
     assert (tmp_path / name).read_bytes() == (tmp_path / "y").read_bytes()
+
+
+def test_attention_is_drawn(attention_artifact, artifact, photos, tmp_path, capsys):
+    command = ["caption", "-m", str(attention_artifact), "--max-tokens", "6"]
+    out = tmp_path / "looked.png"
+    assert main([*command, str(photos[0]), "--attention", str(out)]) == 0
+    sheet = Image.open(out)
+    pixels = np.asarray(sheet.convert("L"))
+    assert sheet.format == "PNG" and pixels[-1].min() == 255
+    assert pixels.std() > 10
+    drawn = out.read_bytes()
+    capsys.readouterr()
+    for arguments, message in (
+        ([*command, str(photos[0]), "--attention", str(out)], "already there"),
+        ([*command, *map(str, photos[:2]), "--attention", "two.png"], "draws one photo, and 2"),
+        (
+            ["caption", "-m", str(artifact), str(photos[0]), "--attention", "none.png"],
+            "looks at the whole image at once",
+        ),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert out.read_bytes() == drawn

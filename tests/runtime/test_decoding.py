@@ -201,7 +201,7 @@ def test_numpy_numbers_are_numbers_and_none_is_the_default(captioner: Captioner)
 def test_keywords_and_flags_are_the_options():
     fields = {item.name: item for item in dataclasses.fields(DecodingOptions)}
     assert DecodingKeywords.__annotations__.keys() == fields.keys()
-    from capexport.cli.caption import DECODING_FLAGS
+    from capexport.cli.decoding import DECODING_FLAGS
 
     no_lists = {name for name, item in fields.items() if not item.type.startswith("tuple")}
     assert {item.name for item in DECODING_FLAGS} == no_lists

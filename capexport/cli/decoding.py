@@ -1,0 +1,39 @@
+"""The options of decoding as flags, the same of every command that has them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from capexport.decoding import DecodingKeywords, DecodingOptions, EarlyStopping
+
+# A flag for each option of decoding that has words for its help.
+DECODING_FLAGS = [item for item in dataclasses.fields(DecodingOptions) if "help" in item.metadata]
+
+
+def _early_stopping(text: str) -> EarlyStopping:
+    if text == "never":
+        return "never"
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true, false or never, got {text!r}")
+    return text == "true"
+
+
+_TYPES = {"int": int, "float": float, "EarlyStopping": _early_stopping}
+
+
+def add_decoding(group: Any) -> None:
+    for option in DECODING_FLAGS:
+        group.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            type=_TYPES[str(option.type)],
+            metavar="true|false|never" if option.type == "EarlyStopping" else "N",
+            help=f"{option.metadata['help']} (default: the model's own)",
+        )
+
+
+def given_decoding(options: argparse.Namespace) -> DecodingKeywords:
+    """Those that were given."""
+    given: Any = {item.name: getattr(options, item.name) for item in DECODING_FLAGS}
+    return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
