@@ -46,6 +46,7 @@ def new_model_folder(
     """
     source = checkpoint.folder
     with new_artifact(folder) as draft:
+        write_trained(draft, trained)
         places = dict.fromkeys(trained, TRAINED)
         size = sum(tensor.nbytes for tensor in trained.values())
         present = [path.name for path in source.iterdir()]
@@ -59,9 +60,10 @@ def new_model_folder(
             if tensors:
                 shard = f"model-frozen-{number:05}.safetensors"
                 save_file(tensors, draft / shard, {"format": "pt"})
+                # Some versions of safetensors write for the owner alone.
+                (draft / shard).chmod((draft / TRAINED).stat().st_mode)
                 places.update(dict.fromkeys(tensors, shard))
                 size += sum(tensor.nbytes for tensor in tensors.values())
-        write_trained(draft, trained)
         write_json(draft / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
         checkpoint.config.architectures = ["Blip2ForConditionalGeneration"]
         checkpoint.config.save_pretrained(draft)
@@ -131,6 +133,7 @@ def write_card(
         "a token",
     ]  # fmt: skip
     if scores:
-        lines.append(f"- test split: {format_scores(scores)}")
+        photos, scores = scores["photos"], {k: v for k, v in scores.items() if k != "photos"}
+        lines.append(f"- test split, {photos} photos: {format_scores(scores)}")
     versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
     replace_file(folder / "README.md", "\n".join([*lines, f"- {versions}"]) + "\n")

@@ -182,6 +182,9 @@ def test_a_run_from_photos_to_an_exported_captioner(language, small, data, tmp_p
     wanted = {f"{index}.jpg": caption for index, caption in enumerate(CAPTIONS)}
     assert json.loads((run / "test.json").read_text())["captions"] == wanted
 
+    assert "- test split, 3 photos: BLEU-1 100.0" in (run / "best" / "README.md").read_text()
+    assert len({path.stat().st_mode for path in (run / "best").iterdir()}) == 1
+
     # What is not trained is the model's, bit for bit, and not in the state.
     before, after = tensors_of(model), tensors_of(run / "best")
     assert before.keys() == after.keys()
