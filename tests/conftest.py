@@ -153,7 +153,7 @@ def small_checkpoint(folder: Path, **sizes):
         if model.config.decoder == "attention":  # the same for its regions
             regions = maps.movedim(1, -1).flatten(0, 2)
             for layer in (model.decoder.key, model.decoder.value):
-                layer.weight.div_(regions.std(0))
+                layer.weight.div_(regions.std())
                 layer.bias.copy_(-layer.weight @ regions.mean(0))
         louder = {"lstm.weight": 4, "output.weight": 4, "query": 8, "first": 4, "deep": 16}
         for name, weight in model.decoder.named_parameters():

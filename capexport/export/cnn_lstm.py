@@ -37,7 +37,7 @@ from capexport.metrics import score, scorers
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.steps import State
-from capexport.models.torch_captioner import DECODING, decoding_of, torch_captioner
+from capexport.models.torch_captioner import DECODING, decoding_of, regions_of, torch_captioner
 from capexport.preprocessing import ImageSource, image_name
 from capexport.sessions import CPU
 
@@ -164,7 +164,7 @@ def _manifest(checkpoint: Checkpoint, state: Mapping[str, str]) -> Manifest:
         image=checkpoint.image,
         decoding=decoding_of(checkpoint),
         state=dict(state),
-        regions=checkpoint.model.regions(checkpoint.image.crop),
+        regions=regions_of(checkpoint),
         files={},
         provenance=Provenance(
             checkpoint_sha256=checkpoint.sha256,
@@ -197,7 +197,7 @@ def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:
     export_graph(_EncoderGraph(model), [example], ["images"], names, draft / "encoder.onnx")
     log.info("exporting decoder_step.onnx and decoder_loop.onnx")
     following = {name: f"next_{name}" for name in names if name not in model.decoder.constant}
-    looks = [ATTENTION] if model.decoder.attends else []
+    looks = [ATTENTION] if regions_of(checkpoint) else []
     export_graph(
         _StepGraph(model),
         [torch.zeros(2, dtype=torch.int64), state],

@@ -174,15 +174,6 @@ class CnnLstm(nn.Module):
         self.encoder.backbone[:kept].eval()
         return self
 
-    @torch.no_grad()
-    def regions(self, size: int) -> tuple[int, int] | None:
-        """Rows and columns of the regions that the decoder looks at in an image of `size` pixels
-        each way; None where it looks at none."""
-        if not self.decoder.attends:
-            return None
-        rows, columns = self.encoder(torch.zeros(1, 3, size, size)).shape[2:]
-        return rows, columns
-
     def start(self, images: Tensor) -> State:
         """float32 (batch, 3, height, width) to the decoder's state before `<SOS>`."""
         return self.decoder.start(self.encoder(images))

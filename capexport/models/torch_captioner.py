@@ -120,7 +120,7 @@ def torch_captioner(
         )
     return Captioner(
         TorchEncoder(model, device, channels_last),
-        TorchDecoder(model, device, model.regions(checkpoint.image.crop)),
+        TorchDecoder(model, device, regions_of(checkpoint)),
         checkpoint.vocabulary,
         checkpoint.image,
         options,
@@ -128,6 +128,18 @@ def torch_captioner(
         device=device,
         title="PyTorch",
     )
+
+
+@torch.no_grad()
+def regions_of(checkpoint: Checkpoint) -> Regions | None:
+    """Rows and columns of the regions that the decoder looks at; None where it looks at none."""
+    if not getattr(checkpoint.model.decoder, "attends", False):
+        return None
+    size = checkpoint.image.crop
+    parameter = next(checkpoint.model.parameters())
+    images = torch.zeros(1, 3, size, size, device=parameter.device)
+    rows, columns = checkpoint.model.encoder(images).shape[2:]
+    return rows, columns
 
 
 def decoding_of(checkpoint: Checkpoint) -> Decoding:

@@ -28,8 +28,8 @@ def test_the_pooled_map_is_what_the_classifier_takes(name: str):
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         classifier(images)
-        assert torch.equal(encoder.pooled(images), taken[0])
-        assert encoder.regions(images).shape[2:] == (2, 2)
+        assert torch.equal(encoder.stem(images), taken[0])
+        assert encoder.backbone(images).shape[2:] == (2, 2)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -39,7 +39,7 @@ def test_names_and_channels(name: str):
         encoder = ImageEncoder(CnnLstmConfig(9, backbone=name)).eval()
         taken = watch_head(classifier)
         classifier(torch.zeros(1, 3, 64, 64))
-        assert encoder.pooled(torch.zeros(1, 3, 64, 64)).shape == taken[0].shape
+        assert encoder.stem(torch.zeros(1, 3, 64, 64)).shape == taken[0].shape
     kept = BACKBONES[name].without_head(classifier.state_dict())
     assert kept.keys() == encoder.backbone.state_dict().keys()
 

@@ -1,6 +1,7 @@
 """Training runs on small data with a random backbone: learning, resuming, and the run folder."""
 
 import csv
+import dataclasses
 import errno
 import json
 import math
@@ -31,7 +32,7 @@ from train.config import TrainConfig
 from train.data import Examples, Photo, encode_captions, read_dataset
 from train.features import CachedFeatures, LiveFeatures, load_backbone
 from train.folder import run_folder
-from train.objective import batch_loss
+from train.objective import CiderReward, _draw, batch_loss, self_critical_loss
 
 
 @pytest.fixture(scope="session")
@@ -580,3 +581,161 @@ def test_usage_errors(capsys, options, tmp_path):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--keep-articles" in capsys.readouterr().out
+
+
+ATTENTION = [
+    "--decoder",
+    "attention",
+    "--hidden-size",
+    "32",
+    "--dropout",
+    "0.1",
+    "--attention-penalty",
+    "0.1",
+    "--label-smoothing",
+    "0.1",
+    "--squash",
+    "--crop",
+    "64",
+    "--augment",
+    "--views",
+    "3",
+    "--train-backbone",
+    "--train-from",
+    "17",
+    "--cosine",
+    "--average",
+    "0.9",
+    "--bfloat16",
+    "--best-by",
+    "cider",
+    "--weight-decay",
+    "0.01",
+    "--backbone-learning-rate",
+    "1e-4",
+]
+
+
+def test_attention_is_trained_with_blocks_of_the_backbone(options, backbone, tmp_path, capsys):
+    run, more = tmp_path / "run", tmp_path / "more"
+    assert main([*options, *ATTENTION, "--out", str(run), "--epochs", "2"]) == 0
+    assert "CIDEr-D" in capsys.readouterr().out
+    checkpoint = load_checkpoint(run)
+    before, after = load_file(backbone), checkpoint.model.encoder.backbone.state_dict()
+    moved = {name.split(".")[0] for name in after if not torch.equal(
+        after[name], before[f"features.{name}"])}  # fmt: skip
+    assert moved == {"17", "18"}
+    norms = [name for name in after if "running" in name]
+    assert all(torch.equal(after[name], before[f"features.{name}"]) for name in norms)
+    assert checkpoint.image == ImageSpec(64, 64, keep_aspect=False)
+    assert "--train-from 17" in checkpoint.training["command"]
+    # What was begun with likelihood goes on with CIDEr, from the checkpoint's own network.
+    going_on = ["--init", str(run), "--objective", "cider", "--best-by", "cider", "--epochs", "1"]
+    assert main([*options, *going_on, "--out", str(more)]) == 0
+    other = load_checkpoint(more)
+    assert other.model.config == dataclasses.replace(checkpoint.model.config, dropout=0.0)
+    assert other.vocabulary == checkpoint.vocabulary and other.image == checkpoint.image
+    [epoch] = json.loads((more / "history.json").read_text())
+    assert other.metrics["validation_cider"] == epoch["validation_cider"]
+    artifact = tmp_path / "artifact"
+    assert capexport(["lstm", str(more), "--out", str(artifact), "--num-beams", "2"]) == 0
+    captioner = Captioner.load(artifact)
+    assert captioner.options.num_beams == 2
+    assert captioner.decoder.regions == (2, 2)
+
+
+def test_an_averaged_run_goes_on_as_if_it_had_not_stopped(options, tmp_path, monkeypatch):
+    real = loop.Trainer.epoch
+    flags = [*ATTENTION, "--epochs", "3", "--patience", "9", "--threads", "1"]
+    assert main([*options, *flags, "--out", str(tmp_path / "whole")]) == 0
+
+    def interrupted(self, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return real(self, number)
+
+    monkeypatch.setattr(loop.Trainer, "epoch", interrupted)
+    stopped = tmp_path / "stopped"
+    assert main([*options, *flags, "--out", str(stopped)]) == 130
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", os.devnull)
+    assert main(["--resume", str(stopped)]) == 0
+    assert same_tensors(stopped / "last.safetensors", tmp_path / "whole" / "last.safetensors")
+
+
+def test_captions_of_like_length_come_together_and_each_photo_once():
+    examples = of_lengths(*[(length, 2) for length in range(3, 25)] * 5)
+    model = CnnLstm(CnnLstmConfig(60, embed_size=8, hidden_size=8, decoder="attention"))
+    trainer = loop.Trainer(model, None, examples, TrainConfig(data=Path(), batch_size=4))
+    order = trainer._shuffled(np.random.default_rng(0))
+    assert sorted(order) == list(range(110))
+    lengths = examples.longest[order[:108]].reshape(27, 4)
+    assert np.ptp(lengths, axis=1).mean() < 4 < np.ptp(examples.longest)
+
+
+def test_the_reward_is_that_of_pycocoevalcap():
+    """Where the batch is all there is, the scorer's own counts are those of all photos."""
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    examples = of_lengths((5, 6), (7, 3), (9, 9), (4, 8))
+    drawn = [[1, 4, 5, 6, 2], [1, 4, 5, 6, 7, 8, 9, 2], [1, 30, 2], [1, *range(4, 12), 2]]
+    wanted = CiderScorer()
+    for caption, (_, references) in zip(drawn, examples, strict=True):
+        told = [" ".join(map(str, ids[1:])) for ids in (caption, *references)]
+        wanted += (told[0], told[1:])
+    _, scores = wanted.compute_score()
+    reward = CiderReward(examples)
+    np.testing.assert_allclose(reward(drawn, list(examples)), scores)
+    np.testing.assert_allclose(  # a part of the photos, with two captions each
+        reward([d for d in drawn[:2] for _ in range(2)], list(examples)[:2]),
+        np.repeat(scores[:2], 2),
+    )
+
+
+def test_self_critical_training_finds_the_words_that_are_rewarded():
+    torch.manual_seed(0)
+    words = [f"{letter}{letter}" for letter in "abcdefghijklmnopqrst"]
+    captions = [" ".join(words[start : start + 5]) for start in (0, 5, 10, 15)]
+    photos = [Photo(str(n), Path(str(n)), (caption,) * 2) for n, caption in enumerate(captions)]
+    vocabulary = Vocabulary((*Vocabulary.SPECIALS, *words))
+    examples = encode_captions(photos, vocabulary, True, whole=True)
+    config = CnnLstmConfig(len(vocabulary), embed_size=16, hidden_size=32, decoder="attention")
+    model = CnnLstm(config).eval()
+    features = torch.randn(4, 1280, 2, 2)
+    reward = CiderReward(examples)
+    optimiser = torch.optim.Adam(model.decoder.parameters(), 5e-3)
+    for _ in range(30):  # likelihood first: words that are never drawn can't be rewarded
+        loss, _ = batch_loss(model, list(examples), features)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    def drawn() -> float:
+        torch.manual_seed(1)
+        captions = _draw(model, model.decoder.start(features))
+        return float(reward(captions, list(examples)).mean())
+
+    before = drawn()
+    for _ in range(60):
+        loss, _ = self_critical_loss(model, list(examples), features, reward)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert drawn() > 1.2 * before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train-from", "3"], "goes with --train-backbone"),
+        (["--train-backbone", "--train-from", "19"], "must lie in 0..18"),
+        (["--objective", "cider"], "pass --init"),
+        (["--squash", "--resize", "80"], "--squash goes without --resize"),
+        (["--dropout", "1"], "below 1"),
+        (["--decoder", "attention", "--hidden-size", "30"], "4 heads do not divide"),
+    ],
+)
+def test_options_that_contradict_each_other(flags, message, options, tmp_path, capsys):
+    assert main([*options, *flags, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
