@@ -6,7 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from PIL import Image
+
+from capexport.artifact import replacing_binary_file
+from capexport.attention import draw_attention
 from capexport.bench.sheet import new_figure, save_figure
+from capexport.captioner import Captioner
 
 
 def attempt(path: Path, draw: Callable[[Path], None]) -> None:
@@ -17,6 +22,19 @@ def attempt(path: Path, draw: Callable[[Path], None]) -> None:
     except Exception as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
         print(f"{path}: not drawn: {reason}", file=sys.stderr)
+
+
+def draw_attentions(captioner: Captioner, photos: Sequence[Path], path: Path) -> None:
+    """Where the captioner looked in each of a few photos, one below the other."""
+    captions = captioner.caption(photos, attention=True)
+    sheets = [draw_attention(captioner, *pair) for pair in zip(photos, captions, strict=True)]
+    size = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+    picture, top = Image.new("RGB", size, "white"), 0
+    for sheet in sheets:
+        picture.paste(sheet, (0, top))
+        top += sheet.height
+    with replacing_binary_file(path) as file:
+        picture.save(file, "PNG")
 
 
 def draw_curves(history: Sequence[dict[str, float]], path: Path) -> None:

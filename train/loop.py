@@ -53,6 +53,7 @@ from train.run import load_state, save_state, start_run, write_history, write_js
 from train.score import caption_photos
 
 _SAMPLES = 12  # photos on the sheet
+_LOOKED_AT = 4  # of them, with the attention for each word
 _WARM_UP = 0.05  # of all steps, with --cosine
 _POOL = 16  # batches that are sorted by length together
 
@@ -146,12 +147,17 @@ def _origin(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
 def finish(checkpoint: Checkpoint, dataset: Dataset, config: TrainConfig) -> None:
     """Caption the test split with the best checkpoint, score it, and draw a sheet of samples."""
     photos = dataset.splits["test"]
-    captions = caption_photos(torch_captioner(checkpoint, config.device), photos)
+    captioner = torch_captioner(checkpoint, config.device)
+    captions = caption_photos(captioner, photos)
     shown = [
         Entry(photo.path, {"CNN-LSTM": captions[photo.name]}, photo.captions)
         for photo in photos[:_SAMPLES]
     ]
     figures.attempt(config.out / "samples.png", lambda path: draw_sheet(shown, path))
+    if captioner.decoder.regions:
+        few = [photo.path for photo in photos[:_LOOKED_AT]]
+        draw = partial(figures.draw_attentions, captioner, few)
+        figures.attempt(config.out / "attention.png", draw)
     try:
         scores = score(captions, {photo.name: photo.captions for photo in photos})
     except MissingExtraError as error:

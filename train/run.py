@@ -8,6 +8,7 @@ best/              the checkpoint with the lowest validation loss
 last.safetensors   weights, optimiser and history after the last epoch, for --resume
 test.json          scores on the test split
 samples.png        photos of the test split with references and captions
+attention.png      where a decoder with attention looked in some of them
 
 config.json comes first, in one piece: a folder without it holds nothing to resume, and a new run
 may take it. Only `*.partial` may be left half-written.

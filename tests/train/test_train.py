@@ -620,6 +620,7 @@ def test_attention_is_trained_with_blocks_of_the_backbone(options, backbone, tmp
     run, more = tmp_path / "run", tmp_path / "more"
     assert main([*options, *ATTENTION, "--out", str(run), "--epochs", "2"]) == 0
     assert "CIDEr-D" in capsys.readouterr().out
+    assert (run / "attention.png").read_bytes()[:4] == b"\x89PNG"
     checkpoint = load_checkpoint(run)
     before, after = load_file(backbone), checkpoint.model.encoder.backbone.state_dict()
     moved = {name.split(".")[0] for name in after if not torch.equal(
