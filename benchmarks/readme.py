@@ -12,7 +12,8 @@ SECTIONS = (
     (
         "CNN-LSTM: PyTorch, other runtimes, and ONNX",
         "make bench FLICKR8K=flickr8k",
-        "Whole captions from decoded photo to text; all contenders in turn in one process. "
+        "Measured with the captioner of 0.1.0, without attention and beams. Whole captions from "
+        "decoded photo to text; all contenders in turn in one process. "
         "`PyTorch` is the fastest of its memory formats and LSTM calls, `PyTorch as usual` what "
         "most people write (default memory format, `nn.LSTM`), `torch.compile` the better of both "
         "formats compiled, OpenVINO runs the same graphs through the same captioner, its decoder "

@@ -68,8 +68,12 @@ def _use(manifest: Manifest) -> Iterator[tuple[str, str]]:
         + (f", at least {decoding.min_tokens}" if decoding.min_tokens else "")
         + (f", repetition penalty {penalty:g}" if penalty != 1 else "")
         + (f", {decoding.num_beams} beams" if decoding.num_beams > 1 else "")
+        + (f", length penalty {decoding.length_penalty:g}" if decoding.num_beams > 1 else "")
         + (", by default; prompts are taken" if manifest.prompt else ", by default; no prompts"),
     )
+    if manifest.regions:
+        rows, columns = manifest.regions
+        yield "attention", f"over {rows} x {columns} regions of the image"
 
 
 def _origin(provenance: Provenance) -> Iterator[tuple[str, str]]:
