@@ -313,7 +313,8 @@ class Trainer:
             self._set_rates((number - 1) * self._batches + index)
             values = self._features([path for path, _ in batch], rng)
             features = self._model.encoder.head(values)
-            with torch.autocast(config.device, torch.bfloat16, enabled=config.bfloat16):
+            kind = torch.device(config.device).type
+            with torch.autocast(kind, torch.bfloat16, enabled=config.bfloat16):
                 loss, tokens = self._loss(self._model, batch, features)
             self.optimiser.zero_grad()
             loss.backward()

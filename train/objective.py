@@ -148,4 +148,5 @@ def _draw(model: CnnLstm, state: State) -> list[list[int]]:
 
 def _choosable(logits: Tensor) -> Tensor:
     """Without the words that no caption holds."""
-    return logits.index_fill(1, torch.tensor(DECODING.suppress_tokens), float("-inf"))
+    never = torch.tensor(DECODING.suppress_tokens, device=logits.device)
+    return logits.index_fill(1, never, float("-inf"))
