@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import capexport
 from capexport.bench.measure import peak_memory
 from capexport.bench.sheet import Entry, draw_sheet
 from capexport.errors import (
@@ -44,7 +41,15 @@ from train import figures
 from train.blip2 import Blip2TrainConfig
 from train.blip2_folder import new_model_folder, read_trained, write_card, write_trained
 from train.data import Dataset, read_dataset, readable
-from train.run import History, load_state, save_state, start_run, write_history, write_json
+from train.run import (
+    History,
+    load_state,
+    origin_of,
+    save_state,
+    start_run,
+    write_history,
+    write_json,
+)
 from train.score import caption_photos
 
 _SAMPLES = 12  # photos on the sheet
@@ -150,22 +155,8 @@ class FineTuning:
     def training(self) -> dict[str, Any]:
         """What the result says of its training."""
         config, dataset = replace(self.config, model=self.source["source"]), self.dataset
-        return {
-            "command": "python -m train.blip2" + config.to_flags(),
-            "prompt": config.prompt,
-            "split": {
-                "validation": config.validation,
-                "test": config.test,
-                "seed": config.seed,
-                "official": dataset.official,
-            },
-            "photos": {split: len(photos) for split, photos in dataset.splits.items()},
-            "versions": {
-                "capexport": capexport.__version__,
-                "python": platform.python_version(),
-                **{name: metadata.version(name) for name in ("torch", "transformers")},
-            },
-        }
+        origin = origin_of("python -m train.blip2", dataset, config, "torch", "transformers")
+        return {**origin, "prompt": config.prompt}
 
 
 def train(config: Blip2TrainConfig) -> FineTuning:

@@ -27,6 +27,9 @@ class RunOptions:
 
     data: Path
     out: Path
+    validation: float
+    test: float
+    seed: int
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,13 +13,11 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-import capexport
 from capexport.bench.sheet import Entry, draw_sheet
 from capexport.decoding import greedy
 from capexport.errors import DatasetError, MissingExtraError
@@ -49,7 +46,7 @@ from train.data import (
 )
 from train.features import CachedFeatures, LiveFeatures, load_backbone
 from train.objective import CiderReward, batch_loss, self_critical_loss
-from train.run import load_state, save_state, start_run, write_history, write_json
+from train.run import load_state, origin_of, save_state, start_run, write_history, write_json
 from train.score import caption_photos
 
 _SAMPLES = 12  # photos on the sheet
@@ -92,7 +89,8 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
     else:
         model.encoder.backbone.load_state_dict(encoder.backbone.state_dict())
     model.to(config.device)
-    best = Checkpoint(model, vocabulary, spec, training=_origin(dataset, config))
+    origin = origin_of("python -m train", dataset, config, "torch", "torchvision")
+    best = Checkpoint(model, vocabulary, spec, training=origin)
     if begun:
         best.decoding = begun.decoding
     _run_epochs(best, dataset, features, config)
@@ -122,26 +120,6 @@ def _first_trained(encoder: ImageEncoder, config: TrainConfig) -> int:
     if config.train_from >= blocks:
         raise ValueError(f"--train-from must lie in 0..{blocks - 1}: the backbone's blocks")
     return config.train_from
-
-
-def _origin(dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint says of its training."""
-    return {
-        "command": "python -m train" + config.to_flags(),
-        "split": {
-            "validation": config.validation,
-            "test": config.test,
-            "seed": config.seed,
-            "official": dataset.official,
-        },
-        "photos": {split: len(photos) for split, photos in dataset.splits.items()},
-        "versions": {
-            "capexport": capexport.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
-    }
 
 
 def finish(checkpoint: Checkpoint, dataset: Dataset, config: TrainConfig) -> None:

@@ -19,7 +19,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import platform
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,13 +30,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+import capexport
 from capexport.artifact import replace_file, replacing_binary_file
 from capexport.errors import CheckpointError
 from train import figures
+from train.config import RunOptions
+from train.data import Dataset
 
 STATE = "last.safetensors"
 
 History: TypeAlias = list[dict[str, float]]
+
+
+def origin_of(command: str, dataset: Dataset, config: RunOptions, *packages: str) -> dict[str, Any]:
+    """What a result says of its training; `train.score` splits by it."""
+    return {
+        "command": command + config.to_flags(),
+        "split": {
+            "validation": config.validation,
+            "test": config.test,
+            "seed": config.seed,
+            "official": dataset.official,
+        },
+        "photos": {split: len(photos) for split, photos in dataset.splits.items()},
+        "versions": {
+            "capexport": capexport.__version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+    }
 
 
 def start_run(
