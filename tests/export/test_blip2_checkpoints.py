@@ -806,4 +806,4 @@ def test_a_sentencepiece_model_names_what_reads_it(shape, monkeypatch):
 )
 def test_a_card_that_cannot_be_read_costs_the_licence_alone(card: bytes, licence, tmp_path: Path):
     write("README.md", card)(tmp_path)
-    assert blip2._licence(tmp_path) == licence
+    assert blip2.licence_of(tmp_path) == licence
