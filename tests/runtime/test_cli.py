@@ -299,7 +299,7 @@ def test_coco_ids_that_clash(artifact, photos, tmp_path, capsys):
 def test_inspect(artifact, capsys):
     assert main(["inspect"]) == 0
     words = capsys.readouterr().out
-    assert "a cnn-lstm captioner in int8" in words and "8.3 MB" in words and "{" not in words
+    assert "a cnn-lstm captioner in int8" in words and "9.4 MB" in words and "{" not in words
     assert main(["inspect", str(artifact)]) == 0
     assert "in fp32" in capsys.readouterr().out
     assert main(["inspect", str(artifact), "--json"]) == 0

@@ -74,18 +74,18 @@ def teach_to_speak(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three photos, each with one caption written twenty times; every split is all of them."""
+    """Three photos, each with one caption written twenty times; every split has copies of them."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "Images").mkdir()
-    names = [f"{index}.jpg" for index in range(len(CAPTIONS))]
     with (folder / "captions.txt").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "caption"])
-        for index, (name, caption) in enumerate(zip(names, CAPTIONS, strict=True)):
-            draw_photo(index, (60, 50)).save(folder / "Images" / name)
-            writer.writerows([name, f" {caption.replace(' ', '  ')}"] for _ in range(20))
-    for split in ("train", "dev", "test"):
-        (folder / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names))
+        for split, prefix in (("train", "train_"), ("dev", "dev_"), ("test", "")):
+            names = [f"{prefix}{index}.jpg" for index in range(len(CAPTIONS))]
+            for index, (name, caption) in enumerate(zip(names, CAPTIONS, strict=True)):
+                draw_photo(index, (60, 50)).save(folder / "Images" / name)
+                writer.writerows([name, f" {caption.replace(' ', '  ')}"] for _ in range(20))
+            (folder / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names))
     return folder
 
 
@@ -200,7 +200,7 @@ def test_a_run_from_photos_to_an_exported_captioner(language, small, data, tmp_p
     loaded = Blip2ForConditionalGeneration.from_pretrained(run / "best")
     processor = Blip2Processor.from_pretrained(run / "best")
     text = [prompt[1]] * len(CAPTIONS) if prompt else None
-    paths = sorted(data.glob("Images/*"))
+    paths = [data / "Images" / name for name in wanted]
     inputs = processor(images=[Image.open(path) for path in paths], text=text, return_tensors="pt")
     said = processor.batch_decode(loaded.generate(**inputs), skip_special_tokens=True)
     assert [line.removeprefix("a photo of").strip() for line in said] == CAPTIONS
@@ -328,7 +328,8 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], list[str], str]] = {
     "no captions": (lambda model, data: (data / "captions.txt").unlink(), [], "captions.txt"),
     "no room": (
         lambda model, data: (data / "captions.txt").write_text(
-            "image,caption\n" + "\n".join(f"{n}.jpg,{'z' * POSITIONS}" for n in range(3))
+            "image,caption\n"
+            + "\n".join(f"{p.name},{'z' * POSITIONS}" for p in (data / "Images").iterdir())
         ),
         [],
         f"have no room in the model's {POSITIONS} places",
@@ -347,7 +348,7 @@ def test_what_the_first_seconds_tell(damage, options, message, small, data, tmp_
     shutil.copytree(data, photos)
     damage(model, photos)
     assert main(runs(photos, model, tmp_path / "run", *options)) == 2
-    [line] = capsys.readouterr().err.strip().splitlines()
+    *_, line = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("train.blip2: ")
     assert message in line
     assert not (tmp_path / "run").exists()

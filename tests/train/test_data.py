@@ -401,16 +401,24 @@ def test_captions_as_arrays():
     vocabulary = Vocabulary((*Vocabulary.SPECIALS, "dog", "runs"))
     texts = [("A dog runs .", "7 !"), (), ("Dog",), ("a cat", "Runs, dog")]
     photos = [Photo(f"{i}.jpg", Path(f"{i}.jpg"), captions) for i, captions in enumerate(texts)]
-    examples = encode_captions(iter(photos), vocabulary, keep_articles=False)
-    assert len(examples) == 4  # "7 !" has no word
-    assert examples.lengths.tolist() == [4, 3, 3, 4]
-    places, ids = examples.batch([3, 0, 2])
-    assert places.tolist() == [3, 0, 3]
-    assert [row.tolist() for row in ids] == [[1, 5, 4, 2], [1, 4, 5, 2], [1, 3, 2]]
-    assert examples.batch(range(4))[0].tolist() == [0, 2, 3, 3]
-    assert all(np.shares_memory(row, examples.ids) for row in ids)
-    empty = encode_captions([], vocabulary, keep_articles=False)
-    assert (len(empty), empty.lengths.tolist(), empty.batch([])[1]) == (0, [], [])
+    one_each = encode_captions(photos, vocabulary, keep_articles=False, whole=False)
+    assert len(one_each) == 4  # "7 !" has no word
+    assert one_each.longest.tolist() == [4, 3, 3, 4]
+    found = [(path.name, [ids.tolist() for ids in captions]) for path, captions in one_each]
+    assert found == [
+        ("0.jpg", [[1, 4, 5, 2]]),
+        ("2.jpg", [[1, 4, 2]]),
+        ("3.jpg", [[1, 3, 2]]),
+        ("3.jpg", [[1, 5, 4, 2]]),
+    ]
+    whole = encode_captions(photos, vocabulary, keep_articles=False, whole=True)
+    assert [(path.name, len(captions)) for path, captions in whole] == [
+        ("0.jpg", 1), ("2.jpg", 1), ("3.jpg", 2)
+    ]  # fmt: skip
+    assert whole.longest.tolist() == [4, 3, 4]
+    assert all(np.shares_memory(ids, whole.ids) for _, captions in whole for ids in captions)
+    assert whole.digest() != one_each.digest()
+    assert len(encode_captions([], vocabulary, keep_articles=False, whole=True)) == 0
 
 
 @pytest.mark.parametrize("file", ["checkpoint.json", "best/checkpoint.json", "manifest.json"])
