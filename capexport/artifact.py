@@ -596,11 +596,9 @@ def remove_dead_drafts(folder: Path) -> set[str]:
     return alive
 
 
-def lock(number: int, *, wait: bool = False) -> bool | None:
+def lock(number: int) -> bool | None:
     """Lock an open file, or POSIX folder, until it is closed or its process ends, however.
 
-    Args:
-        wait: until nobody else holds it (on POSIX alone).
     Returns:
         False where another one holds it, None where the file system knows no locks.
     """
@@ -616,7 +614,7 @@ def lock(number: int, *, wait: bool = False) -> bool | None:
     import fcntl
 
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,15 +62,12 @@ class Blip2TrainConfig(RunOptions):
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "epochs", "patience", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+            number = getattr(self, name)
+            self._require(name, number is None or number >= 1, "at least 1")
         for name in ("seed", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0")
-        if not self.learning_rate > 0:
-            raise ValueError("--learning-rate must be above 0")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError("--warmup-ratio must be between 0 and 1")
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "between 0 and 1")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,12 +92,10 @@ def _train(argv: list[str] | None) -> int:
             "capexport blip2 --model runs/blip2/best --out artifacts/mine   # then, to use it",
         ),
     )
+    show_progress()  # before the hub's client is imported, whose retries it silences
     # Importing torch takes long; --help and usage errors need not wait for it.
     with importing("training BLIP-2 needs `pip install -e '.[train,blip2]'`"):
         from train.blip2_loop import finish, train
-    show_progress()
-    # Without a network it warns of every attempt; the error at the end says it once.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         with run_folder(config.out, resume):
             finish(train(config))

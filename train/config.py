@@ -31,6 +31,11 @@ class RunOptions:
     test: float
     seed: int
 
+    @staticmethod
+    def _require(name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"--{name.replace('_', '-')} must be {what}")
+
     def to_json(self) -> dict[str, Any]:
         return {
             key: str(value) if isinstance(value, Path) else value
@@ -193,11 +198,6 @@ class TrainConfig(RunOptions):
             raise ValueError("--squash goes without --resize: both edges become --crop long")
         if self.objective == "cider" and self.init is None:
             raise ValueError("--objective cider goes on from a trained captioner: pass --init")
-
-    @staticmethod
-    def _require(name: str, holds: bool, what: str) -> None:
-        if not holds:
-            raise ValueError(f"--{name.replace('_', '-')} must be {what}")
 
     @property
     def caches_features(self) -> bool:

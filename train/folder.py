@@ -21,7 +21,7 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
         OutputExistsError: another training holds it, or a new run would overwrite something.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, wait=False) as held:
+    with _locked(out) as held:
         if not held:
             raise OutputExistsError(f"{out}: another training is writing there")
         try:
@@ -43,14 +43,14 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a folder until the block or the process ends; False where another process holds it and
-    `wait` is not wanted. Systems and file systems without such locks hold nothing."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder until the block or the process ends; False where another process holds it.
+    Systems and file systems without such locks hold nothing."""
     if sys.platform == "win32":  # no folder can be opened there
         yield True
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield lock(descriptor, wait=wait) is not False
+        yield lock(descriptor) is not False
     finally:
         os.close(descriptor)

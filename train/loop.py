@@ -284,6 +284,7 @@ class Trainer:
         self._model.train(config.objective == "likelihood")  # a caption is drawn without dropout
         total, count = 0.0, 0
         title = f"epoch {number}/{config.epochs}"
+        kind = torch.device(config.device).type
         for index, chosen in enumerate(bar := self._bar(self._shuffled(rng), title)):
             if len(chosen) == 1:
                 continue  # batch norm needs two rows to have a variance
@@ -291,7 +292,6 @@ class Trainer:
             self._set_rates((number - 1) * self._batches + index)
             values = self._features([path for path, _ in batch], rng)
             features = self._model.encoder.head(values)
-            kind = torch.device(config.device).type
             with torch.autocast(kind, torch.bfloat16, enabled=config.bfloat16):
                 loss, tokens = self._loss(self._model, batch, features)
             self.optimiser.zero_grad()
