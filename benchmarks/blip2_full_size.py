@@ -3,7 +3,8 @@
 Writes a checkpoint with the dimensions of blip2-opt-2.7b, exports it in each precision, captions
 photos with every export and with `generate()`, and prints a table. Each measurement is a process
 of its own, since two such models don't fit into the memory of most machines; they take turns, and
-the medians count. `--dims small` (about 150 million parameters) takes minutes.
+the medians count. `--dims small` (about 150 million parameters) takes minutes. With `--device cuda`
+PyTorch computes in float16, as one does there, and memory is the GPU's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import re
 import statistics
@@ -20,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from tqdm import tqdm
 from capexport.artifact import replace_file
 from capexport.bench.cli import sample_photos
 from capexport.bench.measure import memory_bandwidth
-from capexport.bench.report import cpu_model, table
+from capexport.bench.report import cpu_model, gpu_model, table
 from capexport.captioner import Captioner, Timing
 from capexport.sessions import available_cores
 
@@ -54,8 +56,18 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
                  "num_attention_heads": 12, "word_embed_proj_dim": 768, "vocab_size": 50304,
                  "max_position_embeddings": 2048},
     },
+    "tiny": {  # with heads as wide as the real ones', which a GPU has its own kernels for
+        "vision": {"hidden_size": 176, "intermediate_size": 256, "num_hidden_layers": 2,
+                   "num_attention_heads": 2, "image_size": 224, "patch_size": 14},
+        "qformer": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+                    "num_attention_heads": 2, "vocab_size": 50},
+        "text": {"hidden_size": 160, "ffn_dim": 320, "num_hidden_layers": 2,
+                 "num_attention_heads": 2, "word_embed_proj_dim": 160, "vocab_size": 340,
+                 "max_position_embeddings": 256},
+    },
 }  # fmt: skip
-STEPS = 8  # tokens after the first, timed together
+# Tokens after the first, timed together, and how often.
+STEPS = {"cpu": (8, 3), "cuda": (32, 10)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,13 +75,24 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dims", choices=DIMENSIONS, default="blip2-opt-2.7b")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    parser.add_argument("--folder", type=Path, help="where models are written (default: temporary)")
-    parser.add_argument("--turns", type=int, default=3, help="processes a path (default: 3)")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, help="default: all; fp16 with --device cuda"
+    )
+    parser.add_argument("--device", choices=STEPS, default="cpu")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument(
+        "--folder", type=Path, help="where models are written, and found again (default: temporary)"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=3, help="processes a path (default: 3; 0: only export)"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        text = _run(options, Path(name))
+    options.precisions = options.precisions or (
+        PRECISIONS if options.device == "cpu" else ("fp16",)
+    )
+    with tempfile.TemporaryDirectory() as name:
+        text = _run(options, options.folder or Path(name))
     if options.markdown:
         replace_file(options.markdown, text + "\n")
     print(text)
@@ -77,29 +100,38 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace, folder: Path) -> str:
     checkpoint = folder / "checkpoint"
-    _process("checkpoint", options.dims, checkpoint)
+    device, sizes = options.device, options.batch_sizes
+    dtype = "float32" if device == "cpu" else "float16"
+    if not checkpoint.exists():
+        _process("checkpoint", options.dims, checkpoint, dtype)
     exports = {
         precision: _export(checkpoint, folder / precision, precision)
         for precision in tqdm(options.precisions, "exporting")
     }
+    if not options.turns:
+        return f"exported to {folder}"
     runs: dict[str, list[dict[str, Any]]] = {"torch": [], **{name: [] for name in exports}}
     for _ in tqdm(range(options.turns), "captioning"):
         for path, outcomes in runs.items():
             model = checkpoint if path == "torch" else folder / path
             # On a shared machine it changes within minutes, and a token's time with it.
-            bandwidth = _process("bandwidth")["bytes_per_second"]
-            outcomes.append({**_process("caption", path, model), "bandwidth": bandwidth})
+            bandwidth = _process("bandwidth", device)["bytes_per_second"]
+            outcome = _process("caption", path, model, device, *sizes)
+            outcomes.append({**outcome, "bandwidth": bandwidth})
     measured = {
         path: {key: statistics.median(run[key] for run in outcomes) for key in outcomes[0]}
         for path, outcomes in runs.items()
     }
-    profiles = {path: _process("profile", folder / path) for path in exports}
-    return _report(options.dims, exports, measured, profiles)
+    profiles = {path: _process("profile", folder / path, device) for path in exports}
+    return _report(options, exports, measured, profiles)
 
 
 def _export(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
-    command = ["-m", "capexport", "blip2", "--model", str(checkpoint), "--out", str(out)]
-    outcome = _measured([*command, "--precision", precision])
+    known = out.with_suffix(".json")
+    if not known.exists():
+        command = ["-m", "capexport", "blip2", "--model", str(checkpoint), "--out", str(out)]
+        known.write_text(json.dumps(_measured([*command, "--precision", precision])))
+    outcome = json.loads(known.read_text())
     manifest = json.loads((out / "manifest.json").read_text())
     files = manifest["files"]
     return {
@@ -141,115 +173,151 @@ def _measured(arguments: list[str]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "anonymous": peak, **said}
 
 
-def write_checkpoint(dims: str, folder: str) -> None:
+def write_checkpoint(dims: str, folder: str, dtype: str) -> None:
+    import torch
+
     from benchmarks.random_blip2 import blip2_config, save_checkpoint
 
-    save_checkpoint(Path(folder), blip2_config("opt", queries=32, **DIMENSIONS[dims]))
+    config = blip2_config("opt", queries=32, **DIMENSIONS[dims])
+    save_checkpoint(Path(folder), config, dtype=getattr(torch, dtype))
 
 
-def caption(path: str, model: str) -> None:
-    """Load a captioner and time it on three photos, one by one."""
+def caption(path: str, model: str, device: str, *sizes: str) -> None:
+    """Load a captioner and time it on a few batches of each size."""
     began = time.perf_counter()
-    captioner = _torch_captioner(Path(model)) if path == "torch" else Captioner.load(model)
-    loaded = time.perf_counter() - began
-    minimum = "min_new_tokens" if path == "torch" else "min_tokens"
-
-    def timed(photo: Path, tokens: int) -> Timing:
-        return captioner.caption([photo], max_tokens=tokens, **{minimum: tokens})[0].timing
-
-    photos = sample_photos()[-3:]
-    timed(photos[0], 2)
-    pairs = [(timed(photo, 1), timed(photo, 1 + STEPS)) for photo in photos]
-    result = {
-        "load": loaded,
-        "encode": statistics.median(timing.encode for pair in pairs for timing in pair),
-        "prefill": statistics.median(short.decode for short, _ in pairs),
-        "token": statistics.median((long.decode - short.decode) / STEPS for short, long in pairs),
-    }
+    result: dict[str, float] = {}
+    with _gpu_memory(result) if device == "cuda" else contextlib.nullcontext():
+        captioner = _torch_captioner(Path(model), device) if path == "torch" else None
+        captioner = captioner or Captioner.load(model, device=device)
+        result["load"] = time.perf_counter() - began
+        minimum = "min_new_tokens" if path == "torch" else "min_tokens"
+        for size in map(int, sizes):
+            result.update(_timed(captioner, minimum, size, *STEPS[device]))
     print(json.dumps(result))
 
 
-def profile(model: str) -> None:
+def _timed(captioner: Any, minimum: str, size: int, steps: int, repeats: int) -> dict[str, float]:
+    """Medians in seconds, a batch of `size`."""
+    photos = itertools.cycle(sample_photos())
+
+    def timed(tokens: int) -> Timing:
+        batch = list(itertools.islice(photos, size))
+        options = {"max_tokens": tokens, minimum: tokens, "batch_size": size}
+        timing: Timing = captioner.caption(batch, **options)[0].timing
+        return timing
+
+    timed(1 + steps)
+    pairs = [(timed(1), timed(1 + steps)) for _ in range(repeats)]
+    return {
+        f"encode {size}": statistics.median(timing.encode for pair in pairs for timing in pair),
+        f"prefill {size}": statistics.median(short.decode for short, _ in pairs),
+        f"token {size}": statistics.median(
+            (long.decode - short.decode) / steps for short, long in pairs
+        ),
+    }
+
+
+@contextlib.contextmanager
+def _gpu_memory(result: dict[str, float]) -> Iterator[None]:
+    """Put how much more GPU memory is used within at most into `result`, as "gpu" in bytes."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    before = int(subprocess.check_output(query))
+    watcher = subprocess.Popen([*query, "-lms", "50"], stdout=subprocess.PIPE, text=True)
+    try:
+        yield
+    finally:
+        watcher.terminate()
+        used = map(int, watcher.communicate()[0].split())
+        result["gpu"] = (max(used, default=before) - before) * 2**20
+
+
+def profile(model: str, device: str) -> None:
     """The shares of operators in the time of decoding steps, as onnxruntime itself counts them."""
     from benchmarks.operators import profile as profiled
 
-    def caption(captioner: Captioner) -> None:
-        captioner.caption(sample_photos()[:1], max_tokens=1 + STEPS, min_tokens=1 + STEPS)
+    steps, _ = STEPS[device]
 
-    events = profiled(Path(model), caption)["decoder"]
-    _, *steps = [event for event in events if event["name"] == "model_run"]
-    total = sum(step["dur"] for step in steps)
+    def caption(captioner: Captioner) -> None:
+        captioner.caption(sample_photos()[:1], max_tokens=1 + steps, min_tokens=1 + steps)
+
+    events = profiled(Path(model), caption, device=device)["decoder_model_merged"]
+    _, *runs = [event for event in events if event["name"] == "model_run"]
+    total = sum(run["dur"] for run in runs)
     shares: Counter[str] = Counter()
     for event in events:
-        if event["name"].endswith("_kernel_time") and event["ts"] >= steps[0]["ts"]:
+        if event["name"].endswith("_kernel_time") and event["ts"] >= runs[0]["ts"]:
             shares[event["args"]["op_name"]] += event["dur"] / total
     print(json.dumps(dict(shares.most_common())))
 
 
-def _torch_captioner(folder: Path) -> Any:
+def _torch_captioner(folder: Path, device: str) -> Any:
+    import torch
+
     from capexport.models.blip2 import HuggingFaceCaptioner
 
-    return HuggingFaceCaptioner.load(folder)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    return HuggingFaceCaptioner.load(folder, device, dtype)
 
 
-def bandwidth() -> None:
-    print(json.dumps({"bytes_per_second": memory_bandwidth()}))
+def bandwidth(device: str) -> None:
+    print(json.dumps({"bytes_per_second": memory_bandwidth(device)}))
 
 
 def _report(
-    dims: str,
+    options: argparse.Namespace,
     exports: dict[str, dict[str, Any]],
     measured: dict[str, dict[str, float]],
     profiles: dict[str, dict[str, float]],
 ) -> str:
+    on_gpu = options.device == "cuda"
     reference = measured["torch"]
-    exact = exports.get("fp32", {}).get("step_bytes")
+    exact = exports.get("fp16" if on_gpu else "fp32", {}).get("step_bytes")
 
     def row(title: str, torch: str, cell: Callable[[str], str]) -> tuple[str, ...]:
         return (title, torch, *map(cell, exports))
 
-    def floor(bytes_read: float | None, path: str) -> str:
+    def floor(bytes_read: float | None, path: str, token: str) -> str:
         outcome = measured[path]
-        return f"{bytes_read / outcome['bandwidth'] / outcome['token']:.2f}" if bytes_read else ""
+        return f"{bytes_read / outcome['bandwidth'] / outcome[token]:.2f}" if bytes_read else ""
 
     rows = [
-        ("", "PyTorch fp32", *(f"ONNX {precision}" for precision in exports)),
+        ("", f"PyTorch {'fp16' if on_gpu else 'fp32'}", *(f"ONNX {name}" for name in exports)),
         row("export (s)", "", lambda p: f"{exports[p]['seconds']:.0f}"),
         row("export: peak anonymous memory (GB)", "", lambda p: _gb(exports[p]["anonymous"])),
         row("on disk (GB)", "", lambda p: _gb(exports[p]["bytes"])),
     ]
+    stages = [
+        (f"{stage} {size}", f"{title}, batch {size} (ms)", 1e3)
+        for size in options.batch_sizes
+        for stage, title in (("encode", "image encoder"), ("prefill", "prefill"), ("token", "step"))
+    ]
     for key, title, unit in (
-        ("load", "load (s)", 1), ("encode", "image encoder (ms)", 1e3),
-        ("prefill", "prefill (ms)", 1e3),
-        ("bandwidth", "memory bandwidth at that time (GB/s)", 1e-9), ("token", "a token (ms)", 1e3),
-        ("anonymous", "running: peak anonymous memory (GB)", 1e-9),
+        ("load", "load (s)", 1), ("bandwidth", "memory bandwidth at that time (GB/s)", 1e-9),
+        *stages, ("anonymous", "running: peak anonymous memory (GB)", 1e-9),
+        *([("gpu", "running: peak GPU memory (GB)", 1e-9)] if on_gpu else []),
     ):  # fmt: skip
-        values = {path: f"{unit * outcome[key]:.1f}" for path, outcome in measured.items()}
+        values = {path: f"{unit * outcome[key]:.2f}" for path, outcome in measured.items()}
         rows.append(row(title, values["torch"], values.__getitem__))
-        if key in ("encode", "token"):
+        if title.endswith("(ms)"):
             ratios = {path: f"{reference[key] / measured[path][key]:.2f}x" for path in exports}
             rows.append(row("  against PyTorch", "", ratios.__getitem__))
-        if key == "token":
-            rows.append(
-                row(
-                    "  share of the floor",
-                    floor(exact, "torch"),
-                    lambda p: floor(exports[p]["step_bytes"], p),
-                )
-            )
+        if key.startswith("token"):
+            own = {path: floor(exports[path]["step_bytes"], path, key) for path in exports}
+            first = floor(exact, "torch", key)
+            rows.append(row("  share of the memory floor", first, own.__getitem__))
     operators = {name for shares in profiles.values() for name in shares} - {"seconds", "anonymous"}
     largest = {name: max(shares.get(name, 0) for shares in profiles.values()) for name in operators}
     for name in sorted(operators, key=largest.__getitem__, reverse=True):
         if largest[name] >= 0.01:
-            title = f"a token: share of {name}"
+            title = f"a step: share of {name}"
             rows.append(row(title, "", lambda p, n=name: f"{profiles[p].get(n, 0):.1%}"))
     rows += [
         row("identical tokens", "", lambda p: f"{exports[p]['token_agreement']:.1%}"),
         row("error of the first logits", "", lambda p: f"{exports[p]['logit_error']:.1g}"),
     ]
     return (
-        f"{dims}, random weights, batch 1, {cpu_model()}, {available_cores()} cores; "
-        f"{datetime.date.today()}\n\n{table(rows)}"
+        f"{options.dims}, random weights, {cpu_model()}, {available_cores()} cores"
+        f"{', ' + gpu_model() if on_gpu else ''}; {datetime.date.today()}\n\n{table(rows)}"
     )
 
 

@@ -20,6 +20,7 @@ from capexport.bench.cli import sample_photos
 from capexport.bench.report import cpu_model, table
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import run_command, teaching
+from capexport.sessions import Graph
 
 RUNS = 30
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="operators.py",
         **teaching(
-            "Print the operators that a captioner's encoder and decoder spend their time in.",
+            "Print the operators that a captioner's graphs spend their time in.",
             "python benchmarks/operators.py                             # the bundled one",
             "python benchmarks/operators.py artifacts/first --batch-size 32 --markdown FILE",
         ),
@@ -50,7 +51,8 @@ def _profile(options: argparse.Namespace) -> int:
 
     title = f"{options.artifact.name}, batch {options.batch_size}, {options.threads} threads, "
     found = profile(options.artifact, caption, options.threads)
-    parts = [title + cpu_model(), *(table(_rows(name, events)) for name, events in found.items())]
+    ran = {name: events for name, events in found.items() if len(_rows(name, events)) > 1}
+    parts = [title + cpu_model(), *(table(_rows(name, events)) for name, events in ran.items())]
     text = "\n\n".join(parts)
     if options.markdown:
         replace_file(options.markdown, text + "\n")
@@ -59,9 +61,12 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def profile(
-    artifact: Path, caption: Callable[[Captioner], object], threads: int | None = None
+    artifact: Path,
+    caption: Callable[[Captioner], object],
+    threads: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, list[dict[str, Any]]]:
-    """The events that onnxruntime records, of the encoder and the decoder, while an artifact's
+    """The events that onnxruntime records in each graph, by its name, while an artifact's
     captioner goes through `caption`."""
     plain = onnxruntime.SessionOptions
     with tempfile.TemporaryDirectory() as folder:
@@ -73,18 +78,13 @@ def profile(
             return settings
 
         with mock.patch.object(onnxruntime, "SessionOptions", profiled):
-            captioner = Captioner.load(artifact, threads=threads)
+            captioner = Captioner.load(artifact, threads=threads, device=device)
             caption(captioner)
-        encoder: Any = captioner.encoder
-        decoder: Any = captioner.decoder
-        looped = getattr(decoder, "looped", False)
-        graphs = {
-            "encoder": encoder.graph,
-            "decoder": decoder.loop if looped else decoder.step_graph,
-        }
+        opened = [*vars(captioner.encoder).values(), *vars(captioner.decoder).values()]
         return {
-            name: json.loads(Path(graph.session.end_profiling()).read_text())
-            for name, graph in graphs.items()
+            graph.path.stem: json.loads(Path(graph.session.end_profiling()).read_text())
+            for graph in opened
+            if isinstance(graph, Graph)
         }
 
 
@@ -96,7 +96,7 @@ def _rows(graph: str, events: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         if event["name"].endswith("_kernel_time") and event["args"]["op_name"] != "Loop":
             spent[event["args"]["op_name"]] += event["dur"]
             calls[event["args"]["op_name"]] += 1
-    total = sum(spent.values())
+    total = sum(spent.values()) or 1
     return [
         (graph, "microseconds a batch", "share", "calls a batch"),
         *(

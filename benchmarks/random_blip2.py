@@ -83,6 +83,7 @@ def save_checkpoint(
     shard_bytes: int = 2 * 10**9,
     num_query_tokens: bool = True,
     padding_side: str = "left",
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write `config`, weights drawn so that captions vary with the image, and a processor.
 
@@ -106,7 +107,7 @@ def save_checkpoint(
     for name, parameter in meta_model(config).named_parameters():
         if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:
             flush()
-        shard[name] = _draw(name, parameter.shape, config, generator)
+        shard[name] = _draw(name, parameter.shape, config, generator).to(dtype)
     flush()
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

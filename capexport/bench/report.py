@@ -150,8 +150,11 @@ def table(rows: Sequence[Row]) -> str:
 
 def environment(threads: int, device: str = "cpu") -> Environment:
     """This machine, and the versions installed here."""
+    processor = cpu_model()
+    if device.startswith("cuda"):
+        processor += f", {gpu_model(device)}"
     return Environment(
-        cpu=cpu_model(),
+        cpu=processor,
         threads=threads,
         memory_gb_per_second=memory_bandwidth(device) / 1e9,
         versions={
@@ -168,6 +171,13 @@ def _versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
     return installed
+
+
+def gpu_model(device: str = "cuda") -> str:
+    """The GPU's name."""
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
 
 
 def cpu_model() -> str:
