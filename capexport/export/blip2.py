@@ -24,7 +24,7 @@ from capexport.artifact import CaptionParity, Manifest, Parity, PromptSpec, Prov
 from capexport.errors import ParityError
 from capexport.export.blip2_parts import PartConfig, Plan, plan_parts
 from capexport.export.draft import Draft, draft_artifact
-from capexport.export.fusion import fused_modules
+from capexport.export.fusion import fused_modules, join_projections
 from capexport.export.graph import OPSET, versions
 from capexport.export.parity import IMAGES, relative_error, seeded_images, token_agreement
 from capexport.export.quantize import quantize_graph
@@ -204,6 +204,7 @@ def _export_part(
     part_config = plan.configure(part)
     name = f"{plan.name}.onnx"
     scratch = draft / "scratch"
+    join_projections(part, scratch)
     with export_patches():
         onnx_export_from_model(
             meta_model(config), scratch, task="feature-extraction", opset=OPSET,

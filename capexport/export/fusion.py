@@ -2,20 +2,24 @@
 
 While a model is traced its modules' own arithmetic is replaced: attention, its key/value cache
 included, becomes onnxruntime's `MultiHeadAttention`, and a linear layer a product with its weight
-as it is stored. Patterns that onnxruntime knows (a quantised product and its bias, the parts of
-T5's norm) it fuses by itself when it loads the graph.
+as it is stored; queries, keys and values of what attends to itself are one product. Patterns that
+onnxruntime knows (a quantised product and its bias, the parts of T5's norm) it fuses by itself
+when it loads the graph.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import onnx
+import torch
 from onnx import helper
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 from torch.onnx.ops import symbolic, symbolic_multi_out
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache
@@ -42,12 +46,38 @@ def fused_modules() -> Iterator[None]:
         yield
 
 
+def join_projections(part: nn.Module, scratch: Path) -> None:
+    """Give each attention to itself one matrix for queries, keys and values, for `fused_modules`;
+    the three become parts of it. It is mapped from a file in `scratch`, not held in memory."""
+    for module in part.modules():
+        if isinstance(module, OPTAttention):
+            layers = [module.q_proj, module.k_proj, module.v_proj]
+        elif isinstance(module, T5Attention) and module.k is not None:
+            layers = [module.q, module.k, module.v]
+        else:
+            continue
+        first = layers[0].weight
+        rows = [layer.out_features for layer in layers]
+        file = scratch / "joined"
+        joined = torch.from_file(
+            str(file), shared=True, size=sum(rows) * first.shape[1], dtype=first.dtype
+        ).view(sum(rows), -1)
+        file.unlink()  # it lives on as long as the mapping
+        for layer, block in zip(layers, joined.split(rows), strict=True):
+            layer.weight = nn.Parameter(block.copy_(layer.weight), requires_grad=False)
+        module.register_parameter("qkv_weight", nn.Parameter(joined, requires_grad=False))
+
+
 def _linear(self: nn.Linear, inputs: Tensor) -> Tensor:
-    # ONNX's own MatMul would need the weight transposed: a copy of all weights.
-    shape = (*inputs.shape[:-1], self.out_features)
-    name, operands = "com.microsoft::FusedMatMul", (inputs, self.weight)
-    product = symbolic(name, operands, {"transB": 1}, dtype=inputs.dtype, shape=shape, version=1)
+    product = _product(inputs, self.weight)
     return product if self.bias is None else product + self.bias
+
+
+def _product(inputs: Tensor, weight: Tensor) -> Tensor:
+    # ONNX's own MatMul would need the weight transposed: a copy of all weights.
+    shape = (*inputs.shape[:-1], weight.shape[0])
+    name, operands = "com.microsoft::FusedMatMul", (inputs, weight)
+    return symbolic(name, operands, {"transB": 1}, dtype=inputs.dtype, shape=shape, version=1)
 
 
 def _attention(
@@ -56,12 +86,13 @@ def _attention(
     value: Tensor,
     heads: int,
     scale: float,
-    bias: Tensor | None = None,
+    mask: Tensor | None = None,
     past: tuple[Tensor, ...] = (),
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """Context (batch, length, width) and, with a past, keys and values, (batch, heads, total,
     width of a head) each. `query` is (batch, length, width); `key` and `value` are that too, or as
-    the cache has them."""
+    the cache has them. `mask` is added to the scores, `bias` to query, key and value."""
     shapes: list[Any] = [query.shape]
     for tensor in past:
         batch, _, length, width = tensor.shape
@@ -69,7 +100,7 @@ def _attention(
     return list(
         symbolic_multi_out(
             "com.microsoft::MultiHeadAttention",
-            (query, key, value, None, None, bias, *past),
+            (query, key, value, bias, None, mask, *past),
             {"num_heads": heads, "scale": scale},
             dtypes=[query.dtype] * len(shapes),
             shapes=shapes,
@@ -92,9 +123,11 @@ def _opt_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     layer = past_key_values.layers[self.layer_idx]
+    query, key, value = _product(hidden_states, self.qkv_weight).chunk(3, dim=-1)
+    biases = [projection.bias for projection in (self.q_proj, self.k_proj, self.v_proj)]
     context, layer.keys, layer.values = _attention(
-        self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states),
-        self.num_heads, self.scaling, attention_mask, (layer.keys, layer.values),
+        query, key, value, self.num_heads, self.scaling, attention_mask,
+        (layer.keys, layer.values), None if biases[0] is None else cat(biases),
     )  # fmt: skip
     return self.out_proj(context), None
 
@@ -124,9 +157,9 @@ def _t5_attention(
     past: tuple[Tensor, ...] = ()
     if key_value_states is not None:  # cross-attention
         layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
-        key, value = layer.keys, layer.values
+        query, key, value = self.q(hidden_states), layer.keys, layer.values
     else:
-        key, value = self.k(hidden_states), self.v(hidden_states)
+        query, key, value = _product(hidden_states, self.qkv_weight).chunk(3, dim=-1)
         if past_key_values is not None:
             layer = past_key_values.self_attention_cache.layers[self.layer_idx]
             past = layer.keys, layer.values
@@ -136,9 +169,7 @@ def _t5_attention(
         if self.has_relative_attention_bias:
             device = hidden_states.device
             position_bias = position_bias + self.compute_bias(None, total, device, cache_position)
-    context, *present = _attention(
-        self.q(hidden_states), key, value, self.n_heads, 1.0, position_bias, past
-    )
+    context, *present = _attention(query, key, value, self.n_heads, 1.0, position_bias, past)
     if past:
         layer.keys, layer.values = present
     return self.o(context), position_bias
@@ -151,7 +182,8 @@ def _t5_layer_norm(self: T5LayerNorm, inputs: Tensor) -> Tensor:
 
 
 def fuse_skip_connections(graph: onnx.GraphProto) -> None:
-    """Make one `SkipLayerNormalization` of each sum and the layer norm behind it.
+    """Make one `SkipLayerNormalization` of each sum and the layer norm behind it, and of the bias
+    that a linear layer adds before it.
 
     onnxruntime, when it loads a graph, does so only where nothing else takes the sum.
     """
@@ -163,15 +195,36 @@ def fuse_skip_connections(graph: onnx.GraphProto) -> None:
         if node.op_type == "Add"
         and all(name in shapes and shapes[name] == shapes[node.input[0]] for name in node.input)
     }
+    biased = _biased_products(graph)
     for norm in [node for node in graph.node if node.op_type == "LayerNormalization"]:
         if (total := sums.pop(norm.input[0], None)) is None:
             continue
+        terms, bias = list(total.input), ""
+        for index, name in enumerate(terms):
+            if not bias and name in biased:
+                terms[index], bias = biased[name].input
+                graph.node.remove(biased[name])
         fused = helper.make_node(
             "SkipLayerNormalization",
-            [*total.input, *norm.input[1:]],
+            [*terms, *norm.input[1:], *([bias] if bias else [])],
             [norm.output[0], "", "", total.output[0]],
             domain="com.microsoft",
             epsilon=helper.get_node_attr_value(norm, "epsilon"),
         )
         total.CopyFrom(fused)
         graph.node.remove(norm)
+
+
+def _biased_products(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """The sums of a matrix product and its bias that one node alone takes, by their names."""
+    products = {node.output[0] for node in graph.node if node.op_type == "FusedMatMul"}
+    vectors = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
+    uses = Counter(name for node in graph.node for name in node.input)
+    return {
+        node.output[0]: node
+        for node in graph.node
+        if node.op_type == "Add"
+        and node.input[0] in products
+        and node.input[1] in vectors
+        and uses[node.output[0]] == 1
+    }
