@@ -107,6 +107,7 @@ class Captioner:
         threads: CPU threads of preprocessing.
         batch_size: how many images of a list go through the model together by default.
         truncated: whether of an image file that breaks off, what there is is taken.
+        full_size: whether large JPEG files are decoded whole; see `preprocess`.
         folder: the artifact that it was opened from, if any.
     """
 
@@ -138,6 +139,7 @@ class Captioner:
         self.device = device
         self._title = title
         self.truncated = False
+        self.full_size = False
         self._reader = ImageReader(image, self.threads)
 
     def __repr__(self) -> str:
@@ -198,7 +200,7 @@ class Captioner:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._reload is None:
             raise TypeError("a captioner that Captioner.load did not make cannot be pickled")
-        names = ("options", "batch_size", "truncated")
+        names = ("options", "batch_size", "truncated", "full_size")
         return self._reload, (), {name: getattr(self, name) for name in names}
 
     def __enter__(self) -> Captioner:
@@ -342,7 +344,7 @@ class Captioner:
         while batch := list(islice(pairs, batch_size)):
             began = time.perf_counter()
             sources = [image for image, _ in batch]
-            pixels, errors = self._reader.read(sources, self.truncated)
+            pixels, errors = self._reader.read(sources, self.truncated, self.full_size)
             failed = next((error for error in errors if error), None)
             if failed:
                 kept = [row for row, error in enumerate(errors) if not error]
@@ -370,7 +372,9 @@ class Captioner:
 
         `out`, an array like it, is filled and returned where given.
         """
-        return preprocess(image, self.image, out, truncated=self.truncated)
+        return preprocess(
+            image, self.image, out, truncated=self.truncated, full_size=self.full_size
+        )
 
     def caption_pixels(
         self,

@@ -176,7 +176,10 @@ def _lock_of(source: object) -> contextlib.AbstractContextManager[object]:
     return _locks[hash(id(source)) % len(_locks)]
 
 
-def decoded(source: ImageSource, max_pixels: int, truncated: bool) -> Loaded:
+def decoded(
+    source: ImageSource, max_pixels: int, truncated: bool, enough: int | None = None
+) -> Loaded:
+    """Of a JPEG file, all pixels, or so many that neither edge has fewer than `enough`."""
     if isinstance(source, Image.Image):
         with _lock_of(source):
             if isinstance(source, ImageFile.ImageFile):
@@ -186,13 +189,13 @@ def decoded(source: ImageSource, max_pixels: int, truncated: bool) -> Loaded:
     if isinstance(source, np.ndarray):
         return _plain(_from_array(source))
     if isinstance(source, bytes):
-        return _read(io.BytesIO(source), max_pixels, truncated)
+        return _read(io.BytesIO(source), max_pixels, truncated, enough)
     if isinstance(source, str | os.PathLike):
         _check_regular(source)
         with open(source, "rb") as file:  # noqa: PTH123
-            return _read(file, max_pixels, truncated)
+            return _read(file, max_pixels, truncated, enough)
     if hasattr(source, "read") and not isinstance(source, type):
-        return _read(io.BytesIO(_content(source)), max_pixels, truncated)
+        return _read(io.BytesIO(_content(source)), max_pixels, truncated, enough)
     raise ImageError(
         "this is no image: pass a path, bytes, a binary file, a PIL image or a uint8 array; "
         "several as a list"
@@ -232,14 +235,14 @@ def _from_array(array: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _read(file: BinaryIO, max_pixels: int, truncated: bool) -> Loaded:
+def _read(file: BinaryIO, max_pixels: int, truncated: bool, enough: int | None) -> Loaded:
     """Decode a file; where its metadata are what fails, without them."""
     head = file.read(12)
     if head[8:] == b"WEBP" or head[4:8] == b"ftyp" or head[:4] == b"qoif":
         _check_bytes(file)  # their decoders read all of it
     file.seek(0)
     try:
-        return _decode(file, max_pixels, truncated)
+        return _decode(file, max_pixels, truncated, enough)
     except ImageError:
         raise
     except Exception:
@@ -248,7 +251,7 @@ def _read(file: BinaryIO, max_pixels: int, truncated: bool) -> Loaded:
             bare = without_metadata(data, keep_orientation)
             if bare != tried:
                 with contextlib.suppress(Exception):
-                    return _decode(io.BytesIO(bare), max_pixels, truncated)
+                    return _decode(io.BytesIO(bare), max_pixels, truncated, enough)
             tried = bare
         raise
 
@@ -266,7 +269,7 @@ def _check_bytes(file: BinaryIO) -> None:
         )
 
 
-def _decode(file: BinaryIO, max_pixels: int, truncated: bool) -> Loaded:
+def _decode(file: BinaryIO, max_pixels: int, truncated: bool, enough: int | None) -> Loaded:
     with Image.open(file, formats=_readable_formats()) as image:
         _check_size(image, max_pixels)
         if image.info.get("progressive"):
@@ -275,6 +278,8 @@ def _decode(file: BinaryIO, max_pixels: int, truncated: bool) -> Loaded:
         if image.mode == "P" and max(tags.get(_COLORMAP, (256,))) < 256:
             # Colours of 8 bits where 16 are due: Pillow would make them all black.
             image.palette = ImagePalette.raw("RGB;L", bytes(tags[_COLORMAP]))
+        if enough:
+            image.draft(None, (enough, enough))  # type: ignore[arg-type]
         if truncated:
             _load_truncated(image)
         else:

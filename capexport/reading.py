@@ -27,27 +27,30 @@ class ImageReader:
         self._pools: dict[int, ThreadPoolExecutor] = {}  # by process: a fork takes no thread along
 
     def read(
-        self, images: Sequence[ImageSource], truncated: bool = False
+        self, images: Sequence[ImageSource], truncated: bool = False, full_size: bool = False
     ) -> tuple[FloatArray, list[ImageError | None]]:
         """
         Args:
-            truncated: as of `preprocess`.
+            truncated, full_size: as of `preprocess`.
         Returns:
             Pixels, float32 (images, 3, height, width), and for each image what is wrong with it;
             its pixels then mean nothing.
         """
         pixels = np.empty((len(images), 3, self.spec.crop, self.spec.crop), np.float32)
         if len(images) == 1:  # not worth a thread
-            return pixels, [self._read(images[0], pixels[0], truncated)]
+            return pixels, [self._read(images[0], pixels[0], truncated, full_size)]
         process = os.getpid()
         if process not in self._pools:
             self._pools.setdefault(process, ThreadPoolExecutor(self.threads))
-        read = self._pools[process].map(self._read, images, pixels, repeat(truncated))
+        options = repeat(truncated), repeat(full_size)
+        read = self._pools[process].map(self._read, images, pixels, *options)
         return pixels, list(read)
 
-    def _read(self, image: ImageSource, out: FloatArray, truncated: bool) -> ImageError | None:
+    def _read(
+        self, image: ImageSource, out: FloatArray, truncated: bool, full_size: bool
+    ) -> ImageError | None:
         try:
-            preprocess(image, self.spec, out, truncated=truncated)
+            preprocess(image, self.spec, out, truncated=truncated, full_size=full_size)
         except ImageError as error:
             return error
         return None

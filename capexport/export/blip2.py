@@ -290,6 +290,7 @@ def _compare_captions(
     prompts = list(itertools.islice(itertools.cycle(_PROMPTS), len(images)))
     reference = _reference(checkpoint, weights, draft.folder / "scratch")
     exported = draft.captioner(_target(precision))
+    exported.full_size = True  # as the processor has them
     wanted, got, wanted_logits, got_logits = [], [], [], []
     for prompt in (None, prompts):
         together = reference.caption(images, prompt=prompt)

@@ -47,6 +47,32 @@ def test_pixels_are_those_of_the_whole_image_resized_then_cropped(resample, size
     np.testing.assert_array_equal(preprocess(image, spec), wanted)
 
 
+@pytest.mark.parametrize("keep_aspect", [True, False])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    ("size", "scale"),
+    [((1023, 1400), 1), ((1024, 1400), 2), ((1400, 1024), 2), ((2050, 2048), 4), ((4100, 4096), 8)],
+)
+def test_large_jpegs_are_decoded_to_twice_the_size_needed(size, scale, mode, keep_aspect):
+    """As Pillow's own `draft` reduces them."""
+    spec = ImageSpec(256, 224 if keep_aspect else 256, keep_aspect=keep_aspect)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(draw_photo(1, size).convert(mode), "JPEG", quality=90, exif=exif)
+    with Image.open(io.BytesIO(data)) as reduced:
+        reduced.draft(None, (size[0] // scale, size[1] // scale))
+        assert reduced.width == -(-size[0] // scale)
+        wanted = preprocess(reduced, spec)
+    pixels, whole = preprocess(data, spec), preprocess(data, spec, full_size=True)
+    np.testing.assert_array_equal(pixels, wanted)
+    np.testing.assert_array_equal(preprocess(io.BytesIO(data), spec), wanted)
+    np.testing.assert_array_equal(whole, preprocess(load_image(data), spec))
+    assert (scale == 1) == np.array_equal(pixels, whole)
+    assert np.abs(pixels - whole).mean() < 0.05
+    broken = preprocess(data[:-300], spec, truncated=True)
+    assert np.abs(broken - wanted).mean() < 0.2
+
+
 def test_pixels_can_go_into_the_row_of_a_batch():
     batch = np.full((2, 3, 224, 224), np.nan, np.float32)
     assert preprocess(draw_photo(1), ImageSpec(), batch[1]) is not None
