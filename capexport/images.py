@@ -279,7 +279,7 @@ def _decode(file: BinaryIO, max_pixels: int, truncated: bool, enough: int | None
             # Colours of 8 bits where 16 are due: Pillow would make them all black.
             image.palette = ImagePalette.raw("RGB;L", bytes(tags[_COLORMAP]))
         if enough:
-            image.draft(None, (enough, enough))  # type: ignore[arg-type]
+            image.draft(None, (enough, enough))
         if truncated:
             _load_truncated(image)
         else:

@@ -36,6 +36,7 @@ from capexport.sessions import Target, available_cores, targets
 # By the names of their columns: each artifact, and each contender's variants.
 Artifacts: TypeAlias = dict[str, tuple[Path, Manifest]]
 Contenders: TypeAlias = dict[str, Variants]
+_COMPILED = "torch.compile"  # its variants are among PyTorch's
 # Photographs among the sample images of scikit-image.
 _SAMPLES = (
     "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"
@@ -80,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="also measure PyTorch as most people run it, torch.compile, and OpenVINO on the same "
-        "graphs (needs the extra `peers`)",
+        help="also try torch.compile, and measure PyTorch as most people run it, BLIP-2 in 16 "
+        "bits, and OpenVINO on the same graphs (needs the extra `peers`)",
     )
     parser.add_argument(
         "--photos", nargs="+", default=[], metavar="PATH", help="default: scikit-image's samples"
@@ -243,28 +244,32 @@ class _Bench:
 
     def run(self, references: Mapping[str, Sequence[str]]) -> Result:
         options = self._options
+        footprint = self._footprints()  # in processes of their own, while nothing else is loaded
         peers, unavailable = self._peers() if options.peers else ({}, {})
         exported = {name: {"": captioner} for name, captioner in self._exported.items()}
-        contenders: Contenders = {"PyTorch": self._pair.variants(), **peers, **exported}
+        pytorch = {**self._pair.variants(), **peers.pop(_COMPILED, {})}
+        contenders: Contenders = {"PyTorch": pytorch, **peers, **exported}
         scored = _cover(references, self._paths)
         environment = report.environment(self._target.threads or 1, self._target.name)
         bandwidth = environment.memory_gb_per_second * 1e9
+        metrics = self._metrics(contenders, references) if scored else {}
+        runs = [self._run(contenders, size, bandwidth) for size in options.batch_sizes]
         return Result(
             model=self._pair.title,
             device=self._target.name,
             photos=len(self._photos),
             repeats=options.repeats,
-            environment=environment,
-            metrics=self._metrics(contenders, references) if scored else {},
-            runs=[self._run(contenders, size, bandwidth) for size in options.batch_sizes],
+            environment=dataclasses.replace(environment, load=report.load()),
+            metrics=metrics,
+            runs=runs,
             unavailable=unavailable,
-            footprint=self._footprints(),
+            footprint=footprint,
             num_beams=options.num_beams,
         )
 
     def _peers(self) -> tuple[Contenders, dict[str, str]]:
         """The peers that can caption, and why the others cannot."""
-        openers = dict(self._pair.peers())
+        openers = {_COMPILED: self._pair.compiled, **self._pair.peers()}
         threads = self._target.threads or 1
         for folder, manifest in self._artifacts.values():
             openers[f"OpenVINO {manifest.precision}"] = partial(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -13,7 +14,7 @@ import numpy as np
 from capexport.bench.measure import memory_bandwidth
 from capexport.bench.results import STAGES, Environment, Result, Run
 from capexport.bench.sheet import new_figure, save_figure
-from capexport.sessions import runtime_version
+from capexport.sessions import available_cores, runtime_version
 
 Row = tuple[str, ...]
 
@@ -36,6 +37,12 @@ def render(result: Result) -> str:
         "",
         table(_Rows(result).all()),
     ]
+    if machine.load and machine.load > (cores := available_cores()) + 0.5:
+        lines.insert(
+            2,
+            f"The machine was busy (load {machine.load:.1f} on {cores} cores): ratios "
+            "can turn round; measure again on a quiet one.",
+        )
     if result.unavailable:
         lines += ["", *(f"- {name}: {why}" for name, why in result.unavailable.items())]
     return "\n".join(lines)
@@ -86,6 +93,7 @@ class _Rows:
             ("outside_graphs", "decoding outside the graphs", ".1%"),
             ("share_of_floor", "decoding, share of the memory floor", ".2f"),
             ("identical_captions", "captions identical to PyTorch's", ".1%"),
+            ("identical_tokens", "tokens identical to PyTorch's", ".1%"),
         ):
             values = {name: getattr(path, key) for name, path in run.paths.items()}
             self._row(f"batch {run.batch_size}: {label}", values, form)
@@ -163,6 +171,11 @@ def environment(threads: int, device: str = "cpu") -> Environment:
             "onnxruntime": runtime_version(),
         },
     )
+
+
+def load() -> float | None:
+    """How many processes wanted a core within the last minute, where the system tells."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _versions(*packages: str) -> dict[str, str]:

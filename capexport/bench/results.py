@@ -28,7 +28,7 @@ class Path:
         milliseconds: a batch's, by stage.
         steps: decoding steps a batch, the mean; a search of beams may take more.
         captions_per_second, tokens_per_second: at the median.
-        identical_captions: the share that is the first captioner's.
+        identical_captions, identical_tokens: the share that is the first captioner's.
         outside_graphs: the share of decoding, from features to text, spent outside the graphs.
         share_of_floor: the time in which the decoder's weights can be read from memory, as a share
             of the time that decoding takes.
@@ -39,6 +39,7 @@ class Path:
     captions_per_second: float
     tokens_per_second: float
     identical_captions: float
+    identical_tokens: float
     outside_graphs: float | None = None
     share_of_floor: float | None = None
 
@@ -63,12 +64,14 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine and the versions that a measurement depends on."""
+    """The machine and the versions that a measurement depends on; `load` is the machine's average
+    of processes that want a core, within the last minute of measuring."""
 
     cpu: str
     threads: int
     memory_gb_per_second: float
     versions: dict[str, str]
+    load: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from capexport.artifact import is_hub_id
 from capexport.captioner import Caption, Captioner
 from capexport.decoding import DecodingKeywords
-from capexport.errors import DeviceError, importing
+from capexport.errors import importing
+from capexport.preprocessing import ImageSource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +29,7 @@ class AnyCaptioner(Protocol):
     """`Captioner`, or what `generate()` of Transformers is wrapped in."""
 
     def caption(
-        self, images: Sequence[Photo], *, batch_size: int, **options: Unpack[DecodingKeywords]
+        self, images: Sequence[ImageSource], *, batch_size: int, **options: Unpack[DecodingKeywords]
     ) -> list[Caption]: ...
 
 
@@ -54,6 +56,9 @@ class Pair(Protocol):
     def variants(self) -> Variants:
         """The model in PyTorch, the plainest first."""
 
+    def compiled(self) -> Variants:
+        """More of them, through `torch.compile`: it takes minutes, and needs a compiler."""
+
     def peers(self) -> Mapping[str, Callable[[], Variants]]:
         """Other ways to run it, opened one by one, since some cannot be."""
 
@@ -79,8 +84,12 @@ def open_pair(checkpoint: str, device: str, threads: int) -> Pair:
     return Blip2(checkpoint, device) if is_blip2 else CnnLstm(checkpoint, device, threads)
 
 
+_FORMATS = ("channels_last", "contiguous")
+_STEPS = ("nn.LSTMCell", "nn.LSTM")
+
+
 class CnnLstm:
-    """Its variants: memory formats of the encoder, and calls of the LSTM."""
+    """Its variants: memory formats and forms of the encoder, and calls of the LSTM."""
 
     def __init__(self, checkpoint: str, device: str, threads: int) -> None:
         from capexport.models.checkpoint import find_checkpoint, load_checkpoint
@@ -97,36 +106,41 @@ class CnnLstm:
         export_cnn_lstm(self._checkpoint, out)
 
     def variants(self) -> Mapping[str, Captioner]:
-        kinds = itertools.product(("channels_last", "contiguous"), ("nn.LSTMCell", "nn.LSTM"))
-        return {f"{encoder}, {step}": self._variant(encoder, step) for encoder, step in kinds}
+        from capexport.models.torch_captioner import Form
 
-    def _variant(self, encoder: str, step: str, compiled: bool = False) -> Captioner:
+        steps = ["nn.LSTMCell"] if self._checkpoint.model.decoder.attends else _STEPS
+        kinds = itertools.product(_FORMATS, get_args(Form), steps)
+        return {", ".join(kind): self._variant(*kind) for kind in kinds}
+
+    def _variant(self, layout: str, form: Any, step: str, compiled: bool = False) -> Captioner:
         from capexport.models.torch_captioner import torch_captioner
 
         return torch_captioner(
             self._checkpoint,
             self._device,
-            channels_last=encoder == "channels_last",
+            channels_last=layout == "channels_last",
+            encoder=form,
             step_by_module=step == "nn.LSTM",
             compiled=compiled,
             threads=self._threads,
         )
 
+    def compiled(self) -> Mapping[str, Captioner]:
+        return {
+            f"{layout}, folded, compiled": self._variant(layout, "folded", "nn.LSTMCell", True)
+            for layout in _FORMATS
+        }
+
     def peers(self) -> Mapping[str, Callable[[], Variants]]:
         def usual() -> Variants:
-            return {"contiguous, nn.LSTM": self._variant("contiguous", "nn.LSTM")}
+            kind = ("contiguous", "plain", "nn.LSTM")
+            return {", ".join(kind): self._variant(*kind)}
 
-        def compiled() -> Variants:
-            return {
-                f"{encoder}, nn.LSTMCell": self._variant(encoder, "nn.LSTMCell", compiled=True)
-                for encoder in ("contiguous", "channels_last")
-            }
-
-        return {"PyTorch as usual": usual, "torch.compile": compiled}
+        return {"PyTorch as usual": usual}
 
 
 class Blip2:
-    """`generate()` of Transformers has no variants."""
+    """`generate()` of Transformers, in float32 and as people who know their machine run it."""
 
     def __init__(self, checkpoint: str, device: str) -> None:
         from capexport.models.blip2_checkpoint import Weights, find_checkpoint
@@ -141,19 +155,26 @@ class Blip2:
 
         export_blip2(self.folder, out)
 
-    def variants(self) -> Variants:
+    def _loaded(self, dtype: str = "float32", compiled: bool = False) -> Variants:
+        import torch
+
         from capexport.models.blip2 import HuggingFaceCaptioner
 
-        return {"generate()": HuggingFaceCaptioner.load(self.folder, self._device)}
+        found = HuggingFaceCaptioner.load(self.folder, self._device, getattr(torch, dtype))
+        if compiled:
+            found.compile()
+        return {"generate(), compiled" if compiled else "generate()": found}
+
+    def variants(self) -> Variants:
+        return self._loaded()
+
+    def compiled(self) -> Variants:
+        return self._loaded(compiled=True)
 
     def peers(self) -> Mapping[str, Callable[[], Variants]]:
-        def half() -> Variants:
-            if self._device != "cuda":
-                raise DeviceError("a CPU computes float16 no faster than float32")
-            from torch import float16
-
-            from capexport.models.blip2 import HuggingFaceCaptioner
-
-            return {"generate()": HuggingFaceCaptioner.load(self.folder, self._device, float16)}
-
-        return {"PyTorch fp16": half}
+        """In 16 bits: on a GPU float16, on a CPU bfloat16, since that computes float16 slowly."""
+        dtype, name = ("float16", "fp16") if self._device != "cpu" else ("bfloat16", "bf16")
+        return {
+            f"PyTorch {name}": partial(self._loaded, dtype),
+            f"PyTorch {name}, compiled": partial(self._loaded, dtype, True),
+        }

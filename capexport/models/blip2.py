@@ -65,6 +65,11 @@ class HuggingFaceCaptioner:
         checkpoint = read_checkpoint(folder)
         return cls(load_pretrained(checkpoint, dtype), checkpoint.processor, device)
 
+    def compile(self) -> None:
+        """Run the vision model, the Q-Former and the language model through `torch.compile`."""
+        for part in (self.model.vision_model, self.model.qformer, self.model.language_model):
+            part.compile(dynamic=True)
+
     def _stamp(self, *_: object) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()

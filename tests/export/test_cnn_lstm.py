@@ -69,7 +69,8 @@ def test_captions_equal_pytorch_on_images_the_export_did_not_see(
 ):
     images = [draw_photo(seed) for seed in range(100, 140)]
     exported = Captioner.load(artifact)
-    for variant in ({}, {"channels_last": False}, {"step_by_module": True}):
+    forms = [{"encoder": form, "channels_last": False} for form in ("folded", "frozen")]
+    for variant in ({}, {"channels_last": False}, {"step_by_module": True}, *forms):
         wanted = torch_captioner(copy.deepcopy(checkpoint), **variant).caption(images)
         assert len({caption.tokens for caption in wanted}) > 10
         for batch_size in (1, 7):
