@@ -12,9 +12,8 @@ from onnx import numpy_helper, parser
 
 from capexport.preprocessing import ImageSpec
 
-# What both axes have in common is computed for both at once: values of shape (2,), (2, crop) or
-# (taps, 2, crop), rows first. Only the pixels that the crop needs are ever touched, and only those
-# of one tap are wider than a byte.
+# What both axes have in common is computed for both at once: values of shape (2, 1, 1),
+# (2, crop, 1) or (2, crop, taps), rows first. Only the pixels that the crop needs are ever touched.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
 head (uint8[height, width, 3] image) => (float[1, 3, {crop}, {crop}] images) {{
@@ -25,18 +24,18 @@ head (uint8[height, width, 3] image) => (float[1, 3, {crop}, {crop}] images) {{
     {resized}
     margin = Sub (resized, crop)
     margin_double = Cast <to = 11> (margin)
-    offset_double = Mul (margin_double, half)
-    offset_even = Round (offset_double)
-    offset = Unsqueeze (offset_even, last_axis)
+    middle_margin = Mul (margin_double, half)
+    offset = Round (middle_margin)
 
     size_double = Cast <to = 11> (size)
     resized_double = Cast <to = 11> (resized)
     ratio = Div (size_double, resized_double)
-    scale = Unsqueeze (ratio, last_axis)
+    scale = Unsqueeze (ratio, inner_axes)
     stretch = Max (scale, one_double)
     support = Mul (stretch, reach)
     sharpness = Div (one_double, stretch)
-    position = Add (offset, positions)
+    start = Unsqueeze (offset, inner_axes)
+    position = Add (start, positions)
     middle = Add (position, half)
     centre = Mul (middle, scale)
     below = Sub (centre, support)
@@ -46,13 +45,12 @@ head (uint8[height, width, 3] image) => (float[1, 3, {crop}, {crop}] images) {{
     above = Add (centre, support)
     above_half = Add (above, half)
     above_whole = Cast <to = 7> (above_half)
-    edge = Unsqueeze (size, last_axis)
+    edge = Unsqueeze (size, inner_axes)
     high = Min (above_whole, edge)
     count = Sub (high, low)
     most = ReduceMax <keepdims = 0> (count)
-    counted = Range (zero, most, one)
-    tap = Unsqueeze (counted, tap_axes)
-    place = Add (tap, low)
+    tap = Range (zero, most, one)
+    place = Add (low, tap)
     place_double = Cast <to = 11> (place)
     from_centre = Sub (place_double, centre)
     from_middle = Add (from_centre, half)
@@ -61,24 +59,33 @@ head (uint8[height, width, 3] image) => (float[1, 3, {crop}, {crop}] images) {{
     {weight}
     used = Less (tap, count)
     weight = Where (used, any_weight, zero_double)
-    running = CumSum (weight, zero)
-    total = Gather <axis = 0> (running, minus_one)
+    running = CumSum (weight, two)
+    total = Gather <axis = 2> (running, last)
     share = Div (weight, total)
     large = Mul (share, whole)
     sign = Sign (large)
     rounding = Mul (sign, half)
-    rounded = Add (large, rounding)
-    factor = Cast <to = 6> (rounded)
+    nearly = Add (large, rounding)
+    factor = Cast <to = 7> (nearly)
+    factor_double = Cast <to = 11> (factor)
+    steps = Div (factor_double, step)
+    whole_steps = Floor (steps)
+    upper = Mul (whole_steps, step)
+    lower = Sub (factor_double, upper)
+    upper_column = Unsqueeze (upper, two_axis)
+    upper_parts = Cast <to = 1> (upper_column)
+    lower_column = Unsqueeze (lower, two_axis)
+    lower_parts = Cast <to = 1> (lower_column)
 
-    begin = ReduceMin <keepdims = 0> (low, last_axis)
-    end = ReduceMax <keepdims = 0> (high, last_axis)
+    begin = ReduceMin <keepdims = 0> (low, inner_axes)
+    end = ReduceMax <keepdims = 0> (high, inner_axes)
     extent = Sub (end, begin)
     furthest = Sub (extent, one)
-    last_place = Unsqueeze (furthest, last_axis)
-    first_place = Unsqueeze (begin, last_axis)
+    last_place = Unsqueeze (furthest, inner_axes)
+    first_place = Unsqueeze (begin, inner_axes)
     within = Sub (place, first_place)
     source = Min (within, last_place)
-    taps = ReduceMax <keepdims = 0> (count, last_axis)
+    taps = ReduceMax <keepdims = 0> (count, inner_axes)
 
     less = Sub (size, resized)
     rows_less = Gather (less, zero)
@@ -89,27 +96,37 @@ head (uint8[height, width, 3] image) => (float[1, 3, {crop}, {crop}] images) {{
     rows_first = And (taller, shrinks)
     first = Where (rows_first, zero, one)
     second = Sub (one, first)
-    region = If (rows_first) <
-        then_branch = as_it_is () => (uint8[a, b, 3] upright) {{
-            upright = Slice (image, begin, end)
+    needed = Slice (image, begin, end)
+    rows = Reshape (needed, flat_shape)
+    lines = If (rows_first) <
+        then_branch = by_rows () => (uint8[a, b] upright) {{
+            upright = Identity (rows)
         }},
-        else_branch = turned () => (uint8[a, b, 3] sideways) {{
-            needed = Slice (image, begin, end)
-            sideways = Transpose <perm = [1, 0, 2]> (needed)
+        else_branch = by_columns () => (uint8[c, d] sideways) {{
+            sideways = Transpose <perm = [1, 0]> (rows)
         }}
     >
+    first_extent = Gather (extent, first)
+    first_lines = Unsqueeze (first_extent, zero_axis)
+    first_shape = Concat <axis = 0> (first_lines, last)
+    first_pixels = Reshape (lines, first_shape)
     {first_pass}
-    across = Transpose <perm = [1, 0, 2]> (first_bytes)
+    across_shape = Where (rows_first, one_channel_shape, channels_shape)
+    across = Reshape (first_resized, across_shape)
+    turned_back = Transpose <perm = [1, 0]> (across)
+    second_pixels = Reshape (turned_back, lines_shape)
     {second_pass}
-    pixels = If (rows_first) <
-        then_branch = columns_in_front () => (uint8[3, c, d] channels) {{
-            channels = Transpose <perm = [2, 1, 0]> (second_bytes)
+    rows_pixels = Reshape (second_resized, rows_pixels_shape)
+    columns_pixels = Reshape (second_resized, columns_pixels_shape)
+    planes = If (rows_first) <
+        then_branch = columns_in_front () => (uint8[3, {crop}, {crop}] from_columns) {{
+            from_columns = Transpose <perm = [1, 2, 0]> (columns_pixels)
         }},
-        else_branch = rows_in_front () => (uint8[3, c, d] planes) {{
-            planes = Transpose <perm = [2, 0, 1]> (second_bytes)
+        else_branch = rows_in_front () => (uint8[3, {crop}, {crop}] from_rows) {{
+            from_rows = Transpose <perm = [2, 0, 1]> (rows_pixels)
         }}
     >
-    batch = Unsqueeze (pixels, zero_axis)
+    batch = Unsqueeze (planes, zero_axis)
     numbers = Cast <to = 1> (batch)
     fractions = Div (numbers, white)
     centred = Sub (fractions, mean)
@@ -118,7 +135,7 @@ head (uint8[height, width, 3] image) => (float[1, 3, {crop}, {crop}] images) {{
 """
 _RESIZED = {
     True: "resized = Div (enlarged, divisor)",
-    False: "resized = Expand (shorter_edge, two)",
+    False: "resized = Expand (shorter_edge, two_axis)",
 }
 # The kernels of Pillow's BILINEAR and BICUBIC, and how far from their middle they reach.
 _KERNELS = {
@@ -150,29 +167,53 @@ _KERNELS = {
     """,
     ),
 }
-# One axis of the two, the first of `{pixels}`: tap by tap, all its output pixels at once.
+_AT_ONCE = 1 << 19  # values
+# One axis of the two, the first of `{pixels}`: some output lines at once, so many that what is wider
+# than a byte stays small. A weight is multiplied in two parts, its last 7 bits and the others: each
+# part's sums are whole numbers below 2^24, which float32 holds exactly, in whatever order they are
+# added (of up to 500 taps: an edge of 50,000 pixels).
 _PASS = """
     {this}_taps = Gather (taps, {this})
-    {this}_factor = Gather <axis = 1> (factor, {this})
-    {this}_source = Gather <axis = 1> (source, {this})
-    {this}_shape = Shape <start = 1> ({pixels})
-    {this}_whole_shape = Concat <axis = 0> (crop_axis, {this}_shape)
-    {this}_nothing = Expand (half_a_byte, {this}_whole_shape)
-    {this}_sum = Loop <body = {this}_tap (
-        int64 {this}_number, bool {this}_go_on, int32[c, b, 3] {this}_before
-    ) => (bool {this}_going, int32[c, b, 3] {this}_after) {{
+    {this}_end = Unsqueeze ({this}_taps, zero_axis)
+    {this}_uppers = Gather (upper_parts, {this})
+    {this}_upper = Slice ({this}_uppers, zero_axis, {this}_end, two_axis)
+    {this}_lowers = Gather (lower_parts, {this})
+    {this}_lower = Slice ({this}_lowers, zero_axis, {this}_end, two_axis)
+    {this}_sources = Gather (source, {this})
+    {this}_source = Slice ({this}_sources, zero_axis, {this}_end, one_axis)
+    {this}_width = Shape <start = 1> ({this}_pixels)
+    {this}_cost = Mul ({this}_width, {this}_taps)
+    {this}_fitting = Div (at_once, {this}_cost)
+    {this}_clipped_count = Clip ({this}_fitting, one, crop)
+    {this}_line_count = Squeeze ({this}_clipped_count)
+    {this}_counted = Range (zero, {this}_line_count, one)
+    {this}_rounds = Div (last_line, {this}_line_count)
+    {this}_times = Add ({this}_rounds, one)
+    {this}_stacked = Loop <body = {this}_some (
+        int64 {this}_number, bool {this}_go_on
+    ) => (bool {this}_going, uint8[lines, 1, values] {this}_bytes) {{
         {this}_going = Identity ({this}_go_on)
-        {this}_lines = Gather ({this}_source, {this}_number)
-        {this}_taken = Gather <axis = 0> ({pixels}, {this}_lines)
-        {this}_wide = Cast <to = 6> ({this}_taken)
-        {this}_weights = Gather ({this}_factor, {this}_number)
-        {this}_weight = Unsqueeze ({this}_weights, tap_axes_behind)
-        {this}_part = Mul ({this}_wide, {this}_weight)
-        {this}_after = Add ({this}_before, {this}_part)
-    }}> ({this}_taps, yes, {this}_nothing)
-    {this}_levels = Div ({this}_sum, whole_int)
-    {this}_clipped = Clip ({this}_levels, black, full)
-    {this}_bytes = Cast <to = 2> ({this}_clipped)
+        {this}_from = Mul ({this}_number, {this}_line_count)
+        {this}_wanted = Add ({this}_counted, {this}_from)
+        {this}_line = Min ({this}_wanted, last_line)
+        {this}_places = Gather ({this}_source, {this}_line)
+        {this}_taken = Gather ({this}_pixels, {this}_places)
+        {this}_wide = Cast <to = 1> ({this}_taken)
+        {this}_upper_weights = Gather ({this}_upper, {this}_line)
+        {this}_upper_float = MatMul ({this}_upper_weights, {this}_wide)
+        {this}_upper_sum = Cast <to = 6> ({this}_upper_float)
+        {this}_lower_weights = Gather ({this}_lower, {this}_line)
+        {this}_lower_float = MatMul ({this}_lower_weights, {this}_wide)
+        {this}_lower_sum = Cast <to = 6> ({this}_lower_float)
+        {this}_sum = Add ({this}_upper_sum, {this}_lower_sum)
+        {this}_rounded = Add ({this}_sum, half_a_byte)
+        {this}_levels = Div ({this}_rounded, whole_int)
+        {this}_clipped = Clip ({this}_levels, black, full)
+        {this}_bytes = Cast <to = 2> ({this}_clipped)
+    }}> ({this}_times, yes)
+    {this}_stack_shape = Concat <axis = 0> (last, {this}_width)
+    {this}_some_more = Reshape ({this}_stacked, {this}_stack_shape)
+    {this}_resized = Slice ({this}_some_more, zero_axis, crop_axis)
 """
 
 
@@ -210,20 +251,28 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 def _constants(spec: ImageSpec, reach: int) -> dict[str, object]:
-    double, byte = np.float64, 1 << 22
+    double, whole = np.float64, 1 << 22
     return {
         "shorter_edge": np.array([spec.resize]),
         "crop": np.int64(spec.crop),
         "crop_axis": np.array([spec.crop]),
-        "positions": np.arange(spec.crop, dtype=double),
+        "last_line": np.int64(spec.crop - 1),
+        "positions": np.arange(spec.crop, dtype=double)[:, None],
+        "at_once": np.int64(_AT_ONCE),
         "zero": np.int64(0),
         "one": np.int64(1),
-        "minus_one": np.int64(-1),
-        "two": np.array([2]),
-        "last_axis": np.array([1]),
+        "two": np.int64(2),
+        "last": np.array([-1]),
         "zero_axis": np.array([0]),
-        "tap_axes": np.array([1, 2]),
-        "tap_axes_behind": np.array([1, 2]),
+        "one_axis": np.array([1]),
+        "two_axis": np.array([2]),
+        "inner_axes": np.array([1, 2]),
+        "flat_shape": np.array([0, -1]),
+        "one_channel_shape": np.array([spec.crop, -1]),
+        "channels_shape": np.array([3 * spec.crop, -1]),
+        "lines_shape": np.array([-1, 3 * spec.crop]),
+        "rows_pixels_shape": np.array([spec.crop, spec.crop, 3]),
+        "columns_pixels_shape": np.array([spec.crop, 3, spec.crop]),
         "zero_double": double(0),
         "half": double(0.5),
         "one_double": double(1),
@@ -235,9 +284,10 @@ def _constants(spec: ImageSpec, reach: int) -> dict[str, object]:
         "eight": double(8),
         "minus_half": double(-0.5),
         "reach": double(reach),
-        "whole": double(byte),
-        "whole_int": np.int32(byte),
-        "half_a_byte": np.int32(byte // 2),
+        "step": double(128),
+        "whole": double(whole),
+        "whole_int": np.int32(whole),
+        "half_a_byte": np.int32(whole // 2),
         "black": np.int32(0),
         "full": np.int32(255),
         "yes": np.bool_(True),
