@@ -167,11 +167,11 @@ _KERNELS = {
     """,
     ),
 }
-_AT_ONCE = 1 << 19  # values
-# One axis of the two, the first of `{pixels}`: some output lines at once, so many that what is wider
-# than a byte stays small. A weight is multiplied in two parts, its last 7 bits and the others: each
-# part's sums are whole numbers below 2^24, which float32 holds exactly, in whatever order they are
-# added (of up to 500 taps: an edge of 50,000 pixels).
+_AT_ONCE = 1 << 19  # values that are wider than a byte
+# One axis of the two, the first of the pixels: of as many output lines at once as that allows. A
+# weight is multiplied in two parts, its last 7 bits and the others: the sums of each are whole
+# numbers, or multiples of 128, that float32 holds exactly, in whatever order they are added (of up
+# to 500 taps: an edge of 50,000 pixels).
 _PASS = """
     {this}_taps = Gather (taps, {this})
     {this}_end = Unsqueeze ({this}_taps, zero_axis)
@@ -231,8 +231,8 @@ def image_head(spec: ImageSpec, opset: int, ir_version: int) -> onnx.ModelProto:
             crop=spec.crop,
             resized=_RESIZED[spec.keep_aspect],
             weight=weight,
-            first_pass=_PASS.format(this="first", pixels="region"),
-            second_pass=_PASS.format(this="second", pixels="across"),
+            first_pass=_PASS.format(this="first"),
+            second_pass=_PASS.format(this="second"),
         )
     )
     used = {name for node in _nodes(model.graph) for name in node.input}

@@ -14,31 +14,18 @@ for, greedy or with beams.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from tqdm import tqdm
 
-from capexport.artifact import (
-    CaptionParity,
-    Decoding,
-    Manifest,
-    refuse_existing,
-    replacing_binary_file,
-)
-from capexport.captioner import Captioner
-from capexport.errors import OptionError, ParityError
+from capexport.artifact import Decoding, Manifest
 from capexport.export.beam_loop import beam_graph
 from capexport.export.head import image_head
 from capexport.export.loop import loop_graph
-from capexport.export.parity import IMAGES, TOLERANCE, seeded_images
 from capexport.families.cnn_lstm import Vocabulary, read_vocabulary
-from capexport.preprocessing import ImageSource, image_name, load_image
-from capexport.sessions import CPU, Graph
 
 _SHARED = 1024  # bytes from which equal weights of encoder and decoder are stored once
 
@@ -159,55 +146,3 @@ def _replace_inputs(graph: onnx.GraphProto, same: Mapping[str, str]) -> None:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 _replace_inputs(attribute.g, same)
-
-
-def export_single(folder: Path, out: Path, photos: Sequence[ImageSource] = ()) -> CaptionParity:
-    """Write the artifact in `folder` as the new file `out`, which appears only if parity holds.
-
-    Args:
-        photos: what the captions are compared on, at least 16; seeded colour fields by default.
-    Raises:
-        OutputExistsError: `out` is there already.
-        OptionError: too few photos.
-        ParityError: the file does not say what `Captioner` says.
-    """
-    images = list(photos) or list(seeded_images())
-    if len(images) < IMAGES:
-        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(images)}")
-    captioner = Captioner.load(folder)
-    content = single_graph(folder, Manifest.read(folder)).SerializeToString()
-    with tempfile.TemporaryDirectory() as draft:
-        path = Path(draft, "captioner.onnx")
-        path.write_bytes(content)
-        parity = _compare(CPU.open(path), captioner, images)
-    refuse_existing(out)
-    with replacing_binary_file(out) as file:
-        file.write(content)
-    return parity
-
-
-def _compare(graph: Graph, captioner: Captioner, images: Sequence[ImageSource]) -> CaptionParity:
-    largest, said = 0.0, set()
-    for image in tqdm(images, "comparing captions", leave=False, disable=None):
-        wanted = captioner.caption(image)
-        pixels = np.asarray(load_image(image))
-        got = graph.run({"image": pixels}, ["tokens", "words", "log_probability"])
-        text = " ".join(got["words"])
-        if (tuple(got["tokens"].tolist()), text) != (wanted.tokens, wanted.text):
-            raise ParityError(
-                f"{image_name(image)}: captioned {text!r}, but by Captioner {wanted.text!r}"
-            )
-        gap = abs(float(got["log_probability"]) - wanted.log_probability)
-        if not gap <= TOLERANCE:
-            raise ParityError(
-                f"{image_name(image)}: log-probability differs by {gap:.2g} from Captioner's "
-                f"(at most {TOLERANCE:g})"
-            )
-        largest = max(largest, gap)
-        said.add(wanted.tokens)
-    return CaptionParity(
-        images=len(images),
-        identical=len(images),
-        distinct=len(said),
-        max_log_probability_difference=largest,
-    )

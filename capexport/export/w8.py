@@ -8,6 +8,7 @@ the same on every kind of processor.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ def keep_weight_bytes(model: onnx.ModelProto) -> None:
     graph = model.graph
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
-    made: dict[str, NDArray[np.generic]] = {}
+    made: dict[str, NDArray[Any]] = {}
     instead: dict[str, str] = {}
     for node in graph.node:
         node.input[:] = [instead.get(name, name) for name in node.input]
@@ -51,8 +52,8 @@ def keep_weight_bytes(model: onnx.ModelProto) -> None:
 
 def _clip(
     node: onnx.NodeProto,
-    stored: Mapping[str, NDArray[np.generic]],
-    made: dict[str, NDArray[np.generic]],
+    stored: Mapping[str, NDArray[Any]],
+    made: dict[str, NDArray[Any]],
 ) -> onnx.NodeProto:
     """To the range of a QuantizeLinear's bytes."""
     value, scale, zero_point = (stored.get(name) for name in node.input)
@@ -66,8 +67,8 @@ def _clip(
 
 def _widen(
     node: onnx.NodeProto,
-    stored: Mapping[str, NDArray[np.generic]],
-    made: dict[str, NDArray[np.generic]],
+    stored: Mapping[str, NDArray[Any]],
+    made: dict[str, NDArray[Any]],
 ) -> list[onnx.NodeProto]:
     """What a DequantizeLinear does with weights."""
     weights, scale, zero_point = (stored[name] for name in node.input)
