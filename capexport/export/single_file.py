@@ -99,12 +99,12 @@ def export_file(
     refuse_existing(out)
     images = list(photos) or list(seeded_images())
     names = _names(images, references)
-    manifest = Manifest.read(folder)
-    options: Any = changed(manifest.decoding, decoding or {})
-    manifest = dataclasses.replace(manifest, decoding=options)
+    artifact, given = Manifest.read(folder), decoding or {}
+    options: Any = changed(artifact.decoding, given)
+    manifest = dataclasses.replace(artifact, decoding=options)
     _check(folder, manifest, precision)
-    own = open_artifact(folder, manifest, CPU)
-    wanted = own.caption(images)
+    own = open_artifact(folder, artifact, CPU)
+    wanted = own.caption(images, **given)
     said = {manifest.precision: wanted}
     with tempfile.TemporaryDirectory() as draft:
         parts, captioner, kept = folder, own, None
@@ -112,17 +112,18 @@ def export_file(
             parts = Path(draft, "w8")
             manifest = _write_w8(folder, parts, manifest)
             captioner = open_artifact(parts, manifest, CPU)
-            said["w8"] = captioner.caption(images)
+            said["w8"] = captioner.caption(images, **given)
             kept = _kept(own, captioner, wanted, said["w8"])
         model = single.single_graph(parts, manifest)
         parity = FileParity(
             manifest,
-            _compare_captions(_opened(model, draft), captioner, images),
+            _compare_captions(_opened(model, draft), captioner, images, given),
             _compare_pixels(manifest.image, model, draft),
             kept,
             {name: _score(names, s, references) for name, s in said.items() if references},
         )
     _describe(model, parity)
+    out.parent.mkdir(parents=True, exist_ok=True)
     refuse_existing(out)
     with replacing_binary_file(out) as file:
         file.write(model.SerializeToString())
@@ -212,7 +213,7 @@ def _opened(model: onnx.ModelProto, folder: str) -> Graph:
 
 
 def _compare_captions(
-    graph: Graph, captioner: Captioner, images: Sequence[ImageSource]
+    graph: Graph, captioner: Captioner, images: Sequence[ImageSource], given: DecodingKeywords
 ) -> CaptionParity:
     """
     Raises:
@@ -220,7 +221,7 @@ def _compare_captions(
     """
     largest, said = 0.0, set()
     for image in tqdm(images, "comparing captions", leave=False, disable=None):
-        wanted = captioner.caption(image)
+        wanted = captioner.caption(image, **given)
         got = graph.run({"image": np.asarray(load_image(image))}, list(graph.outputs))
         text = " ".join(got["words"])
         if (tuple(got["tokens"].tolist()), text) != (wanted.tokens, wanted.text):
