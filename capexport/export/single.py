@@ -125,15 +125,16 @@ def _rename(graph: onnx.GraphProto, known: Mapping[str, str], prefix: str) -> No
 
 def _share_weights(graph: onnx.GraphProto) -> None:
     """Keep one of those that are equal."""
-    first: dict[bytes, str] = {}
+    first: dict[tuple[object, ...], str] = {}
     same: dict[str, str] = {}
     kept = []
     for tensor in graph.initializer:
-        name, tensor.name = tensor.name, ""
-        content = tensor.SerializeToString(deterministic=True)
-        tensor.name = name
-        same[name] = first.setdefault(content, name) if len(content) > _SHARED else name
-        if same[name] == name:
+        same[tensor.name] = tensor.name
+        if tensor.ByteSize() > _SHARED and tensor.data_type != onnx.TensorProto.STRING:
+            content = numpy_helper.to_array(tensor).tobytes()
+            key = (tensor.data_type, *tensor.dims, content)
+            same[tensor.name] = first.setdefault(key, tensor.name)
+        if same[tensor.name] == tensor.name:
             kept.append(tensor)
     del graph.initializer[:]
     graph.initializer.extend(kept)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -275,7 +276,7 @@ def _describe(model: onnx.ModelProto, parity: FileParity) -> None:
         f"Pillow {PIL.__version__} for {parity.sizes} of {parity.sizes} sizes."
     )
     assert single.__doc__ is not None
-    model.doc_string = f"{single.__doc__}\n{compared}\n"
+    model.doc_string = f"{single.__doc__}\n{textwrap.fill(compared, 100)}\n"
     model.producer_name, model.producer_version = "capexport", capexport.__version__
     facts = {
         "family": manifest.family,
