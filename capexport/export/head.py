@@ -14,9 +14,11 @@ from capexport.preprocessing import ImageSpec
 
 # What both axes have in common is computed for both at once: values of shape (2, 1, 1),
 # (2, crop, 1) or (2, crop, taps), rows first. Only the pixels that the crop needs are ever touched.
+# `photos` is 1, which onnxruntime is not to know: of a batch of one it would multiply the int8
+# encoder's last layers in float32, as it does not for `Captioner`.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
-head (uint8[height, width, 3] image) => (float[1, 3, {crop}, {crop}] images) {{
+head (uint8[height, width, 3] image) => (float[photos, 3, {crop}, {crop}] images) {{
     size = Shape <start = 0, end = 2> (image)
     shortest = ReduceMin (size)
     divisor = Max (shortest, one)
@@ -126,7 +128,9 @@ head (uint8[height, width, 3] image) => (float[1, 3, {crop}, {crop}] images) {{
             from_rows = Transpose <perm = [2, 0, 1]> (rows_pixels)
         }}
     >
-    batch = Unsqueeze (planes, zero_axis)
+    photos = Min (divisor, one)
+    batch_shape = Concat <axis = 0> (photos, planes_shape)
+    batch = Expand (planes, batch_shape)
     numbers = Cast <to = 1> (batch)
     fractions = Div (numbers, white)
     centred = Sub (fractions, mean)
@@ -268,6 +272,7 @@ def _constants(spec: ImageSpec, reach: int) -> dict[str, object]:
         "two_axis": np.array([2]),
         "inner_axes": np.array([1, 2]),
         "flat_shape": np.array([0, -1]),
+        "planes_shape": np.array([3, spec.crop, spec.crop]),
         "one_channel_shape": np.array([spec.crop, -1]),
         "channels_shape": np.array([3 * spec.crop, -1]),
         "lines_shape": np.array([-1, 3 * spec.crop]),
