@@ -277,12 +277,17 @@ def _describe(model: onnx.ModelProto, parity: FileParity) -> None:
     )
     assert single.__doc__ is not None
     model.doc_string = f"{single.__doc__}\n{textwrap.fill(compared, 100)}\n"
+    kept = parity.kept and (
+        f"{parity.kept[0]:.1%} of captions and {parity.kept[1]:.1%} of tokens are those of int8"
+    )
     model.producer_name, model.producer_version = "capexport", capexport.__version__
     facts = {
         "family": manifest.family,
         "precision": manifest.precision,
         "decoding": json.dumps(dataclasses.asdict(manifest.decoding)),
         "parity": compared,
+        "lost": kept,
+        "metrics": json.dumps(parity.metrics) if parity.metrics else None,
         "checkpoint_sha256": provenance.checkpoint_sha256,
         "source": provenance.source,
         "licence": provenance.licence,
