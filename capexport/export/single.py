@@ -33,13 +33,13 @@ _SHARED = 1024  # bytes from which equal weights of encoder and decoder are stor
 def single_graph(folder: Path, manifest: Manifest) -> onnx.ModelProto:
     """The artifact in `folder` as one graph."""
     encoder, step = (onnx.load(folder / name) for name in ("encoder.onnx", "decoder_step.onnx"))
-    [opset], ir_version = step.opset_import, step.ir_version
+    opset = next(item.version for item in step.opset_import if not item.domain)
     vocabulary = read_vocabulary(folder / "vocabulary.json")
     decode = beam_graph if manifest.decoding.num_beams > 1 else _greedy_graph
     state = [value.name for value in encoder.graph.output]
     first = {f"first_{name}" if name in manifest.state else name: f"state/{name}" for name in state}
     graph = onnx.GraphProto(name="captioner")
-    _add(graph, image_head(manifest.image, opset.version, ir_version), "image", image="image")
+    _add(graph, image_head(manifest.image, opset, step.ir_version), "image", image="image")
     _add(graph, encoder, "encoder", images="image/images", **{n: f"state/{n}" for n in state})
     ends = {"best_tokens": "tokens", "best_total": "log_probability"}
     _add(graph, decode(step, manifest.state, manifest.decoding), "decoder", **first, **ends)
@@ -49,7 +49,9 @@ def single_graph(folder: Path, manifest: Manifest) -> onnx.ModelProto:
     graph.output.append(_value("tokens", np.int64, "length"))
     graph.output.append(_value("words", np.str_, "said"))
     graph.output.append(_value("log_probability", np.float32))
-    return helper.make_model(graph, opset_imports=[opset], ir_version=ir_version)
+    return helper.make_model(
+        graph, opset_imports=list(step.opset_import), ir_version=step.ir_version
+    )
 
 
 def _value(name: str, kind: type, *axes: str | int) -> onnx.ValueInfoProto:

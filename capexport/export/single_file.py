@@ -251,7 +251,8 @@ def _compare_pixels(spec: ImageSpec, model: onnx.ModelProto, folder: str) -> int
     Raises:
         ParityError: at one it doesn't.
     """
-    head = image_head(spec, model.opset_import[0].version, model.ir_version)
+    opset = next(item.version for item in model.opset_import if not item.domain)
+    head = image_head(spec, opset, model.ir_version)
     graph, rng = _opened(head, folder), np.random.default_rng(0)
     for height, width in _SIZES:
         image = rng.integers(0, 256, (height, width, 3), np.uint8)
