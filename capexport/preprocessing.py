@@ -133,6 +133,8 @@ def _resized_centre(loaded: Loaded, spec: ImageSpec) -> Image.Image:
         narrow = upright_rgb(loaded, lambda strip: strip.resize((size[0], strip.height), resample))
         return narrow.resize(size, resample).crop(box)
     image = upright_rgb(loaded)
+    if not rows_first:  # as of Pillow 13; those before it take the rows first in any case
+        image = image.resize((width, size[1]), resample)
     # Only the pixels that remain are computed where that changes no bit: where Pillow's float32
     # holds the corners exactly, and where it has no reason to take the axes in another order.
     if width == height < 1 << 16 and width * 256 % spec.resize == 0:

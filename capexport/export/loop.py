@@ -72,7 +72,7 @@ def loop_graph(
     constant = [v.name for v in step.graph.input if v.name not in ("tokens", *state)]
 
     def typed(names: Iterable[str], prefix: str = "") -> list[str]:
-        return [_typed(values[name], prefix + name) for name in names]
+        return [typed_value(values[name], prefix + name) for name in names]
 
     inputs, outputs = list(state), list(state.values())
     model = parser.parse_model(
@@ -119,9 +119,9 @@ def _constants(
     }
 
 
-def _typed(value: onnx.ValueInfoProto, name: str) -> str:
+def typed_value(value: onnx.ValueInfoProto, name: str, batch: str = "batch") -> str:
     """An input or output with its type, in the syntax of ONNX's parser; axis 0 is the batch."""
     tensor = value.type.tensor_type
     axes = [dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim]
     kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-    return f"{kind}[{', '.join(['batch', *axes[1:]])}] {name}"
+    return f"{kind}[{', '.join([batch, *axes[1:]])}] {name}"

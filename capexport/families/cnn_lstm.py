@@ -220,7 +220,7 @@ class OnnxDecoder(Decoder):
 
 def open_artifact(folder: Path, manifest: Manifest, target: Target) -> Parts:
     """Open an exported CNN-LSTM."""
-    vocabulary = _read_vocabulary(manifest.file(folder, "vocabulary.json"))
+    vocabulary = read_vocabulary(manifest.file(folder, "vocabulary.json"))
     if manifest.decoding.start_token is None:
         raise ArtifactError(f"{folder}: no start_token in the manifest; export again")
     manifest.decoding.check(folder, len(vocabulary))
@@ -236,7 +236,7 @@ def open_artifact(folder: Path, manifest: Manifest, target: Target) -> Parts:
     )
 
 
-def _read_vocabulary(path: Path) -> Vocabulary:
+def read_vocabulary(path: Path) -> Vocabulary:
     try:
         return Vocabulary(typed(tuple[str, ...], json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, RecursionError) as error:
