@@ -9,12 +9,17 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import socket
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -22,7 +27,7 @@ import numpy as np
 
 from capexport.artifact import FILE_NAME, Manifest, local_folder, sha256_of
 from capexport.bulk.files import is_searched, search
-from capexport.bulk.names import original_name, readable_name
+from capexport.bulk.names import original_name, readable_name, shown
 from capexport.bulk.run import map_ahead
 from capexport.captioner import BUNDLED_ARTIFACT, Caption, Captioner
 from capexport.decoding import DecodingKeywords, changed
@@ -36,7 +41,7 @@ from capexport.errors import (
     importing,
 )
 from capexport.families import find_family
-from capexport.preprocessing import FloatArray, ImageSource
+from capexport.preprocessing import FloatArray, ImageSpec, image_name, preprocess
 
 with importing("capexport.ray needs Ray Data: `pip install 'capexport[ray]'`"):
     import pyarrow as pa
@@ -57,8 +62,9 @@ _MAX_BYTES = 100_000_000  # of a file that comes over the network, which is read
 # Files that an actor fetches at a time: an object store answers in a tenth of a second, and one
 # core captions less than 300 photos in a second.
 _FETCHING = 32
+# Scheme and host, path, and options such as `endpoint_override`.
+_URI = re.compile(r"([a-z][a-z0-9+.-]*://[^/?]*)/?(.*?)(\?\w+=.*)?", re.DOTALL | re.IGNORECASE)
 _LARGEST_PART, _PARTS_AN_ACTOR = 1000, 16
-_RETRIES = 5  # of what a lost process did: an image that ends its process is no endless job
 
 # Ray reports home unless this is set before it starts. What is set already stays.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -122,31 +128,15 @@ def caption_files(
     """
     if format not in FORMATS:
         raise OptionError(f"format must be {' or '.join(FORMATS)}, got {format!r}")
-    work = _Work.checked(model, device, threads, prompt, truncated, options)
+    work = _Work.checked(model, device, workers, threads, prompt, truncated, options)
     places = [photos] if isinstance(photos, str | os.PathLike) else list(photos)
     source, names = _found(places, filesystem)
     target, folder = _located(out, filesystem)
     made_with = {"captioner": work.sha256, "format": format, "prompt": prompt, **work.options}
-    parts, captioned = Parts.begin(target, folder, format, made_with, resume)
-    missing = [name for name in names if name not in captioned]
-    counts = [0, 0]
-    if missing:
-        pool = work.pool(workers)
-        each = -(-len(missing) // (pool["compute"].max_size * _PARTS_AN_ACTOR))
-        each = -(-min(each, _LARGEST_PART) // work.batch_size) * work.batch_size
-        starts = range(0, len(missing), each)
-        tables = [pa.table({"file_name": missing[start : start + each]}) for start in starts]
-        written = ray.data.from_arrow(tables).map_batches(
-            _PartWriter,
-            fn_constructor_args=(work, source, parts),
-            batch_size=each,
-            batch_format="pyarrow",
-            **pool,
-        )
-        with _plain_errors():
-            for row in written.iter_rows():
-                counts = [counts[0] + row["captioned"], counts[1] + row["failed"]]
-    return Job(*counts, len(names) - len(missing))
+    parts, there = Parts.begin(target, folder, format, made_with, resume)
+    missing = [name for name in names if name not in there]
+    captioned, failed = _write_parts(work, source, parts, missing) if missing else (0, 0)
+    return Job(captioned, failed, len(names) - len(missing))
 
 
 def caption_dataset(
@@ -181,26 +171,31 @@ def caption_dataset(
         ArtifactError, OptionError: as `Captioner.load` and `Captioner.caption`; a prompt that
             doesn't suit the model is refused when the rows are asked for.
     """
-    work = _Work.checked(model, device, threads, prompt, truncated, options)
+    work = _Work.checked(model, device, workers, threads, prompt, truncated, options)
     return dataset.map_batches(
         _ColumnCaptioner,
         fn_constructor_args=(work, column, filesystem),
         batch_size=8 * work.batch_size,
         batch_format="pyarrow",
-        **work.pool(workers, reserve=True),
+        **work.pool(started=1),  # what comes before needs cores, too
     )
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What every actor has to know."""
+    """What every actor has to know: the captioner, and what to ask of it.
+
+    Attributes:
+        model: what `Captioner.load` takes; its manifest has the hash `sha256`.
+        workers, threads: how many actors there are, and how many cores each has.
+    """
 
     model: str | None
     sha256: str
-    small: bool
     batch_size: int
     device: str
-    threads: int | None
+    workers: int
+    threads: int
     prompt: str | None
     truncated: bool
     options: dict[str, Any]
@@ -210,6 +205,7 @@ class _Work:
         cls,
         model: str | os.PathLike[str] | None,
         device: str,
+        workers: int | None,
         threads: int | None,
         prompt: str | None,
         truncated: bool,
@@ -218,79 +214,87 @@ class _Work:
         """Refuse what can be refused before anything starts."""
         if device not in ("cpu", "cuda"):
             raise OptionError(f"device must be cpu, or cuda for a GPU an actor, got {device!r}")
-        if threads is not None and threads < 1:
-            raise OptionError(f"threads must be at least 1, got {threads}")
+        for name, number in (("workers", workers), ("threads", threads)):
+            if number is not None and number < 1:
+                raise OptionError(f"{name} must be at least 1, got {number}")
         if (options.get("num_return_sequences") or 1) > 1:
             raise OptionError("num_return_sequences must be 1: a row has one caption")
         folder = local_folder(BUNDLED_ARTIFACT if model is None else model)
         manifest = Manifest.read(folder)
         changed(manifest.decoding.options, options)
         family = find_family(manifest.family)
-        name = os.fspath(model) if model is not None else None
-        if name is not None and folder == Path(name):
-            name = str(folder.absolute())
-        given = {key: value for key, value in options.items() if value is not None}
+        if model is not None:
+            model = str(folder.absolute()) if folder == Path(model) else os.fspath(model)
         return cls(
-            name,
+            model,
             sha256_of(folder / FILE_NAME),
-            family.small,
             family.batch_size,
             device,
-            threads,
+            *_actors(device, workers, threads, family.small),
             prompt,
             truncated,
-            given,
+            {name: value for name, value in options.items() if value is not None},
         )
 
-    def pool(self, workers: int | None, reserve: bool = False) -> dict[str, Any]:
-        """How many actors there are, and what each takes; what `map_batches` calls all that.
+    def pool(self, started: int) -> dict[str, Any]:
+        """For `map_batches`: so many actors from the start on, the others as there is room."""
+        compute = ray.data.ActorPoolStrategy(
+            min_size=1, max_size=self.workers, initial_size=started
+        )
+        gpus = 1 if self.device == "cuda" else None
+        return {"compute": compute, "num_cpus": self.threads, "num_gpus": gpus}
 
-        With `reserve` they are started one by one, as what comes before them leaves cores free.
-        """
-        if workers is not None and workers < 1:
-            raise OptionError(f"workers must be at least 1, got {workers}")
-        if not ray.is_initialized():
-            ray.init()
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
-        gpus = int(sum(node.get("GPU", 0) for node in nodes))
-        if self.device == "cuda":
-            threads = self.threads or max(1, sum(cores) // max(1, gpus))
-            count = workers or gpus
-        else:
-            threads = self.threads or (1 if self.small else min(cores, default=1))
-            count = workers or sum(n // threads for n in cores)
-        if not count:
-            raise DeviceError(
-                f"no machine of the cluster has a {'GPU' if self.device == 'cuda' else 'core'} "
-                "free: start Ray with some, or say how many workers it will have"
-            )
-        started = 1 if reserve else count
-        return {
-            "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=count, initial_size=started),
-            "num_cpus": threads,
-            "num_gpus": 1 if self.device == "cuda" else None,
-            "max_task_retries": _RETRIES,
-        }
+
+def _actors(device: str, workers: int | None, threads: int | None, small: bool) -> tuple[int, int]:
+    """How many captioners the cluster has room for, and how many cores each gets."""
+    if not ray.is_initialized():
+        ray.init()
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = [int(machine.get("CPU", 0)) for machine in machines if machine.get("CPU", 0) >= 1]
+    room = int(sum(machine.get("GPU", 0) for machine in machines))
+    if device == "cuda":
+        threads = threads or max(1, sum(cores) // max(1, room))
+    else:
+        threads = threads or (1 if small else min(cores, default=1))
+        room = sum(count // threads for count in cores)
+    if not (workers or room):
+        raise DeviceError(
+            f"no machine of the cluster has {threads} cores{' and a GPU' * (device == 'cuda')}; "
+            "to wait for some that will join it, say how many workers there will be"
+        )
+    return workers or room, threads
 
 
 class _Captioning:
-    """What an actor does: images through a captioner, those to come being read meanwhile."""
+    """What an actor does: images through a captioner, those to come being read meanwhile.
+
+    Where an actor was lost, an image may have ended it, as some do to decoders written in C. The
+    one that takes its place, and its images, reads them in a process apart.
+    """
 
     def __init__(self, work: _Work, filesystem: FileSystem | None) -> None:
-        threads = work.threads or 1
-        self._work, self._filesystem = work, filesystem
-        self._captioner = Captioner.load(work.model, device=work.device, threads=threads)
-        self._captioner.truncated = work.truncated
+        self._work = work
+        self._captioner = Captioner.load(work.model, device=work.device, threads=work.threads)
         folder = self._captioner.folder
         if folder is None or sha256_of(folder / FILE_NAME) != work.sha256:
             raise ArtifactError(f"{folder}: another captioner on {socket.gethostname()}")
-        self._reading = ThreadPoolExecutor(threads if _is_local(filesystem) else _FETCHING)
+        self._read = partial(
+            _read, spec=self._captioner.image, truncated=work.truncated, filesystem=filesystem
+        )
+        self._apart: ProcessPoolExecutor | None = None
+        with warnings.catch_warnings(action="ignore"):  # Ray's, of its own
+            self._careful = ray.get_runtime_context().was_current_actor_reconstructed
+        local = isinstance(filesystem, LocalFileSystem)
+        self._readers = ThreadPoolExecutor(work.threads if local else _FETCHING)
 
     def rows(self, images: Iterable[Any]) -> Iterator[tuple[str | None, float | None, str | None]]:
         """Text, log-probability and error of each image, in order."""
         size = self._work.batch_size
-        read = map_ahead(self._reading, self._read, iter(images), 2 * size)
+        read: Iterator[FloatArray | str]
+        if self._careful:
+            read = map(self._read_apart, images)
+        else:
+            read = map_ahead(self._readers, self._read, iter(images), 2 * size)
         while batch := list(islice(read, size)):
             pixels = [one for one in batch if not isinstance(one, str)]
             captions = iter(self._caption(np.stack(pixels)) if pixels else ())
@@ -305,18 +309,27 @@ class _Captioning:
         prompts = None if self._work.prompt is None else [self._work.prompt] * len(pixels)
         return self._captioner.caption_pixels(pixels, prompts=prompts, **self._work.options)
 
-    def _read(self, image: Any) -> FloatArray | str:
-        """Its pixels, or what is wrong with it."""
+    def _read_apart(self, image: Any) -> FloatArray | str:
+        self._apart = self._apart or ProcessPoolExecutor(1, get_context("spawn"))
         try:
-            return self._captioner.preprocess(self._source(image))
-        except ImageError as error:
-            return str(error)
+            return self._apart.submit(self._read, image).result()
+        except BrokenProcessPool:
+            self._apart = None
+            name = image if isinstance(image, str) else image_name(image)
+            return shown(f"{name}: ends the process that reads it")
 
-    def _source(self, image: Any) -> ImageSource:
-        if not isinstance(image, str):
-            return cast(ImageSource, image)
-        filesystem, path = _located(image, self._filesystem)
-        return Path(path) if _is_local(filesystem) else _fetched(filesystem, path)
+
+def _read(
+    image: Any, spec: ImageSpec, truncated: bool, filesystem: FileSystem | None
+) -> FloatArray | str:
+    """Its pixels, or what is wrong with it."""
+    try:
+        if isinstance(image, str):
+            source, path = _located(image, filesystem)
+            image = Path(path) if isinstance(source, LocalFileSystem) else _fetched(source, path)
+        return preprocess(image, spec, truncated=truncated)
+    except (ImageError, OptionError) as error:
+        return shown(str(error))
 
 
 class _PartWriter:
@@ -332,6 +345,33 @@ class _PartWriter:
         self._parts.write(part)
         failed = len(part) - part["error"].null_count
         return pa.table({"captioned": [len(part) - failed], "failed": [failed]})
+
+
+def _write_parts(
+    work: _Work, source: FileSystem, parts: Parts, names: Sequence[str]
+) -> tuple[int, int]:
+    """Caption files; how many have a caption now, and how many cannot be read.
+
+    A part is what an actor does in one piece, and what an interruption costs: a sixteenth of its
+    work, so that at the end none works while all the others wait.
+    """
+    each = min(-(-len(names) // (work.workers * _PARTS_AN_ACTOR)), _LARGEST_PART)
+    each = -(-each // work.batch_size) * work.batch_size
+    starts = range(0, len(names), each)
+    tables = [pa.table({"file_name": names[start : start + each]}) for start in starts]
+    written = ray.data.from_arrow(tables).map_batches(
+        _PartWriter,
+        fn_constructor_args=(work, source, parts),
+        batch_size=each,
+        batch_format="pyarrow",
+        **work.pool(started=work.workers),
+    )
+    captioned = failed = 0
+    with _plain_errors():
+        for row in written.iter_rows():
+            captioned += row["captioned"]
+            failed += row["failed"]
+    return captioned, failed
 
 
 class _ColumnCaptioner:
@@ -370,22 +410,33 @@ def _fetched(filesystem: FileSystem, path: str) -> _File:
     return _File(content, path)
 
 
-def _is_local(filesystem: FileSystem | None) -> bool:
-    return isinstance(filesystem, LocalFileSystem | None)
-
-
 def _located(
     place: str | os.PathLike[str], filesystem: FileSystem | None
 ) -> tuple[FileSystem, str]:
-    """A file system, and the path there of a path or URI."""
+    """A file system, and the path there of a path or URI.
+
+    But for `file:`, a URI's path is taken as it is, as the tools of object stores take it: %20
+    may be part of a name, a space is a space.
+    """
     name = os.fspath(place)
-    if filesystem is None and "://" in name:
+    uri = _URI.fullmatch(name)
+    if filesystem is None and uri:
+        base, path, query = uri.groups(default="")
         try:
-            filesystem, name = FileSystem.from_uri(name)
+            if base == "file://":
+                filesystem, name = FileSystem.from_uri(name)
+            else:
+                filesystem, root = _system(base + query)
+                name = f"{root.rstrip('/')}/{path}"
         except (pa.ArrowException, OSError) as error:
-            raise OptionError(f"{place}: no URI of a file system here: {error}") from error
+            raise OptionError(f"{place}: no file system can be reached: {error}") from error
     filesystem = filesystem or LocalFileSystem()
-    return filesystem, os.path.abspath(name) if _is_local(filesystem) else name
+    return filesystem, os.path.abspath(name) if isinstance(filesystem, LocalFileSystem) else name
+
+
+@cache
+def _system(uri: str) -> tuple[FileSystem, str]:
+    return cast(tuple[FileSystem, str], FileSystem.from_uri(uri))
 
 
 def _found(
@@ -396,7 +447,7 @@ def _found(
     if len({type(system) for system, _ in located}) != 1:
         raise OptionError("photos: name places on one file system, and at least one")
     source, paths = located[0][0], [path for _, path in located]
-    if _is_local(source):
+    if isinstance(source, LocalFileSystem):
         found = search(paths, None)
         names: Iterable[str | Path] = found.paths
         problems = found.problems
