@@ -282,7 +282,8 @@ class _Captioning:
             _read, spec=self._captioner.image, truncated=work.truncated, filesystem=filesystem
         )
         self._apart: ProcessPoolExecutor | None = None
-        with warnings.catch_warnings(action="ignore"):  # Ray's, of its own
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's, of its own doing
             self._careful = ray.get_runtime_context().was_current_actor_reconstructed
         local = isinstance(filesystem, LocalFileSystem)
         self._readers = ThreadPoolExecutor(work.threads if local else _FETCHING)
