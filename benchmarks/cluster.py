@@ -1,5 +1,5 @@
-"""`capexport.ray.caption_files` against `capexport caption`, on this machine; and what that makes of
-100 million photos, on paper."""
+"""`capexport.ray.caption_files` against `capexport caption`, on this machine; on paper, what that
+makes of 100 million photos."""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ def caption_files(
     """Caption files into a folder of captions, on all machines of a Ray cluster, or on this one.
 
     Each row has a `file_name` (a path in its file system), and either a `text` with its
-    `log_probability` or an `error`: an image that cannot be read stops nothing. Rows come in parts
+    `log_probability` or an `error`: an image that cannot be read stops nothing. The others are
+    null (in JSON lines "", since their readers take a type from the first rows). Rows come in parts
     of up to 1,000, each of which appears in one piece; their order is not that of the files. What
     Ray runs again, because a process or a machine was lost, is there once.
 

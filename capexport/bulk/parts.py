@@ -22,7 +22,8 @@ from capexport.bulk.rows import to_json
 from capexport.errors import OutputExistsError
 
 FORMATS = ("parquet", "jsonl")
-# Of an image that cannot be read there is an error, and neither of the two before it.
+# Of an image that cannot be read there is an error, and neither of the two before it; what is not
+# there is null, in JSON an empty text.
 SCHEMA = pa.schema(
     {
         "file_name": pa.string(),
@@ -33,6 +34,7 @@ SCHEMA = pa.schema(
 )
 # Hidden, so that what reads the folder as one table leaves it out.
 RECORD = ".capexport.json"
+_TEXTS = ("text", "error")
 _READERS = 16  # requests at a time, to an object store say
 
 
@@ -103,6 +105,11 @@ class Parts:
 
     def _encoded(self, rows: pa.Table) -> bytes:
         if self.format == "jsonl":
+            # Who reads JSON takes a column's type from its first rows: null would be none.
+            for name in _TEXTS:
+                rows = rows.set_column(
+                    rows.column_names.index(name), name, pc.fill_null(rows[name], "")
+                )
             return b"".join(to_json(row).encode() + b"\n" for row in rows.to_pylist())
         stream = io.BytesIO()
         pq.write_table(rows, stream, compression="zstd")
@@ -125,7 +132,7 @@ class Parts:
                     rows = pa.Table.from_pylist(documents, SCHEMA)
         except (ValueError, TypeError, pa.ArrowException) as error:
             raise OutputExistsError(f"{path}: damaged ({error}); remove it") from error
-        good = rows.filter(pc.is_null(rows["error"]))
+        good = rows.filter(pc.equal(pc.fill_null(rows["error"], ""), ""))
         if not len(good):
             self.filesystem.delete_file(path)
         elif len(good) < len(rows):
