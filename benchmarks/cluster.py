@@ -33,7 +33,9 @@ JOB = """
 import sys
 import time
 import tracemalloc
+import ray
 from capexport.ray import _found, caption_files
+ray.init("local")
 print(caption_files(sys.argv[1], sys.argv[2]))
 began = time.perf_counter()
 assert caption_files(sys.argv[1], sys.argv[2], resume=True).captioned == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_photo
+from conftest import draw_photo, snippet
 
 from capexport.captioner import Captioner
 from capexport.errors import (
@@ -44,7 +45,7 @@ def cluster() -> Iterator[str]:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # its workers', too
-        yield ray.init(num_cpus=2, log_to_driver=False).address_info["address"]
+        yield ray.init("local", num_cpus=2, log_to_driver=False).address_info["address"]
         ray.shutdown()
     signal.signal(signal.SIGTERM, before)
 
@@ -190,6 +191,19 @@ def test_killed_workers_and_a_photo_that_kills(tmp_path: Path, many: Path, artif
     assert len(found) == MANY + 1
     [error] = [row["error"] for row in found.values() if row["error"]]
     assert error == f"{many}/000 deadly.jpg: ends the process that reads it"
+
+
+def test_the_readme(tmp_path: Path, photos: list[Path]):
+    def absolute(code: str) -> str:  # its workers are in another current folder
+        return re.sub(r'"(\w[\w.]*/)"', lambda match: repr(f"{tmp_path}/{match[1]}"), code)
+
+    exec(absolute(snippet("caption_files")), {})
+    exec(absolute(snippet("caption_dataset")), {})
+    captions = Captioner.load(threads=1).caption(photos)
+    wanted = {str(photo): c.text for photo, c in zip(photos, captions, strict=True)}
+    assert {name: row["text"] for name, row in rows(tmp_path / "captions").items()} == wanted
+    lines = [line for part in (tmp_path / "captions.json").iterdir() for line in part.open()]
+    assert {row["path"]: row["text"] for row in map(json.loads, lines)} == wanted
 
 
 def test_a_dataset_of_arrays(artifact: Path, captioner: Captioner):
