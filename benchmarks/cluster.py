@@ -91,7 +91,13 @@ def _benchmark(options: argparse.Namespace) -> int:
     if min(*options.count, options.rounds) < 1:
         raise ValueError("--count and --rounds must be at least 1")
     photos = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
-    result: dict[str, Any] = {"cores": available_cores(), "photos": len(photos), "runs": []}
+    size = statistics.mean(photo.stat().st_size for photo in photos)
+    result: dict[str, Any] = {
+        "cores": available_cores(),
+        "photos": len(photos),
+        "photo_kilobytes": size / 1e3,
+        "runs": [],
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for count, number in itertools.product(options.count, range(options.rounds)):
@@ -184,6 +190,7 @@ def on_paper(result: dict[str, Any]) -> dict[str, float]:
         "core_hours": MANY / each / 3600,
         "cores_for_a_day": MANY / each / 86400,
         "files_a_second": MANY / 86400,
+        "megabytes_a_second": MANY / 86400 * result["photo_kilobytes"] / 1e3,
         "gigabytes_of_the_list": last["list_bytes"] / count * MANY / 1e9,
         "minutes_of_resuming": last["resume_seconds"] / count * MANY / 60,
         "gigabytes_of_captions": last["output_bytes"] / count * MANY / 1e9,
@@ -202,7 +209,8 @@ def render(result: dict[str, Any]) -> str:
         )  # fmt: skip
     paper = result["paper"]
     lines = [
-        f"{result['cores']} cores, {result['photos']} photos in rotation; whole processes in turn, "
+        f"{result['cores']} cores, {result['photos']} photos in rotation, "
+        f"{result['photo_kilobytes']:.0f} KB each; whole processes in turn, "
         "their start included, Ray's own processes counted",
         "",
         table(rows),
@@ -211,7 +219,8 @@ def render(result: dict[str, Any]) -> str:
         "",
         f"On paper, {MANY:,} such photos: {paper['files_a_second_a_core']:.1f} files a second a "
         f"core are {paper['core_hours']:,.0f} core hours, or {paper['cores_for_a_day']:,.0f} "
-        f"cores for a day, which read {paper['files_a_second']:,.0f} files a second. The list of "
+        f"cores for a day, which read {paper['files_a_second']:,.0f} files, or "
+        f"{paper['megabytes_a_second']:,.0f} MB, a second. The list of "
         f"files takes {paper['gigabytes_of_the_list']:.0f} GB where the job is started, the "
         f"captions {paper['gigabytes_of_captions']:.0f} GB, and going on with them "
         f"{paper['minutes_of_resuming']:.0f} minutes before the first photo.",

@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import logging
 import os
+import pickle
 import re
 import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -242,8 +242,9 @@ class _Work:
         compute = ray.data.ActorPoolStrategy(
             min_size=1, max_size=self.workers, initial_size=started
         )
-        gpus = 1 if self.device == "cuda" else None
-        return {"compute": compute, "num_cpus": self.threads, "num_gpus": gpus}
+        if self.device == "cuda":  # Ray Data takes either of the two
+            return {"compute": compute, "num_gpus": 1}
+        return {"compute": compute, "num_cpus": self.threads}
 
 
 def _actors(device: str, workers: int | None, threads: int | None, small: bool) -> tuple[int, int]:
@@ -335,18 +336,32 @@ def _read(
 
 
 class _PartWriter:
-    """An actor of `caption_files`: a table of names becomes a part, and a row with counts."""
+    """An actor of `caption_files`: a table of names becomes a part, and a row that says so.
+
+    What is wrong with more than an image comes back in that row, so that the caller gets the error
+    itself, without Ray's account of it.
+    """
 
     def __init__(self, work: _Work, filesystem: FileSystem, parts: Parts) -> None:
-        self._captioning, self._parts = _Captioning(work, filesystem), parts
+        self._begin = partial(_Captioning, work, filesystem)
+        self._captioning: _Captioning | None = None
+        self._parts = parts
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        names = table["file_name"].to_pylist()
-        rows = zip(*self._captioning.rows(map(original_name, names)), strict=True)
-        part = pa.table([names, *rows], SCHEMA)
-        self._parts.write(part)
-        failed = len(part) - part["error"].null_count
-        return pa.table({"captioned": [len(part) - failed], "failed": [failed]})
+        captioned, failed, trouble = 0, 0, b""
+        try:
+            part = self._captioned(table["file_name"].to_pylist())
+            self._parts.write(part)
+            captioned = part["error"].null_count
+            failed = len(part) - captioned
+        except (CapexportError, OSError) as error:
+            trouble = pickle.dumps(error)
+        return pa.table({"captioned": [captioned], "failed": [failed], "trouble": [trouble]})
+
+    def _captioned(self, names: Sequence[str]) -> pa.Table:
+        self._captioning = self._captioning or self._begin()
+        rows = self._captioning.rows(map(original_name, names))
+        return pa.table([names, *zip(*rows, strict=True)], SCHEMA)
 
 
 def _write_parts(
@@ -366,13 +381,14 @@ def _write_parts(
         fn_constructor_args=(work, source, parts),
         batch_size=each,
         batch_format="pyarrow",
-        **work.pool(started=work.workers),
+        **work.pool(started=min(work.workers, len(tables))),
     )
     captioned = failed = 0
-    with _plain_errors():
-        for row in written.iter_rows():
-            captioned += row["captioned"]
-            failed += row["failed"]
+    for row in written.iter_rows():
+        if row["trouble"]:
+            raise pickle.loads(row["trouble"])
+        captioned += row["captioned"]
+        failed += row["failed"]
     return captioned, failed
 
 
@@ -383,6 +399,8 @@ class _ColumnCaptioner:
         self._captioning, self._column = _Captioning(work, filesystem), column
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if taken := set(SCHEMA.names[1:]).intersection(table.column_names):
+            raise OptionError(f"the dataset has a column {min(taken)!r} already: rename_columns")
         column = table[self._column]
         images = (column[row].as_py() for row in range(len(column)))
         rows = zip(*self._captioning.rows(images), strict=True)
@@ -476,14 +494,3 @@ def _listed(filesystem: FileSystem, path: str) -> list[str]:
     if not names:
         raise ImageNotFoundError(f"{path}: no image files there that can be read")
     return names
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """An error of capexport's in an actor is raised as such, without Ray's account of it."""
-    try:
-        yield
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, CapexportError):
-            raise error.cause from None
-        raise

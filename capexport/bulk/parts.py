@@ -75,13 +75,14 @@ class Parts:
         parts = cls(filesystem, folder.rstrip("/"), format, made_with, secrets.token_hex(8))
         entries = parts._entries()
         record = parts._record()
-        if entries and not resume:
+        visible = [entry for entry in entries if not entry.base_name.startswith(".")]
+        if visible and not resume:
             raise OutputExistsError(
                 f"{folder}: not empty; resume=True adds what is missing, else pick another"
             )
-        if entries and record is None:
+        if visible and record is None:
             raise OutputExistsError(f"{folder}: holds files that are not capexport's; pick another")
-        if record is not None and {**record, "run": None} != {**made_with, "run": None}:
+        if visible and record is not None and {**record, "run": None} != {**made_with, "run": None}:
             raise OutputExistsError(
                 f"{folder}: was made with another captioner or other options; pick another"
             )

@@ -242,6 +242,9 @@ def test_refused_before_anything_starts(tmp_path: Path, photos: list[Path], arti
         with pytest.raises(error, match=message):
             caption_files(**arguments)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(OptionError, match="takes no prompt"):  # what a worker says
+        caption_files(folder, tmp_path / "out", artifact, prompt="a photo of")
+    Parts.begin(LocalFileSystem(), str(tmp_path / "out"), "parquet", {}, False)  # it left nothing
 
 
 @pytest.fixture(params=["local", "another"])
