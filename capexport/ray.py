@@ -6,6 +6,7 @@ interruption. `caption_dataset` is one step of a Ray Data pipeline of your own.
 
 from __future__ import annotations
 
+import glob
 import io
 import logging
 import os
@@ -464,10 +465,13 @@ def _found(
 ) -> tuple[FileSystem, list[str]]:
     """The images in all places, and the file system that they are on."""
     located = [_located(place, filesystem) for place in places]
-    if len({type(system) for system, _ in located}) != 1:
+    if not located or any(system != located[0][0] for system, _ in located):
         raise OptionError("photos: name places on one file system, and at least one")
     source, paths = located[0][0], [path for _, path in located]
     if isinstance(source, LocalFileSystem):
+        for path in paths:
+            if not (os.path.lexists(path) or glob.has_magic(path)):
+                raise ImageNotFoundError(f"{path}: no such file or folder")
         found = search(paths, None)
         names: Iterable[str | Path] = found.paths
         problems = found.problems

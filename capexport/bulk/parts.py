@@ -72,6 +72,7 @@ class Parts:
             OutputExistsError: something is there, and `resume` is off; or it was made with other
                 options, with another captioner, or by something else.
         """
+        made_with = json.loads(to_json(made_with))  # as it comes back
         parts = cls(filesystem, folder.rstrip("/"), format, made_with, secrets.token_hex(8))
         entries = parts._entries()
         record = parts._record()
