@@ -37,6 +37,13 @@ SECTIONS = (
         "bulk.md",
     ),
     (
+        "CNN-LSTM: many files with Ray",
+        "python benchmarks/cluster.py --photos photos/",
+        "`capexport.ray.caption_files` against `capexport caption`, on one machine, whose cores "
+        "other processes shared: the load average is that before each run.",
+        "cluster.md",
+    ),
+    (
         "BLIP-2 at its full size",
         "python benchmarks/blip2_full_size.py",
         "Random weights of blip2-opt-2.7b's dimensions. The floor is the time in which the bytes "

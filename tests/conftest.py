@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+README = Path(__file__).parents[1] / "README.md"
 COMMITTED = Path(__file__).parent / "artifacts"  # by make_artifacts.py
 WORDS = [
     "a",
@@ -116,6 +118,21 @@ def kaggle(folder: Path, count: int = 20) -> Path:
             draw_photo(index, (60, 50)).save(folder / "Images" / f"{index:03}.jpg")
             writer.writerows([f"{index:03}.jpg", caption] for caption in CAPTIONS)
     return folder
+
+
+def snippets() -> list[str]:
+    """Python in the README, of its sections on clusters and other programs."""
+    text = README.read_text(encoding="utf-8")
+    sections = re.findall(
+        r"^## (?:A cluster|Inside other programs)\n(.*?)(?=^## )", text, re.S | re.M
+    )
+    return re.findall(r"^```python\n(.*?)^```", "".join(sections), re.S | re.M)
+
+
+def snippet(word: str) -> str:
+    """The one with this word."""
+    [found] = [code for code in snippets() if re.search(rf"\b{word}\b", code)]
+    return found
 
 
 @pytest.fixture

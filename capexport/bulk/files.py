@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 from PIL import Image, UnidentifiedImageError
@@ -170,7 +170,7 @@ def _walk(folder: Path, recursive: bool, found: Found) -> Iterator[Path]:
             continue
         for entry in entries:
             path = here / entry.name
-            if entry.name.startswith(".") or entry.name in _NOT_SEARCHED:
+            if _is_hidden(entry.name):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 waiting += [path] * recursive
@@ -182,6 +182,16 @@ def _walk(folder: Path, recursive: bool, found: Found) -> Iterator[Path]:
                 entry.is_file(follow_symlinks=False) or file_type(path) in (stat.S_IFREG, 0)
             ):
                 yield path
+
+
+def is_searched(name: str) -> bool:
+    """Does a search take the file of this name below its folder, `/` between its parts?"""
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix in image_suffixes() and not any(map(_is_hidden, name.split("/")))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _NOT_SEARCHED
 
 
 def file_type(path: Path) -> int:

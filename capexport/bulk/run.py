@@ -107,9 +107,9 @@ def caption_files(
     pool = ThreadPoolExecutor(workers)
     try:
         if captioner.threads == 1:
-            results = _ahead(pool, lambda batch: caption(read(batch)), batches, 2 * workers)
+            results = map_ahead(pool, lambda batch: caption(read(batch)), batches, 2 * workers)
         else:
-            results = map(caption, _ahead(pool, read, batches, 2 * workers))
+            results = map(caption, map_ahead(pool, read, batches, 2 * workers))
         for start, (rows, errors) in zip(starts, results, strict=True):
             if rows:
                 output.write(rows)
@@ -133,7 +133,7 @@ def _read(captioner: Captioner, content: Mapping[Path, bytes], batch: Sequence[P
     return readable, pixels[: len(readable)], errors
 
 
-def _ahead(
+def map_ahead(
     pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterator[_In], ahead: int
 ) -> Iterator[_Out]:
     """`pool.map`, in order, but with no more than `ahead` results begun and not yet taken."""

@@ -1,0 +1,232 @@
+"""`capexport.ray.caption_files` against `capexport caption`, on this machine; on paper, what that
+makes of 100 million photos."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from capexport.artifact import replace_file
+from capexport.bench.cli import sample_photos
+from capexport.bench.report import table
+from capexport.bulk.files import find_images
+from capexport.cli import run_command, show_progress, teaching
+from capexport.sessions import available_cores
+
+SAMPLE = 1.0  # seconds between two looks at the processes' memory
+MANY = 100_000_000  # photos, on paper
+COMMAND, RAY = "capexport caption", "capexport.ray"
+JOB = """
+import sys
+import time
+import tracemalloc
+import ray
+from capexport.ray import _found, caption_files
+ray.init("local")
+print(caption_files(sys.argv[1], sys.argv[2]))
+began = time.perf_counter()
+assert caption_files(sys.argv[1], sys.argv[2], resume=True).captioned == 0
+seconds = time.perf_counter() - began
+tracemalloc.start()
+found = _found([sys.argv[1]], None)
+print(seconds, tracemalloc.get_traced_memory()[1])
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns its exit code, 2 where it cannot be run."""
+    options = _parser().parse_args(argv)
+    show_progress()
+    return run_command("cluster.py", lambda: _benchmark(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cluster.py",
+        **teaching(
+            "Time captioning many files with Ray, on this machine, against the command line: "
+            "whole processes in turn, their start included, and the memory of all of them. Then "
+            "reckon what that means for 100 million photos. The last line of standard output is "
+            "JSON.",
+            "python benchmarks/cluster.py --photos photos/ --markdown benchmarks/cluster.md",
+            "python benchmarks/cluster.py --count 500 1000 --rounds 2",
+        ),
+    )
+    parser.add_argument(
+        "--photos",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="folders, files or patterns, taken in rotation (default: scikit-image's samples)",
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        nargs="+",
+        default=[2000, 10_000],
+        metavar="N",
+        help="files in a folder; of several, the last is what speed is told of (default: 2000 "
+        "10000)",
+    )
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report")
+    return parser
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    if min(*options.count, options.rounds) < 1:
+        raise ValueError("--count and --rounds must be at least 1")
+    photos = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    size = statistics.mean(photo.stat().st_size for photo in photos)
+    result: dict[str, Any] = {
+        "cores": available_cores(),
+        "photos": len(photos),
+        "photo_kilobytes": size / 1e3,
+        "runs": [],
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for count, number in itertools.product(options.count, range(options.rounds)):
+            files = _links(photos, count, folder / f"{count} files")
+            contenders = [COMMAND, RAY] if number % 2 == 0 else [RAY, COMMAND]
+            for contender in contenders:
+                run = measured(contender, files, folder / f"out-{len(result['runs'])}")
+                result["runs"].append({"contender": contender, "count": count, **run})
+                print(f"{contender}, {count} files: {json.dumps(run)}", file=sys.stderr)
+    result["paper"] = on_paper(result)
+    text = render(result)
+    if options.json:
+        replace_file(options.json, json.dumps(result, indent=1) + "\n")
+    if options.markdown:
+        replace_file(options.markdown, text + "\n")
+    print(text)
+    print(json.dumps(result))
+    return 0
+
+
+def _links(photos: Sequence[Path], count: int, folder: Path) -> Path:
+    if not folder.exists():
+        folder.mkdir()
+        for number, photo in enumerate(itertools.islice(itertools.cycle(photos), count)):
+            (folder / f"{number:06}{photo.suffix}").symlink_to(photo.resolve())
+    return folder
+
+
+def measured(contender: str, files: Path, out: Path) -> dict[str, Any]:
+    """One run, as a process with children.
+
+    Returns:
+        Its `seconds`, the load average before it, and the `peak_megabytes` of all its processes,
+        pages that they share counted once. Of Ray also how long going on with a finished output
+        takes, the bytes of the list of files, and those of the output.
+    Raises:
+        RuntimeError: captioning failed.
+    """
+    code = [JOB] if contender == RAY else []
+    command = [sys.executable, "-c", *code, files, out] if code else [
+        sys.executable, "-m", "capexport", "caption", files, "--scores", "--out",
+        out.with_suffix(".jsonl"), "--quiet",
+    ]  # fmt: skip
+    load, began, peak = os.getloadavg()[0], time.perf_counter(), 0.0
+    errors = out.with_suffix(".errors")
+    with errors.open("w") as stream, subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=stream, text=True
+    ) as process:  # fmt: skip
+        while process.poll() is None:
+            peak = max(peak, _megabytes(psutil.Process(process.pid)))
+            time.sleep(SAMPLE)
+        output = process.stdout.read() if process.stdout else ""
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        raise RuntimeError(f"captioning failed: {errors.read_text()[-500:]}")
+    run = {"seconds": seconds, "load": load, "peak_megabytes": peak}
+    if contender == RAY:
+        resumed, listed = map(float, output.split()[-2:])
+        written = sum(part.stat().st_size for part in out.iterdir())
+        run["seconds"] -= resumed
+        run |= {"resume_seconds": resumed, "list_bytes": listed, "output_bytes": written}
+    return run
+
+
+def _megabytes(process: psutil.Process) -> float:
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += one.memory_full_info().pss / 1e6
+    return total
+
+
+def on_paper(result: dict[str, Any]) -> dict[str, float]:
+    """What the last count's figures make of `MANY` photos, if nothing but captioning counts."""
+    count = result["runs"][-1]["count"]
+    rates = {
+        name: statistics.median(
+            count / run["seconds"]
+            for run in result["runs"]
+            if (run["contender"], run["count"]) == (name, count)
+        )
+        for name in (COMMAND, RAY)
+    }
+    last = [run for run in result["runs"] if run["contender"] == RAY][-1]
+    each = rates[RAY] / result["cores"]
+    return {
+        "ratio": rates[RAY] / rates[COMMAND],
+        "files_a_second_a_core": each,
+        "core_hours": MANY / each / 3600,
+        "cores_for_a_day": MANY / each / 86400,
+        "files_a_second": MANY / 86400,
+        "megabytes_a_second": MANY / 86400 * result["photo_kilobytes"] / 1e3,
+        "gigabytes_of_the_list": last["list_bytes"] / count * MANY / 1e9,
+        "minutes_of_resuming": last["resume_seconds"] / count * MANY / 60,
+        "gigabytes_of_captions": last["output_bytes"] / count * MANY / 1e9,
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("", "files", "seconds", "files/s", "load before", "peak memory (MB)")
+    ]
+    for run in result["runs"]:
+        rate = run["count"] / run["seconds"]
+        rows.append(
+            (run["contender"], f"{run['count']}", f"{run['seconds']:.1f}", f"{rate:.1f}",
+             f"{run['load']:.1f}", f"{run['peak_megabytes']:.0f}")
+        )  # fmt: skip
+    paper = result["paper"]
+    lines = [
+        f"{result['cores']} cores, {result['photos']} photos in rotation, "
+        f"{result['photo_kilobytes']:.0f} KB each; whole processes in turn, "
+        "their start included, Ray's own processes counted",
+        "",
+        table(rows),
+        "",
+        f"{RAY} against {COMMAND}: {paper['ratio']:.2f}",
+        "",
+        f"On paper, {MANY:,} such photos: {paper['files_a_second_a_core']:.1f} files a second a "
+        f"core are {paper['core_hours']:,.0f} core hours, or {paper['cores_for_a_day']:,.0f} "
+        f"cores for a day, which read {paper['files_a_second']:,.0f} files, or "
+        f"{paper['megabytes_a_second']:,.0f} MB, a second. The list of "
+        f"files takes {paper['gigabytes_of_the_list']:.0f} GB where the job is started, the "
+        f"captions {paper['gigabytes_of_captions']:.0f} GB, and going on with them "
+        f"{paper['minutes_of_resuming']:.0f} minutes before the first photo.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

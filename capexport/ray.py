@@ -1,0 +1,500 @@
+"""Caption more files than one machine can, on a cluster: with Ray Data.
+
+`caption_files` is a whole job, from folders to a folder of captions, which goes on after an
+interruption. `caption_dataset` is one step of a Ray Data pipeline of your own.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import logging
+import os
+import pickle
+import re
+import socket
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+
+from capexport.artifact import FILE_NAME, Manifest, local_folder, sha256_of
+from capexport.bulk.files import is_searched, search
+from capexport.bulk.names import original_name, readable_name, shown
+from capexport.bulk.run import map_ahead
+from capexport.captioner import BUNDLED_ARTIFACT, Caption, Captioner
+from capexport.decoding import DecodingKeywords, changed
+from capexport.errors import (
+    ArtifactError,
+    CapexportError,
+    DeviceError,
+    ImageError,
+    ImageNotFoundError,
+    OptionError,
+    importing,
+)
+from capexport.families import find_family
+from capexport.preprocessing import FloatArray, ImageSpec, image_name, preprocess
+
+with importing("capexport.ray needs Ray Data: `pip install 'capexport[ray]'`"):
+    import pyarrow as pa
+    import ray
+    import ray.data
+    from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+    from capexport.bulk.parts import FORMATS, SCHEMA, Parts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+log = logging.getLogger("capexport")
+
+Places: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_MAX_BYTES = 100_000_000  # of a file that comes over the network, which is read as a whole
+# Files that an actor fetches at a time: an object store answers in a tenth of a second, and one
+# core captions less than 300 photos in a second.
+_FETCHING = 32
+# Scheme and host, path, and options such as `endpoint_override`.
+_URI = re.compile(r"([a-z][a-z0-9+.-]*://[^/?]*)/?(.*?)(\?\w+=.*)?", re.DOTALL | re.IGNORECASE)
+_LARGEST_PART, _PARTS_AN_ACTOR = 1000, 16
+
+# Ray reports home unless this is set before it starts. What is set already stays.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job has come to, in files.
+
+    Attributes:
+        captioned: those that have a caption since this run.
+        failed: those that cannot be read; each has its row, with an error.
+        left_out: those that had a caption before.
+    """
+
+    captioned: int
+    failed: int
+    left_out: int
+
+
+def caption_files(
+    photos: Places,
+    out: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    *,
+    filesystem: FileSystem | None = None,
+    format: str = "parquet",
+    resume: bool = False,
+    device: str = "cpu",
+    workers: int | None = None,
+    threads: int | None = None,
+    prompt: str | None = None,
+    truncated: bool = False,
+    **options: Unpack[DecodingKeywords],
+) -> Job:
+    """Caption files into a folder of captions, on all machines of a Ray cluster, or on this one.
+
+    Each row has a `file_name` (a path in its file system), and either a `text` with its
+    `log_probability` or an `error`: an image that cannot be read stops nothing. The others are
+    null (in JSON lines "", since their readers take a type from the first rows). Rows come in parts
+    of up to 1,000, each of which appears in one piece; their order is not that of the files. What
+    Ray runs again, because a process or a machine was lost, is there once.
+
+    Args:
+        photos: files and folders, searched in depth as `capexport caption` does: hidden files
+            and what is no image are left out. Paths that every machine sees, URIs that pyarrow
+            knows (`s3://bucket/photos`), or paths of `filesystem`, all of one file system.
+        out: a folder for the captions, as `photos`; it is made.
+        model: exported folder that every machine sees, or its id on the hub; by default the
+            bundled captioner.
+        filesystem: where `photos` and `out` are, for access that a URI cannot tell.
+        format: "parquet", or "jsonl": a JSON object a line.
+        resume: go on with what is in `out`: files that have no caption there, as those that are
+            new or could not be read, are captioned, and the other rows stay.
+        device, workers, threads: as of `caption_dataset`.
+        prompt, truncated, options: as of `Captioner`.
+    Raises:
+        ImageNotFoundError: no images are there.
+        OutputExistsError: there is something in `out` and `resume` is off, or it was made with
+            another captioner or other options, or a later run has taken over.
+        ArtifactError, OptionError: as `Captioner.load` and `Captioner.caption`.
+    """
+    if format not in FORMATS:
+        raise OptionError(f"format must be {' or '.join(FORMATS)}, got {format!r}")
+    work = _Work.checked(model, device, workers, threads, prompt, truncated, options)
+    places = [photos] if isinstance(photos, str | os.PathLike) else list(photos)
+    source, names = _found(places, filesystem)
+    target, folder = _located(out, filesystem)
+    made_with = {"captioner": work.sha256, "format": format, "prompt": prompt, **work.options}
+    parts, there = Parts.begin(target, folder, format, made_with, resume)
+    missing = [name for name in names if name not in there]
+    captioned, failed = _write_parts(work, source, parts, missing) if missing else (0, 0)
+    return Job(captioned, failed, len(names) - len(missing))
+
+
+def caption_dataset(
+    dataset: ray.data.Dataset,
+    column: str,
+    model: str | os.PathLike[str] | None = None,
+    *,
+    filesystem: FileSystem | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    threads: int | None = None,
+    prompt: str | None = None,
+    truncated: bool = False,
+    **options: Unpack[DecodingKeywords],
+) -> ray.data.Dataset:
+    """Add `text`, `log_probability` and `error` to the rows of a dataset.
+
+    Args:
+        dataset: nothing of it is computed before the result is asked for.
+        column: the one with the images: encoded (`bytes` of `ray.data.read_binary_files`), paths,
+            or uint8 arrays (`image` of `ray.data.read_images`).
+        filesystem: where paths are; by default paths that every machine sees, or URIs.
+        device: "cpu", or "cuda" for a GPU an actor.
+        workers: how many actors caption, a captioner each; by default as many as the cluster has
+            GPUs, or as its cores allow.
+        threads: CPU cores of an actor; by default one (a BLIP-2's: all of a machine), and with
+            GPUs those that there are for each.
+        model, prompt, truncated, options: as of `caption_files`.
+    Returns:
+        The dataset's rows. Where an image cannot be read, `text` and `log_probability` are null.
+    Raises:
+        ArtifactError, OptionError: as `Captioner.load` and `Captioner.caption`; a prompt that
+            doesn't suit the model is refused when the rows are asked for.
+    """
+    work = _Work.checked(model, device, workers, threads, prompt, truncated, options)
+    return dataset.map_batches(
+        _ColumnCaptioner,
+        fn_constructor_args=(work, column, filesystem),
+        batch_size=8 * work.batch_size,
+        batch_format="pyarrow",
+        **work.pool(started=1),  # what comes before needs cores, too
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every actor has to know: the captioner, and what to ask of it.
+
+    Attributes:
+        model: what `Captioner.load` takes; its manifest has the hash `sha256`.
+        workers, threads: how many actors there are, and how many cores each has.
+    """
+
+    model: str | None
+    sha256: str
+    batch_size: int
+    device: str
+    workers: int
+    threads: int
+    prompt: str | None
+    truncated: bool
+    options: dict[str, Any]
+
+    @classmethod
+    def checked(
+        cls,
+        model: str | os.PathLike[str] | None,
+        device: str,
+        workers: int | None,
+        threads: int | None,
+        prompt: str | None,
+        truncated: bool,
+        options: DecodingKeywords,
+    ) -> _Work:
+        """Refuse what can be refused before anything starts."""
+        if device not in ("cpu", "cuda"):
+            raise OptionError(f"device must be cpu, or cuda for a GPU an actor, got {device!r}")
+        for name, number in (("workers", workers), ("threads", threads)):
+            if number is not None and number < 1:
+                raise OptionError(f"{name} must be at least 1, got {number}")
+        if (options.get("num_return_sequences") or 1) > 1:
+            raise OptionError("num_return_sequences must be 1: a row has one caption")
+        folder = local_folder(BUNDLED_ARTIFACT if model is None else model)
+        manifest = Manifest.read(folder)
+        changed(manifest.decoding.options, options)
+        family = find_family(manifest.family)
+        if model is not None:
+            model = str(folder.absolute()) if folder == Path(model) else os.fspath(model)
+        return cls(
+            model,
+            sha256_of(folder / FILE_NAME),
+            family.batch_size,
+            device,
+            *_actors(device, workers, threads, family.small),
+            prompt,
+            truncated,
+            {name: value for name, value in options.items() if value is not None},
+        )
+
+    def pool(self, started: int) -> dict[str, Any]:
+        """For `map_batches`: so many actors from the start on, the others as there is room."""
+        compute = ray.data.ActorPoolStrategy(
+            min_size=1, max_size=self.workers, initial_size=started
+        )
+        if self.device == "cuda":  # Ray Data takes either of the two
+            return {"compute": compute, "num_gpus": 1}
+        return {"compute": compute, "num_cpus": self.threads}
+
+
+def _actors(device: str, workers: int | None, threads: int | None, small: bool) -> tuple[int, int]:
+    """How many captioners the cluster has room for, and how many cores each gets."""
+    if not ray.is_initialized():
+        ray.init()
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = [int(machine.get("CPU", 0)) for machine in machines if machine.get("CPU", 0) >= 1]
+    room = int(sum(machine.get("GPU", 0) for machine in machines))
+    if device == "cuda":
+        threads = threads or max(1, sum(cores) // max(1, room))
+    else:
+        threads = threads or (1 if small else min(cores, default=1))
+        room = sum(count // threads for count in cores)
+    if not (workers or room):
+        raise DeviceError(
+            f"no machine of the cluster has {threads} cores{' and a GPU' * (device == 'cuda')}; "
+            "to wait for some that will join it, say how many workers there will be"
+        )
+    return workers or room, threads
+
+
+class _Captioning:
+    """What an actor does: images through a captioner, those to come being read meanwhile.
+
+    Where an actor was lost, an image may have ended it, as some do to decoders written in C. The
+    one that takes its place, and its images, reads them in a process apart.
+    """
+
+    def __init__(self, work: _Work, filesystem: FileSystem | None) -> None:
+        self._work = work
+        self._captioner = Captioner.load(work.model, device=work.device, threads=work.threads)
+        folder = self._captioner.folder
+        if folder is None or sha256_of(folder / FILE_NAME) != work.sha256:
+            raise ArtifactError(f"{folder}: another captioner on {socket.gethostname()}")
+        self._read = partial(
+            _read, spec=self._captioner.image, truncated=work.truncated, filesystem=filesystem
+        )
+        self._apart: ProcessPoolExecutor | None = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's, of its own doing
+            self._careful = ray.get_runtime_context().was_current_actor_reconstructed
+        local = isinstance(filesystem, LocalFileSystem)
+        self._readers = ThreadPoolExecutor(work.threads if local else _FETCHING)
+
+    def rows(self, images: Iterable[Any]) -> Iterator[tuple[str | None, float | None, str | None]]:
+        """Text, log-probability and error of each image, in order."""
+        size = self._work.batch_size
+        read: Iterator[FloatArray | str]
+        if self._careful:
+            read = map(self._read_apart, images)
+        else:
+            read = map_ahead(self._readers, self._read, iter(images), 2 * size)
+        while batch := list(islice(read, size)):
+            pixels = [one for one in batch if not isinstance(one, str)]
+            captions = iter(self._caption(np.stack(pixels)) if pixels else ())
+            for one in batch:
+                if isinstance(one, str):
+                    yield None, None, one
+                else:
+                    caption = next(captions)
+                    yield caption.text, caption.log_probability, None
+
+    def _caption(self, pixels: FloatArray) -> list[Caption]:
+        prompts = None if self._work.prompt is None else [self._work.prompt] * len(pixels)
+        return self._captioner.caption_pixels(pixels, prompts=prompts, **self._work.options)
+
+    def _read_apart(self, image: Any) -> FloatArray | str:
+        self._apart = self._apart or ProcessPoolExecutor(1, get_context("spawn"))
+        try:
+            return self._apart.submit(self._read, image).result()
+        except BrokenProcessPool:
+            self._apart = None
+            name = image if isinstance(image, str) else image_name(image)
+            return shown(f"{name}: ends the process that reads it")
+
+
+def _read(
+    image: Any, spec: ImageSpec, truncated: bool, filesystem: FileSystem | None
+) -> FloatArray | str:
+    """Its pixels, or what is wrong with it."""
+    try:
+        if isinstance(image, str):
+            source, path = _located(image, filesystem)
+            image = Path(path) if isinstance(source, LocalFileSystem) else _fetched(source, path)
+        return preprocess(image, spec, truncated=truncated)
+    except (ImageError, OptionError) as error:
+        return shown(str(error))
+
+
+class _PartWriter:
+    """An actor of `caption_files`: a table of names becomes a part, and a row that says so.
+
+    What is wrong with more than an image comes back in that row, so that the caller gets the error
+    itself, without Ray's account of it.
+    """
+
+    def __init__(self, work: _Work, filesystem: FileSystem, parts: Parts) -> None:
+        self._begin = partial(_Captioning, work, filesystem)
+        self._captioning: _Captioning | None = None
+        self._parts = parts
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        captioned, failed, trouble = 0, 0, b""
+        try:
+            part = self._captioned(table["file_name"].to_pylist())
+            self._parts.write(part)
+            captioned = part["error"].null_count
+            failed = len(part) - captioned
+        except (CapexportError, OSError) as error:
+            trouble = pickle.dumps(error)
+        return pa.table({"captioned": [captioned], "failed": [failed], "trouble": [trouble]})
+
+    def _captioned(self, names: Sequence[str]) -> pa.Table:
+        self._captioning = self._captioning or self._begin()
+        rows = self._captioning.rows(map(original_name, names))
+        return pa.table([names, *zip(*rows, strict=True)], SCHEMA)
+
+
+def _write_parts(
+    work: _Work, source: FileSystem, parts: Parts, names: Sequence[str]
+) -> tuple[int, int]:
+    """Caption files; how many have a caption now, and how many cannot be read.
+
+    A part is what an actor does in one piece, and what an interruption costs: a sixteenth of its
+    work, so that at the end none works while all the others wait.
+    """
+    each = min(-(-len(names) // (work.workers * _PARTS_AN_ACTOR)), _LARGEST_PART)
+    each = -(-each // work.batch_size) * work.batch_size
+    starts = range(0, len(names), each)
+    tables = [pa.table({"file_name": names[start : start + each]}) for start in starts]
+    written = ray.data.from_arrow(tables).map_batches(
+        _PartWriter,
+        fn_constructor_args=(work, source, parts),
+        batch_size=each,
+        batch_format="pyarrow",
+        **work.pool(started=min(work.workers, len(tables))),
+    )
+    captioned = failed = 0
+    for row in written.iter_rows():
+        if row["trouble"]:
+            raise pickle.loads(row["trouble"])
+        captioned += row["captioned"]
+        failed += row["failed"]
+    return captioned, failed
+
+
+class _ColumnCaptioner:
+    """An actor of `caption_dataset`."""
+
+    def __init__(self, work: _Work, column: str, filesystem: FileSystem | None) -> None:
+        self._captioning, self._column = _Captioning(work, filesystem), column
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if taken := set(SCHEMA.names[1:]).intersection(table.column_names):
+            raise OptionError(f"the dataset has a column {min(taken)!r} already: rename_columns")
+        column = table[self._column]
+        images = (column[row].as_py() for row in range(len(column)))
+        rows = zip(*self._captioning.rows(images), strict=True)
+        for field, values in zip(list(SCHEMA)[1:], rows, strict=True):
+            table = table.append_column(field, [pa.array(values, field.type)])
+        return table
+
+
+class _File(io.BytesIO):
+    """A file's content, and its name for errors."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
+
+
+def _fetched(filesystem: FileSystem, path: str) -> _File:
+    try:
+        with filesystem.open_input_stream(path) as file:
+            content = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise ImageNotFoundError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be fetched: {error}") from error
+    if len(content) > _MAX_BYTES:
+        raise ImageError(f"{path}: more than {_MAX_BYTES / 1e6:.0f} MB; save it smaller")
+    return _File(content, path)
+
+
+def _located(
+    place: str | os.PathLike[str], filesystem: FileSystem | None
+) -> tuple[FileSystem, str]:
+    """A file system, and the path there of a path or URI.
+
+    But for `file:`, a URI's path is taken as it is, as the tools of object stores take it: %20
+    may be part of a name, a space is a space.
+    """
+    name = os.fspath(place)
+    uri = _URI.fullmatch(name)
+    if filesystem is None and uri:
+        base, path, query = uri.groups(default="")
+        try:
+            if base == "file://":
+                filesystem, name = FileSystem.from_uri(name)
+            else:
+                filesystem, root = _system(base + query)
+                name = f"{root.rstrip('/')}/{path}"
+        except (pa.ArrowException, OSError) as error:
+            raise OptionError(f"{place}: no file system can be reached: {error}") from error
+    filesystem = filesystem or LocalFileSystem()
+    return filesystem, os.path.abspath(name) if isinstance(filesystem, LocalFileSystem) else name
+
+
+@cache
+def _system(uri: str) -> tuple[FileSystem, str]:
+    return cast(tuple[FileSystem, str], FileSystem.from_uri(uri))
+
+
+def _found(
+    places: Sequence[str | os.PathLike[str]], filesystem: FileSystem | None
+) -> tuple[FileSystem, list[str]]:
+    """The images in all places, and the file system that they are on."""
+    located = [_located(place, filesystem) for place in places]
+    if not located or any(system != located[0][0] for system, _ in located):
+        raise OptionError("photos: name places on one file system, and at least one")
+    source, paths = located[0][0], [path for _, path in located]
+    if isinstance(source, LocalFileSystem):
+        for path in paths:
+            if not (os.path.lexists(path) or glob.has_magic(path)):
+                raise ImageNotFoundError(f"{path}: no such file or folder")
+        found = search(paths, None)
+        names: Iterable[str | Path] = found.paths
+        problems = found.problems
+        problems += [f"{n} {suffix} left out" for suffix, n in found.unreadable().items()]
+    else:
+        names = dict.fromkeys(name for path in paths for name in _listed(source, path))
+        problems = []
+    for problem in problems:
+        log.warning("%s", problem)
+    return source, list(map(readable_name, names))
+
+
+def _listed(filesystem: FileSystem, path: str) -> list[str]:
+    """The images below a folder, or the file itself, by the rules of `search`."""
+    base = path.rstrip("/")
+    kind = filesystem.get_file_info(base).type
+    if kind == FileType.File:
+        return [base]
+    entries = []
+    if kind == FileType.Directory:
+        entries = filesystem.get_file_info(FileSelector(base, recursive=True))
+    names = [entry.path for entry in entries if entry.type == FileType.File]
+    names = sorted(name for name in names if is_searched(name[len(base) :]))
+    if not names:
+        raise ImageNotFoundError(f"{path}: no image files there that can be read")
+    return names
