@@ -22,11 +22,14 @@ from typing import Any
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from capexport.artifact import Manifest, replace_file
+from capexport.beam import beam_search
 from capexport.bench.cli import sample_photos
-from capexport.bench.report import environment, table
+from capexport.bench.measure import fastest
+from capexport.bench.report import environment, load, table
 from capexport.bulk.files import find_images
 from capexport.bulk.outputs import FileOutput
 from capexport.bulk.run import caption_files, open_captioner
@@ -36,7 +39,7 @@ from capexport.decoding import greedy
 from capexport.errors import ArtifactError
 from capexport.export.pairs import open_pair
 from capexport.families import find_family
-from capexport.preprocessing import FloatArray, ImageSpec, preprocess
+from capexport.preprocessing import FloatArray, ImageSpec, load_image
 from capexport.sessions import available_cores
 
 # What the encoder and the decoder are timed on alone, again and again: more than caches hold.
@@ -69,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
             "python benchmarks/bulk.py --photos flickr8k/Images",
             "python benchmarks/bulk.py --photos photos/ --artifact artifacts/demo --threads 2",
             "python benchmarks/bulk.py --photos photos/ --rounds 3 --files 0    # no memory",
+            "python benchmarks/bulk.py --megapixels 12 --count 64 --batch-size 8 --files 0",
         ),
     )
     parser.add_argument(
@@ -77,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="PATH",
         help="folders, files or patterns, taken in rotation (default: scikit-image's samples)",
+    )
+    parser.add_argument(
+        "--megapixels", type=float, metavar="N", help="scale the photos, to JPEGs of this size"
     )
     parser.add_argument(
         "--checkpoint", metavar="DIR", help="CNN-LSTM checkpoint (default: the bundled one)"
@@ -126,22 +133,28 @@ def _benchmark(options: argparse.Namespace) -> int:
         small = find_family(manifest.family).small
         if not small or manifest.provenance.checkpoint_sha256 != pair.sha256:
             raise ArtifactError(f"{artifact}: was not exported from {pair.folder}; export it again")
+        if options.megapixels:
+            photos = scaled(photos[: options.count], options.megapixels, folder)
         count = -(-options.count // options.batch_size) * options.batch_size
         chosen = list(itertools.islice(itertools.cycle(photos), count))
+        variants = pair.variants()
+        tried = [np.asarray(load_image(path)) for path in chosen[: options.batch_size]]
+        fast = fastest(variants, tried, options.batch_size, {})
         contenders = {
-            TORCH: torch_path(
-                next(iter(pair.variants().values())), chosen, threads, options.batch_size
-            ),
+            TORCH: torch_path(variants[fast], chosen, threads, options.batch_size),
             **onnx_paths(artifact, chosen, threads, options.batch_size, folder),
         }
         result: dict[str, Any] = {
             "model": pair.title,
+            "variant": fast,
+            "megapixels": options.megapixels,
             "photos": len(photos),
             "count": count,
             "rounds": options.rounds,
             "batch_size": options.batch_size,
             "environment": dataclasses.asdict(environment(threads)),
             **speed(contenders, count, options.rounds, threads),
+            "load": load(),
         }
         sizes = sorted(size for size in options.files if size)
         result["memory"] = memory(artifact, photos, sizes, threads, options.batch_size, folder)
@@ -155,17 +168,40 @@ def _benchmark(options: argparse.Namespace) -> int:
     return 0
 
 
+def scaled(paths: Sequence[Path], megapixels: float, folder: Path) -> list[Path]:
+    """Copies of the photos as JPEGs with so many pixels, in the quality that cameras save in."""
+    copies = []
+    for number, path in enumerate(tqdm(paths, "scaling", leave=False, disable=None)):
+        image = load_image(path)
+        factor = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
+        size = round(image.width * factor), round(image.height * factor)
+        copies.append(folder / f"{number}.jpg")
+        image.resize(size, Image.Resampling.BICUBIC).save(copies[-1], quality=92)
+    return copies
+
+
 class Photos:
-    """A PyTorch `Dataset` of preprocessed photos."""
+    """A PyTorch `Dataset` of photos, opened by Pillow and prepared by torchvision."""
 
     def __init__(self, paths: Sequence[Path], spec: ImageSpec) -> None:
-        self._paths, self._spec = paths, spec
+        from torchvision import transforms
+
+        self._paths = paths
+        self._prepare = transforms.Compose(
+            [
+                transforms.Resize(spec.resize if spec.keep_aspect else (spec.resize, spec.resize)),
+                transforms.CenterCrop(spec.crop),
+                transforms.ToTensor(),
+                transforms.Normalize(spec.mean, spec.std),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, index: int) -> FloatArray:
-        return preprocess(self._paths[index], self._spec)
+    def __getitem__(self, index: int) -> Any:
+        with Image.open(self._paths[index]) as image:
+            return self._prepare(image.convert("RGB"))
 
 
 def torch_path(
@@ -226,6 +262,7 @@ def onnx_paths(
 
         return run
 
+    decode: Any = beam_search if captioner.options.num_beams > 1 else greedy
     ready = [read(batch) for batch in batches[: max(1, READY // batch_size)]]
     features = [captioner.encoder(pixels) for pixels in ready]
     return {
@@ -233,7 +270,7 @@ def onnx_paths(
         READING: each(read, batches),
         ENCODER: each(captioner.encoder, ready),
         TOGETHER: each(together.encoder, ready, workers=1),
-        DECODER: each(lambda item: greedy(captioner.decoder, item, captioner.options), features),
+        DECODER: each(lambda item: decode(captioner.decoder, item, captioner.options), features),
     }
 
 
@@ -368,8 +405,10 @@ def render(result: dict[str, Any]) -> str:
         rows.append((name, f"{rate:.0f}", "" if name == TORCH else f"{cpu[name]:.2f}"))
     lines = [
         f"{result['model']} on cpu ({machine['cpu']}, {machine['threads']} threads; {versions})",
-        f"{result['count']} photos a round, {result['rounds']} rounds in turn, batches of "
-        f"{result['batch_size']}",
+        f"{result['count']} photos a round"
+        + (f" of {result['megapixels']:g} megapixels" if result["megapixels"] else "")
+        + f", {result['rounds']} rounds in turn, batches of {result['batch_size']}; PyTorch: "
+        f"{result['variant']}; load {result['load']:.1f}",
         "",
         table(rows),
         "",
