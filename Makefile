@@ -17,7 +17,7 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	@echo "installing PyTorch and the rest; the first time takes some minutes"
-	$(BIN)/python -m pip install -q -e '.[cpu,tokenizers,export,blip2,train,eval,dev]'
+	$(BIN)/python -m pip install -q -e '.[cpu,tokenizers,export,blip2,train,eval,serve,dev]'
 	touch $@
 
 demo: $(VENV)/ready

@@ -1,0 +1,91 @@
+"""`capexport serve`"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import socket
+from typing import Any
+
+from capexport.cli.command import say, teaching
+from capexport.cli.decoding import add_decoding, given_decoding
+from capexport.errors import OptionError, importing
+from capexport.serve import EXTRA, application
+from capexport.serve.settings import Settings, add_flags, given_settings
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="caption images for other programs, over HTTP",
+        **teaching(
+            "Caption images over HTTP: POST /caption takes an image, or several in a form; "
+            "programs that speak to Ollama (POST /api/generate) or OpenAI "
+            "(POST /v1/chat/completions) can speak to this server in their place. Requests that "
+            "come together are captioned together. SIGTERM and Ctrl-C end it once everything that "
+            "was accepted is answered. Environment variables say the same as the flags: "
+            "CAPEXPORT_MODEL, CAPEXPORT_API_KEY and so on.",
+            "capexport serve                                   # on http://127.0.0.1:8000",
+            "capexport serve -m artifacts/first --port 11434   # where Ollama's clients look",
+            "CAPEXPORT_API_KEY=secret capexport serve --host 0.0.0.0",
+            "curl --data-binary @photo.jpg http://127.0.0.1:8000/caption",
+        ),
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, for this "
+        "machine alone; 0.0.0.0 for all that reach it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free"
+    )
+    add_flags(parser)
+    add_decoding(parser.add_argument_group("what captions say, unless a request says otherwise"))
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    with importing(EXTRA):
+        import uvicorn
+    listener = _bind(options.host, options.port)
+    host, port = listener.getsockname()[:2]
+    settings = Settings(
+        **given_settings(options),
+        decoding=given_decoding(options),
+        loopback=ipaddress.ip_address(host.partition("%")[0]).is_loopback,
+    )
+    app = application(settings)
+    if not settings.loopback and not settings.api_key:
+        say(f"capexport: whoever reaches {host} can ask: CAPEXPORT_API_KEY sets a key")
+    shown = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75,
+        lifespan="on", ws="none",
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    say(f"capexport: serving {settings.name} on http://{shown}:{port} (Ctrl-C ends)")
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # or SIGTERM: uvicorn has answered everything, and passes it on
+        return 130 if server.force_exit else 0
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that doesn't listen yet.
+
+    Raises:
+        OptionError: there is no such address here, or somebody else has the port.
+    """
+    try:
+        [(family, kind, *_, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        listener = socket.socket(family, kind)
+        if os.name == "posix":  # elsewhere it means something else
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OptionError(f"cannot serve on {host}, port {port}: {reason}") from error
+    return listener

@@ -1,0 +1,141 @@
+"""The application: all protocols, the gate in front of them, and what it shows of itself."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+import capexport
+from capexport.errors import CapexportError
+from capexport.serve import ollama, openai, own
+from capexport.serve.gate import Gate, complain, error_answer
+from capexport.serve.metrics import CONTENT_TYPE
+from capexport.serve.requests import Json
+from capexport.serve.service import Service, status_of
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>capexport</title>
+<h1>capexport</h1>
+<p>This server captions images: <code>{name}</code>, a {family} captioner in {precision}.</p>
+<pre>curl --data-binary @photo.jpg http://{host}{root}/caption</pre>
+<p>It also speaks Ollama's protocol (<code>/api/generate</code>, <code>/api/chat</code>) and
+OpenAI's (<code>/v1/chat/completions</code>); see <a href="health">health</a> and
+<a href="metrics">metrics</a>.</p>
+</html>
+"""
+
+
+def build_app(service: Service) -> Starlette:
+    """An ASGI application around a captioner that is loaded already."""
+    settings = service.settings
+    routes = [
+        *own.routes(service),
+        *ollama.routes(service),
+        *openai.routes(service),
+        *_status_routes(service),
+    ]
+    own_paths: list[BaseRoute] = list(routes)
+    below = [Mount(settings.root_path, routes=own_paths)] if settings.root_path else []
+    everything: list[BaseRoute] = [*routes, *below]
+    if settings.site:
+        everything.append(Mount("/", StaticFiles(directory=settings.site, html=True)))
+
+    def known(scope: Scope) -> str | None:
+        """The path as it is written in the routes."""
+        path = scope["path"].removeprefix(settings.root_path) if below else scope["path"]
+        for route in routes:
+            if route.path_regex.match(path):
+                return route.path
+        # Files of the site are for everybody.
+        return "/" if settings.site and scope["method"] in ("GET", "HEAD") else None
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+
+    middleware = [Middleware(Gate, service=service, known=known)]
+    if settings.allow_origin:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=settings.allow_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+        middleware.insert(0, cors)
+    app = Starlette(
+        routes=everything,
+        middleware=middleware,
+        exception_handlers={
+            HTTPException: _refused,
+            CapexportError: _failed,
+            ClientDisconnect: _gone,
+            Exception: _broken,
+        },
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _status_routes(service: Service) -> list[Route]:
+    settings, manifest = service.settings, service.manifest
+
+    async def health(request: Request) -> Response:
+        return Json({"status": "ok", "model": settings.name, "version": capexport.__version__})
+
+    async def metrics(request: Request) -> Response:
+        gauges = {
+            "capexport_queue_images": service.batcher.held,
+            "capexport_queue_room_images": settings.queue,
+        }
+        return Response(service.metrics.text(gauges), media_type=CONTENT_TYPE)
+
+    async def page(request: Request) -> Response:
+        host = html.escape(request.headers.get("host", "localhost"))
+        text = _PAGE.format(
+            name=settings.name,
+            family=manifest.family,
+            precision=manifest.precision,
+            host=host,
+            root=settings.root_path,
+        )
+        return HTMLResponse(text)
+
+    pages = [] if settings.site else [Route("/", page)]
+    return [Route("/health", health), Route("/metrics", metrics), *pages]
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _answer(request, error.status_code, error.detail, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, CapexportError)
+    return _answer(request, status_of(error), str(error))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return _answer(request, 499, "the client has gone")
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return _answer(request, 500, "the server failed; its log says why")
+
+
+def _answer(request: Request, status: int, reason: str, headers: object = None) -> Response:
+    complain(request.url.path, status, reason)
+    return error_answer(request.scope["path"], status, reason, headers)

@@ -1,0 +1,140 @@
+"""Images behind URLs, fetched from public addresses only."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from functools import cache
+from typing import TypeAlias
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+import h11
+
+import capexport
+from capexport.errors import ImageError
+
+_REDIRECTS = 5
+_SECONDS = 20.0  # for all of it
+_AT_ONCE = 16
+_MOVED = (301, 302, 303, 307, 308)
+# What a virtual machine reaches its host by, though the address is a public one: Azure's.
+_HOSTS = frozenset({"168.63.129.16"})
+# IPv4 addresses within IPv6: translated ones (RFC 6052), and their first bits.
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+
+Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def is_public(address: Address) -> bool:
+    """Is it somebody else's: neither private, loopback, link-local, multicast nor reserved, and
+    no IPv4 address of these in the guise of IPv6?"""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in _TRANSLATED or int(address) < 1 << 32:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if address.teredo or (inner and not is_public(inner)):
+            return False
+        if inner and address.ipv4_mapped:
+            return True
+    forbidden = (
+        address.is_private, address.is_loopback, address.is_link_local, address.is_multicast,
+        address.is_reserved, address.is_unspecified, getattr(address, "is_site_local", False),
+        str(address) in _HOSTS,
+    )  # fmt: skip
+    return address.is_global and not any(forbidden)
+
+
+class Fetcher:
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+
+    async def fetch(self, url: str) -> bytes:
+        """
+        Raises:
+            ImageError: the URL leads to no image, not to a public address, or takes too long.
+        """
+        try:
+            async with self._turns:
+                return await asyncio.wait_for(self._follow(url), _SECONDS)
+        except asyncio.TimeoutError as error:
+            raise ImageError(f"{url:.200}: takes longer than {_SECONDS:.0f} s") from error
+        except (OSError, ValueError, h11.ProtocolError) as error:
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"{url:.200}: cannot be fetched: {error!s:.200}") from error
+
+    async def _follow(self, url: str) -> bytes:
+        for _ in range(_REDIRECTS + 1):
+            status, location, body = await self._get(urlsplit(url))
+            if status == 200:
+                return body
+            if status not in _MOVED or not location:
+                raise ImageError(f"{url:.200}: the answer is {status}")
+            url = urljoin(url, location)
+        raise ImageError(f"{url:.200}: more than {_REDIRECTS} redirects")
+
+    async def _get(self, url: SplitResult) -> tuple[int, str, bytes]:
+        """Status, the `Location` header, and the body."""
+        secure = url.scheme == "https"
+        if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
+            raise ImageError(f"{url.geturl():.200}: must begin with https:// or http:// and a host")
+        host = url.hostname.encode("idna").decode()
+        # The address that was checked is the one that is connected to: a name may mean another one
+        # the next time.
+        address = await _public_address(host, url.port or (443 if secure else 80))
+        reader, writer = await asyncio.open_connection(
+            *address, ssl=_context() if secure else None, server_hostname=host if secure else None
+        )
+        try:
+            connection = h11.Connection(h11.CLIENT)
+            request = h11.Request(
+                method="GET",
+                target=(url.path or "/") + (f"?{url.query}" if url.query else ""),
+                headers=[
+                    ("Host", url.netloc.rpartition("@")[2]),
+                    ("User-Agent", f"capexport/{capexport.__version__}"),
+                    ("Accept", "image/*"),
+                    ("Connection", "close"),
+                ],
+            )
+            writer.write(connection.send(request) + connection.send(h11.EndOfMessage()))
+            return await self._answer(connection, reader)
+        finally:
+            writer.close()
+
+    async def _answer(
+        self, connection: h11.Connection, reader: asyncio.StreamReader
+    ) -> tuple[int, str, bytes]:
+        status, location, body = 0, "", bytearray()
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                connection.receive_data(await reader.read(65536))
+            elif isinstance(event, h11.Response):
+                status = event.status_code
+                location = dict(event.headers).get(b"location", b"").decode("ascii")
+                if status != 200:
+                    return status, location, b""
+            elif isinstance(event, h11.Data):
+                body += event.data
+                if len(body) > self._max_bytes:
+                    raise ImageError(f"an image of more than {self._max_bytes} bytes")
+            elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
+                return status, location, bytes(body)
+
+
+async def _public_address(host: str, port: int) -> tuple[str, int]:
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for *_, (text, *_) in found:
+        if not is_public(ipaddress.ip_address(text)):
+            raise ImageError(f"{host}: is no public address, and only those are fetched from")
+    return str(found[0][-1][0]), port
+
+
+@cache
+def _context() -> ssl.SSLContext:
+    return ssl.create_default_context()
