@@ -151,9 +151,8 @@ def add_flags(group: Any) -> None:
             how = {"metavar": item.metadata["metavar"]}
             how |= {"type": int} if str(item.type).startswith("int") else {}
             how |= {"action": "append"} if str(item.type).startswith("tuple") else {}
-        group.add_argument(
-            _flag(item.name), dest=item.name, default=None, help=item.metadata["help"], **how
-        )
+        names = ["-m"] * (item.name == "model") + [_flag(item.name)]
+        group.add_argument(*names, dest=item.name, help=item.metadata["help"], **how)
 
 
 def given_settings(options: Any, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
