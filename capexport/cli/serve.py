@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     with importing(EXTRA):
-        import uvicorn
+        import uvicorn  # noqa: F401
     listener = _bind(options.host, options.port)
     host, port = listener.getsockname()[:2]
     settings = Settings(
@@ -58,17 +58,26 @@ def _run(options: argparse.Namespace) -> int:
     if not settings.loopback and not settings.api_key:
         say(f"capexport: whoever reaches {host} can ask: CAPEXPORT_API_KEY sets a key")
     shown = f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75,
-        lifespan="on", ws="none",
-    )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = make_server(app)
+    listener.listen(2048)  # whoever reads the next line may ask at once
     say(f"capexport: serving {settings.name} on http://{shown}:{port} (Ctrl-C ends)")
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # or SIGTERM: uvicorn has answered everything, and passes it on
         return 130 if server.force_exit else 0
     return 0
+
+
+def make_server(app: Any) -> Any:
+    """uvicorn around an application, silent but for what fails."""
+    import uvicorn
+
+    # Above a minute, as long as proxies keep their connections open.
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75,
+        lifespan="on", ws="none", http="h11",
+    )  # fmt: skip
+    return uvicorn.Server(config)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -87,6 +87,7 @@ def build_app(service: Service) -> Starlette:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
+    app.state.service = service
     return app
 
 

@@ -18,7 +18,7 @@ from capexport.bulk.names import shown
 from capexport.serve.batching import Source
 
 MOST_TOKENS, MOST_BEAMS = 256, 16  # of one request, unless the model's own are more
-_LARGE = 200_000  # bytes of JSON that would keep the event loop busy
+_LARGE = 2_000_000  # bytes of JSON that would keep the event loop busy for long
 _KINDS = {
     str: "text",
     bool: "true or false",
