@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import logging
 import os
 import socket
+import time
 from typing import Any
 
 from capexport.cli.command import say, teaching
@@ -13,6 +15,8 @@ from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import OptionError, importing
 from capexport.serve import EXTRA, application
 from capexport.serve.settings import Settings, add_flags, given_settings
+
+_SILENT = 20.0  # seconds until a client must have asked something
 
 
 def add_parser(commands: Any) -> None:
@@ -71,13 +75,26 @@ def _run(options: argparse.Namespace) -> int:
 def make_server(app: Any) -> Any:
     """uvicorn around an application, silent but for what fails."""
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    # Above a minute, as long as proxies keep their connections open.
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            # Who connects and asks nothing would keep the connection for ever.
+            self.loop.call_later(_SILENT, lambda: self.cycle or transport.close())
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            app.state.service.ending = time.monotonic()
+            await super().shutdown(sockets)
+
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it names no request
+    # Connections are kept for above a minute, as long as proxies keep theirs.
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75,
-        lifespan="on", ws="none", http="h11",
+        app, log_level="error", access_log=False, server_header=False, timeout_keep_alive=75,
+        lifespan="on", ws="none", http=Protocol,
     )  # fmt: skip
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -138,5 +138,5 @@ async def _broken(request: Request, error: Exception) -> Response:
 
 
 def _answer(request: Request, status: int, reason: str, headers: object = None) -> Response:
-    complain(request.url.path, status, reason)
+    complain(request.scope["path"], status, reason)
     return error_answer(request.scope["path"], status, reason, headers)

@@ -21,7 +21,9 @@ from capexport.serve.requests import Json, refuse
 from capexport.serve.service import Service
 
 OPEN = ("/health", "/")  # whatever the key
-_PAUSE = 20.0  # seconds without a byte of a body that is still expected
+# Seconds: without a byte of a body that is still expected; for all of it; for what is left of it
+# when the server is about to end.
+_PAUSE, _LONGEST, _GRACE = 10.0, 300.0, 10.0
 _BODIES = 8  # as many of the largest size are held at once
 
 log = logging.getLogger("capexport")
@@ -48,7 +50,7 @@ class Gate:
             return await self._app(scope, receive, send)
         began, status = time.monotonic(), 500
         path = self._known(scope)
-        body = _Body(self, receive, self._service.settings.max_body * 10**6)
+        body = _Body(self, receive, self._service)
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -97,16 +99,20 @@ class Gate:
 class _Body:
     """A request's body, as it comes."""
 
-    def __init__(self, gate: Gate, receive: Receive, most: int) -> None:
-        self._gate, self._receive, self._most = gate, receive, most
-        self.size = 0
+    def __init__(self, gate: Gate, receive: Receive, service: Service) -> None:
+        self._gate, self._receive, self._service = gate, receive, service
+        self._most = service.settings.max_body * 10**6
+        self._until = time.monotonic() + _LONGEST
         self._more = True
+        self.size = 0
 
     async def receive(self) -> Message:
         if not self._more:
             return await self._receive()
+        now = time.monotonic()
+        until = min(self._until, self._service.ending + _GRACE, now + _PAUSE)
         try:
-            message = await asyncio.wait_for(self._receive(), _PAUSE)
+            message = await asyncio.wait_for(self._receive(), max(0, until - now))
         except asyncio.TimeoutError:
             refuse("the rest of the body doesn't come", 408, {"Connection": "close"})
         self._more = message.get("more_body", False)

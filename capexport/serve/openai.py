@@ -95,7 +95,7 @@ class _Asked:
             urls,
             prompt,
             _shape(value(content, "response_format", dict, {})),
-            texts(content, "stop"),
+            [stop] if isinstance(stop := content.get("stop"), str) else texts(content, "stop"),
             value(content, bound, int, None),
             value(content, "n", int, 1),
             value(content, "stream", bool, False),

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
@@ -52,6 +53,7 @@ async def _caption_form(
 ) -> Response:
     """Files, and options as fields; a file that cannot be read has an error for a caption."""
     most = service.settings.queue
+    _check_end(await request.body(), request.headers["content-type"])
     async with request.form(max_files=most, max_fields=100) as form:
         files = [item for _, item in form.multi_items() if isinstance(item, UploadFile)]
         images = [await file.read() for file in files]
@@ -66,6 +68,13 @@ async def _caption_form(
     if len(failed) == len(outcomes):
         return Json({"error": str(failed[0]), "captions": rows}, status_of(failed[0]))
     return Json({"captions": rows})
+
+
+def _check_end(body: bytes, kind: str) -> None:
+    """Refuse a form that breaks off: its last file would be missing, and nobody told."""
+    boundary = parse_options_header(kind)[1].get(b"boundary", b"")
+    if not body.rstrip().endswith(b"--" + boundary + b"--"):
+        refuse("the form breaks off before its last boundary")
 
 
 def _fields(outcome: Outcome) -> dict[str, Any]:

@@ -88,9 +88,8 @@ def objects(content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def texts(content: Mapping[str, Any], name: str, where: str = "") -> list[str]:
-    """A list of texts, or a lone one."""
-    found = content.get(name)
-    found = [found] if isinstance(found, str) else value(content, name, list, [], where)
+    """A list of texts."""
+    found: list[Any] = value(content, name, list, [], where)
     if not all(isinstance(item, str) for item in found):
         refuse(f"{where}{name} must be a list of texts")
     return found

@@ -32,10 +32,12 @@ class Service:
         captioner, manifest: what captions.
         digest: of the manifest, which holds those of all files.
         began: when it was loaded.
+        ending: since when, by `time.monotonic()`, the server has been about to end.
     """
 
     batcher: Batcher
     fetcher: Fetcher
+    ending = math.inf
 
     def __init__(self, settings: Settings) -> None:
         """Load the captioner.
