@@ -103,6 +103,8 @@ def _bind(host: str, port: int) -> socket.socket:
     Raises:
         OptionError: there is no such address here, or somebody else has the port.
     """
+    if not 0 <= port < 1 << 16:
+        raise OptionError(f"--port must lie in 0..65535, got {port}")
     try:
         [(family, kind, *_, address), *_] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -19,10 +19,23 @@ _REDIRECTS = 5
 _SECONDS = 20.0  # for all of it
 _AT_ONCE = 16
 _MOVED = (301, 302, 303, 307, 308)
-# What a virtual machine reaches its host by, though the address is a public one: Azure's.
-_HOSTS = frozenset({"168.63.129.16"})
-# IPv4 addresses within IPv6: translated ones (RFC 6052), and their first bits.
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+# Addresses that are nobody else's, whatever this Python's `ipaddress` says of them: IANA's
+# registries of special-purpose addresses, multicast, and the public one that virtual machines reach
+# their host by on Azure.
+_SPECIAL = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
+        "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24",
+        "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24",
+        "203.0.113.0/24", "224.0.0.0/3", "168.63.129.16/32",
+        "2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20",
+    )
+)  # fmt: skip
+# Of IPv6 only this part is given to anybody. Other parts stand for IPv4 addresses: mapped ones, and
+# translated ones (RFC 6052).
+_GIVEN = ipaddress.ip_network("2000::/3")
+_IN_DISGUISE = (ipaddress.ip_network("::ffff:0:0/96"), ipaddress.ip_network("64:ff9b::/96"))
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -30,20 +43,11 @@ Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 def is_public(address: Address) -> bool:
     """Is it somebody else's: neither private, loopback, link-local, multicast nor reserved, and
     no IPv4 address of these in the guise of IPv6?"""
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour
-        if address in _TRANSLATED or int(address) < 1 << 32:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if address.teredo or (inner and not is_public(inner)):
-            return False
-        if inner and address.ipv4_mapped:
-            return True
-    forbidden = (
-        address.is_private, address.is_loopback, address.is_link_local, address.is_multicast,
-        address.is_reserved, address.is_unspecified, getattr(address, "is_site_local", False),
-        str(address) in _HOSTS,
-    )  # fmt: skip
-    return address.is_global and not any(forbidden)
+    if any(address in network for network in _IN_DISGUISE):
+        return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    if address.version == 6 and address not in _GIVEN:
+        return False
+    return not any(address in network for network in _SPECIAL)
 
 
 class Fetcher:

@@ -70,7 +70,8 @@ WRONG = [
         {"options": []}, {"options": {"num_predict": "5"}}, {"options": {"num_predict": True}},
         {"options": {"num_predict": 1e300}}, {"options": {"num_predict": 0.5}},
         {"options": {"stop": "x"}}, {"options": {"stop": [1]}}, {"format": "xml"}, {"format": 1},
-        {"format": {"properties": []}}, {"format": {"required": [1]}}, {"format": {"type": "array"}},
+        {"format": {"properties": []}}, {"format": {"required": [1]}},
+        {"format": {"type": "array"}},
         {"format": {"properties": {"a": 1}}}, {"logprobs": True}, {"prompt": "x", "images": []},
     )
 ] + [
@@ -83,7 +84,8 @@ WRONG = [
     ("/v1/chat/completions", {"messages": messages})
     for messages in (
         None, [], "x", {"a": 1}, [[]], [{"role": 1}], [{"content": 1}], [{"content": ["x"]}],
-        [{"content": [{"type": "image_url"}]}], [{"content": [{"type": "image_url", "image_url": 1}]}],
+        [{"content": [{"type": "image_url"}]}],
+        [{"content": [{"type": "image_url", "image_url": 1}]}],
         [{"content": [{"type": "image_url", "image_url": {"url": 1}}]}], [{"content": [{}]}],
         [{"content": [{"type": "image_url", "image_url": {"url": "/9j/"}}]}],
         [{"content": [{"type": "text", "text": {}}]}], [{"content": [{"type": []}]}],
@@ -147,7 +149,8 @@ PART = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a.jpg"\r\n\r
 )  # fmt: skip
 @pytest.mark.parametrize(
     "body",
-    [b"", b"--x", b"--x--", b"garbage", PART + b"abc", PART + b"abc\r\n--x--\r\n", b"--x\r\nfoo\r\n\r\n",
+    [b"", b"--x", b"--x--", b"garbage", PART + b"abc", PART + b"abc\r\n--x--\r\n",
+     b"--x\r\nfoo\r\n\r\n",
      b'--x\r\nContent-Disposition: form-data; filename="a"\r\n\r\nabc\r\n--x--\r\n',
      (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n' * 200) + b"--x--",
      PART.replace(b"a.jpg", b"a" * 100_000) + b"abc\r\n--x--\r\n"],
