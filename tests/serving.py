@@ -13,13 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import COMMITTED
 
+from capexport import Captioner
 from capexport.cli.serve import make_server
 from capexport.serve import application
 from capexport.serve.settings import Settings
 
 for package in ("starlette", "uvicorn", "h11", "python_multipart"):
     pytest.importorskip(package, reason="of the extra serve")
+MODEL = COMMITTED / "cnn-lstm"  # what is served is no matter here
+
+
+@pytest.fixture(scope="module")
+def artifact() -> Path:
+    return MODEL
+
+
+@pytest.fixture(scope="module")
+def captioner() -> Captioner:
+    return Captioner.load(MODEL, threads=1)
 
 
 @dataclass

@@ -101,6 +101,7 @@ def _status_routes(service: Service) -> list[Route]:
         gauges = {
             "capexport_queue_images": service.batcher.held,
             "capexport_queue_room_images": settings.queue,
+            "capexport_body_bytes": service.held,
         }
         return Response(service.metrics.text(gauges), media_type=CONTENT_TYPE)
 

@@ -43,7 +43,6 @@ class Gate:
         self, app: ASGIApp, service: Service, known: Callable[[Scope], str | None]
     ) -> None:
         self._app, self._service, self._known = app, service, known
-        self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,7 +65,7 @@ class Gate:
                 return await answer(scope, receive, noted)
             await self._app(scope, body.receive, noted)
         finally:
-            self._held -= body.size
+            self._service.held -= body.size
             self._service.metrics.answered(path or "other", status, time.monotonic() - began)
 
     def _check(self, headers: Headers, path: str | None) -> None:
@@ -91,9 +90,9 @@ class Gate:
         refuse(f"a request may have {self._service.settings.max_body} MB (--max-body)", 413)
 
     def hold(self, size: int) -> None:
-        if self._held + size > _BODIES * self._service.settings.max_body * 10**6:
+        if self._service.held + size > _BODIES * self._service.settings.max_body * 10**6:
             refuse("too much is being sent already: try again later", 429, {"Retry-After": "1"})
-        self._held += size
+        self._service.held += size
 
 
 class _Body:

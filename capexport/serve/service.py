@@ -32,11 +32,13 @@ class Service:
         captioner, manifest: what captions.
         digest: of the manifest, which holds those of all files.
         began: when it was loaded.
+        held: bytes of all bodies that are being received or worked on.
         ending: since when, by `time.monotonic()`, the server has been about to end.
     """
 
     batcher: Batcher
     fetcher: Fetcher
+    held = 0
     ending = math.inf
 
     def __init__(self, settings: Settings) -> None:

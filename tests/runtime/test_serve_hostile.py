@@ -9,15 +9,26 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import draw_photo
-from serving import Running, as_uri, in_base64, question, running
+from serving import (
+    Running,
+    artifact,
+    as_uri,
+    captioner,
+    in_base64,
+    question,
+    running,
+)
 
 from capexport import Captioner
-from capexport.serve import gate
+from capexport.serve import batching, gate
 from capexport.serve.metrics import Histogram
+
+__all__ = ["artifact", "captioner"]  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +136,7 @@ def bomb(width: int, height: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(bytes(3 * 10**6)))
+        + chunk(b"IDAT", zlib.compress(bytes(3_100_000)))
         + chunk(b"IEND", b"")
     )
 
@@ -232,30 +243,38 @@ def test_bodies_together_have_a_limit(server: Running, monkeypatch: pytest.Monke
     held = [socket.create_connection((host, int(port))) for _ in range(2)]
     for connection in held:
         connection.sendall(HEAD + b"Content-Length: 999999\r\n\r\n" + bytes(999_000))
-    while "429" not in str(server.ask("POST", "/caption", bytes(500_000))[0]):
-        time.sleep(0.05)
+    while server.service.held < 2 * 999_000:
+        time.sleep(0.01)
+    status, _, headers = server.ask("POST", "/caption", bytes(500_000))
+    assert status == 429 and headers["retry-after"]
     for connection in held:
         connection.close()
     while server.ask("POST", "/caption", bytes(500_000))[0] == 429:
         time.sleep(0.05)
 
 
-def test_a_large_photo_keeps_nobody_waiting(artifact: Path, photo: bytes):
+def test_a_large_photo_keeps_nobody_waiting(
+    artifact: Path, photo: bytes, monkeypatch: pytest.MonkeyPatch
+):
     """While one is decoded, health and other captions are answered."""
-    buffer = io.BytesIO()
-    draw_photo(3, (6000, 6000)).save(buffer, "PNG", compress_level=1)
-    with running(model=str(artifact), threads=2) as server:
-        answers: list[int] = []
-        ask = lambda: answers.append(server.ask("POST", "/caption", buffer.getvalue())[0])  # noqa: E731
-        large = threading.Thread(target=ask)
-        large.start()
-        while not server.service.batcher._reading:
-            time.sleep(0.001)
+    large = photo + b"and more"
+    decode, begun, go = batching.preprocess, threading.Event(), threading.Event()
+
+    def slowly(data: bytes, *args, **options):
+        if data == large:
+            begun.set()
+            assert go.wait(60)
+        return decode(data, *args, **options)
+
+    monkeypatch.setattr(batching, "preprocess", slowly)
+    with running(model=str(artifact), threads=2) as server, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.ask, "POST", "/caption", large)
+        assert begun.wait(60)
         assert server.ask("GET", "/health")[0] == 200
         assert server.ask("POST", "/caption", photo)[0] == 200
-        assert not answers, "the large photo was read too fast to tell"
-        large.join()
-        assert answers == [200]
+        assert not answer.done()
+        go.set()
+        assert answer.result()[0] == 200
 
 
 def test_log_lines_and_headers_cannot_be_forged(

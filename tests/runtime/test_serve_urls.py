@@ -8,10 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import Running, running
+from serving import (
+    Running,
+    artifact,
+    captioner,
+    running,
+)
 
 from capexport import Captioner
 from capexport.serve import fetching
+
+__all__ = ["artifact", "captioner"]  # fixtures
 
 
 @pytest.mark.parametrize(
