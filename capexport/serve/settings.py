@@ -160,6 +160,6 @@ def given_settings(options: Any, environment: Mapping[str, str] = os.environ) ->
     values = environment_values(environment)
     for item in flags():
         value = getattr(options, item.name)
-        if value not in (None, False):
+        if value is not None and value is not False:  # 0 is for `Settings` to refuse
             values[item.name] = tuple(value) if isinstance(value, list) else value
     return values

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -546,13 +548,13 @@ def test_a_signal_ends_it_when_all_is_answered(artifact: Path, captioner, photos
     process, address = start("-m", str(artifact), "--threads", "1")
     server = Running(address, None)
     wanted = {caption.text for caption in captioner.caption(photos, num_beams=16)}
-    parts = [("file", path.name, path.read_bytes()) for path in photos * 4]
+    parts = [("file", path.name, path.read_bytes()) for path in photos * 2]
     body, kind = form(("num_beams", None, b"16"), *parts)
     with ThreadPoolExecutor(4) as pool:
         waiting = [
             pool.submit(server.ask, "POST", "/caption", body, content_type=kind) for _ in range(4)
         ]
-        while "capexport_queue_images 192" not in server.ask("GET", "/metrics")[1]:
+        while "capexport_queue_images 96" not in server.ask("GET", "/metrics")[1]:
             assert not all(answer.done() for answer in waiting), "too fast to be met at work"
             time.sleep(0.005)
         process.send_signal(number)
@@ -636,3 +638,37 @@ def test_decoding_of_the_server(artifact: Path, captioner: Captioner, photo: Pat
         assert answer["text"] == captioner.caption(photo, max_tokens=3).text
         answer = server.ask("POST", "/caption?max_tokens=4", photo.read_bytes())[1]
         assert answer["text"] == captioner.caption(photo, max_tokens=4).text
+
+
+def readme_section() -> str:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    return text.partition("\n## A server\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("number, most", [(0, 30), (1, 20)])
+def test_python_in_the_readme(
+    number: int, most: int, server: Running, photo: Path, captioner: Captioner, capsys, monkeypatch
+):
+    monkeypatch.chdir(photo.parent)
+    code = re.findall(r"^```python\n(.*?)^```$", readme_section(), re.M | re.S)[number]
+    exec(code.replace("127.0.0.1:8000", server.address), {})
+    assert capsys.readouterr().out == f"{captioner.caption(photo, max_tokens=most).text}\n"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_commands_in_the_readme(server: Running, photo: Path, captioner: Captioner, wanted):
+    commands = [line for line in readme_section().splitlines() if line.startswith("curl")]
+    answers = [
+        json.loads(
+            subprocess.run(
+                shlex.split(command.replace("127.0.0.1:8000", server.address)),
+                capture_output=True,
+                check=True,
+                cwd=photo.parent,
+            ).stdout
+        )
+        for command in commands
+    ]
+    assert answers[0]["text"] == wanted.text
+    texts = [row["text"] for row in answers[1]["captions"]]
+    assert texts == [captioner.caption(photo, max_tokens=12).text] * 2
