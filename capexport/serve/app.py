@@ -45,17 +45,15 @@ def build_app(service: Service) -> Starlette:
         *openai.routes(service),
         *_status_routes(service),
     ]
-    own_paths: list[BaseRoute] = list(routes)
-    below = [Mount(settings.root_path, routes=own_paths)] if settings.root_path else []
-    everything: list[BaseRoute] = [*routes, *below]
+    inner: list[BaseRoute] = list(routes)
     if settings.site:
-        everything.append(Mount("/", StaticFiles(directory=settings.site, html=True)))
+        inner.append(Mount("/", StaticFiles(directory=settings.site, html=True)))
+    below = [Mount(settings.root_path, routes=inner)] if settings.root_path else []
 
     def known(scope: Scope) -> str | None:
         """The path as it is written in the routes."""
-        path = scope["path"].removeprefix(settings.root_path) if below else scope["path"]
         for route in routes:
-            if route.path_regex.match(path):
+            if route.path_regex.match(service.path(scope)):
                 return route.path
         # Files of the site are for everybody.
         return "/" if settings.site and scope["method"] in ("GET", "HEAD") else None
@@ -76,7 +74,7 @@ def build_app(service: Service) -> Starlette:
         )
         middleware.insert(0, cors)
     app = Starlette(
-        routes=everything,
+        routes=[*below, *inner],
         middleware=middleware,
         exception_handlers={
             HTTPException: _refused,
@@ -139,5 +137,6 @@ async def _broken(request: Request, error: Exception) -> Response:
 
 
 def _answer(request: Request, status: int, reason: str, headers: object = None) -> Response:
-    complain(request.scope["path"], status, reason)
-    return error_answer(request.scope["path"], status, reason, headers)
+    path = request.app.state.service.path(request.scope)
+    complain(path, status, reason)
+    return error_answer(path, status, reason, headers)

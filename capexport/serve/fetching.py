@@ -8,7 +8,7 @@ import socket
 import ssl
 from functools import cache
 from typing import TypeAlias
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import h11
 
@@ -18,6 +18,7 @@ from capexport.errors import ImageError
 _REDIRECTS = 5
 _SECONDS = 20.0  # for all of it
 _AT_ONCE = 16
+_KEPT = "%/:?@!$&'()*+,;=~[]"  # in a path and a query; the rest is escaped
 _MOVED = (301, 302, 303, 307, 308)
 # Addresses that are nobody else's, whatever this Python's `ipaddress` says of them: IANA's
 # registries of special-purpose addresses, multicast, and the public one that virtual machines reach
@@ -51,18 +52,18 @@ def is_public(address: Address) -> bool:
 
 
 class Fetcher:
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self) -> None:
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
-    async def fetch(self, url: str) -> bytes:
+    async def fetch(self, url: str, most: int) -> bytes:
         """
         Raises:
-            ImageError: the URL leads to no image, not to a public address, or takes too long.
+            ImageError: the URL leads to nothing, to no public address, to more than `most` bytes,
+                or it takes too long.
         """
         try:
             async with self._turns:
-                return await asyncio.wait_for(self._follow(url), _SECONDS)
+                return await asyncio.wait_for(self._follow(url, most), _SECONDS)
         except asyncio.TimeoutError as error:
             raise ImageError(f"{url:.200}: takes longer than {_SECONDS:.0f} s") from error
         except (OSError, ValueError, h11.ProtocolError) as error:
@@ -70,9 +71,9 @@ class Fetcher:
                 raise
             raise ImageError(f"{url:.200}: cannot be fetched: {error!s:.200}") from error
 
-    async def _follow(self, url: str) -> bytes:
+    async def _follow(self, url: str, most: int) -> bytes:
         for _ in range(_REDIRECTS + 1):
-            status, location, body = await self._get(urlsplit(url))
+            status, location, body = await self._get(urlsplit(url), most)
             if status == 200:
                 return body
             if status not in _MOVED or not location:
@@ -80,7 +81,7 @@ class Fetcher:
             url = urljoin(url, location)
         raise ImageError(f"{url:.200}: more than {_REDIRECTS} redirects")
 
-    async def _get(self, url: SplitResult) -> tuple[int, str, bytes]:
+    async def _get(self, url: SplitResult, most: int) -> tuple[int, str, bytes]:
         """Status, the `Location` header, and the body."""
         secure = url.scheme == "https"
         if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
@@ -96,7 +97,8 @@ class Fetcher:
             connection = h11.Connection(h11.CLIENT)
             request = h11.Request(
                 method="GET",
-                target=(url.path or "/") + (f"?{url.query}" if url.query else ""),
+                target=quote(url.path or "/", _KEPT)
+                + (f"?{quote(url.query, _KEPT)}" if url.query else ""),
                 headers=[
                     ("Host", url.netloc.rpartition("@")[2]),
                     ("User-Agent", f"capexport/{capexport.__version__}"),
@@ -105,12 +107,12 @@ class Fetcher:
                 ],
             )
             writer.write(connection.send(request) + connection.send(h11.EndOfMessage()))
-            return await self._answer(connection, reader)
+            return await self._answer(connection, reader, most)
         finally:
             writer.close()
 
     async def _answer(
-        self, connection: h11.Connection, reader: asyncio.StreamReader
+        self, connection: h11.Connection, reader: asyncio.StreamReader, most: int
     ) -> tuple[int, str, bytes]:
         status, location, body = 0, "", bytearray()
         while True:
@@ -124,8 +126,8 @@ class Fetcher:
                     return status, location, b""
             elif isinstance(event, h11.Data):
                 body += event.data
-                if len(body) > self._max_bytes:
-                    raise ImageError(f"an image of more than {self._max_bytes} bytes")
+                if len(body) > most:
+                    raise ImageError(f"an image of more than {most} bytes")
             elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
                 return status, location, bytes(body)
 

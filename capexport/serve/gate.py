@@ -61,7 +61,9 @@ class Gate:
             try:
                 self._check(Headers(scope=scope), path)
             except HTTPException as error:
-                answer = error_answer(scope["path"], error.status_code, error.detail, error.headers)
+                asked, status = self._service.path(scope), error.status_code
+                complain(asked, status, error.detail)
+                answer = error_answer(asked, status, error.detail, error.headers)
                 return await answer(scope, receive, noted)
             await self._app(scope, body.receive, noted)
         finally:

@@ -108,7 +108,7 @@ async def _answer(
     if not images:
         refuse("no images: this model captions images, a list of base64 texts")
     wanted = service.longest(tokens if tokens >= 0 else None)
-    sources = [await service.image(image, plain=True) for image in images]
+    sources = await service.images(images, plain=True)
     own_prompt = prompt if service.settings.prompts and prompt else None
     captions = await service.captions(request, sources, own_prompt, max_tokens=wanted)
     text = "\n".join(shaped(until(stops, caption.text)) for caption in captions)

@@ -57,11 +57,10 @@ def routes(service: Service) -> list[Route]:
 def error_object(status: int, reason: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    codes = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
+    codes = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+    code = "model_not_found" if "does not exist" in reason else codes.get(status)
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {
-        "error": {"message": reason, "type": kind, "param": None, "code": codes.get(status)},
-    }
+    return {"error": {"message": reason, "type": kind, "param": None, "code": code}}
 
 
 def _check_model(service: Service, name: str) -> None:
@@ -155,7 +154,7 @@ async def _complete(service: Service, request: Request) -> Response:
     prompt = asked.prompt if service.settings.prompts and asked.prompt else None
     captions = await service.captions(
         request,
-        [await service.image(url) for url in asked.urls],
+        await service.images(asked.urls),
         prompt,
         max_tokens=tokens,
         num_beams=max(own.num_beams, asked.choices) if asked.choices > 1 else None,

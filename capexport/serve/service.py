@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from starlette.requests import Request
+from starlette.types import Scope
 
 from capexport.artifact import FILE_NAME, Manifest, local_folder, sha256_of
 from capexport.bulk.run import open_captioner
@@ -71,7 +72,7 @@ class Service:
             room=settings.queue,
             max_pixels=settings.max_pixels * 10**6,
         )
-        self.fetcher = Fetcher(settings.max_body * 10**6)
+        self.fetcher = Fetcher()
 
     def stop(self) -> None:
         self.batcher.close()
@@ -80,15 +81,29 @@ class Service:
     def knows(self, name: str) -> bool:
         return name in (self.settings.name, f"{self.settings.name}:latest")
 
-    async def image(self, text: str, plain: bool = False) -> Source:
-        """The image that a data URI, an http(s) URL or, where `plain`, base64 stands for."""
-        if text[:5].lower() == "data:":
-            return data_uri(text)
-        if text[:8].lower().startswith(("http://", "https://")):
-            if not self.settings.allow_urls:
-                refuse("URLs are not fetched here (--allow-urls): send the image as a data URI")
-            return await self.fetcher.fetch(text)
-        return from_base64(text) if plain else refuse("an image must be a data URI or an http URL")
+    def path(self, scope: Scope) -> str:
+        """The path of a request, without what a proxy has put before it."""
+        path, prefix = str(scope["path"]), self.settings.root_path
+        return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
+
+    async def images(self, texts: Sequence[str], plain: bool = False) -> list[Source]:
+        """The images that data URIs, http(s) URLs or, where `plain`, base64 stand for."""
+        room = self.settings.max_body * 10**6  # what is fetched is no more than could be sent
+        found: list[Source] = []
+        for text in texts:
+            if text[:5].lower() == "data:":
+                found.append(data_uri(text))
+            elif text[:8].lower().startswith(("http://", "https://")):
+                if not self.settings.allow_urls:
+                    refuse("URLs are not fetched here (--allow-urls): send images as data URIs")
+                image = await self.fetcher.fetch(text, room)
+                room -= len(image)
+                found.append(image)
+            elif plain:
+                found.append(from_base64(text))
+            else:
+                refuse("an image must be a data URI or an http URL")
+        return found
 
     def bounded(self, **options: Any) -> DecodingKeywords:
         """Options of a request, None left out, that don't ask for more than a request may have.

@@ -367,6 +367,9 @@ def test_files_of_a_site(artifact: Path, tmp_path: Path, photo: bytes):
                      str(tmp_path / "secret"), "/" + str(tmp_path / "secret"), "/%ff"):  # fmt: skip
             status, text, _ = server.ask("GET", path)
             assert status in (404, 307) and "secret" not in str(text), path
+        assert server.ask("GET", "/photos/in/a.js")[1] == "1"
+        status, answer, _ = server.ask("POST", "/photos/v1/chat/completions", {})
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
         # Below the path of a proxy that passes it on, and of one that does not.
         assert server.ask("POST", "/photos/caption", photo)[0] == 200
         assert server.ask("POST", "/caption", photo)[0] == 200

@@ -45,7 +45,7 @@ class Site(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, target = self.path.partition("?")
-        if path == "/photo.jpg":
+        if path in ("/photo.jpg", "/%C3%A9%20photo.jpg"):
             self.answer(200, self.photo)
         elif path == "/moved":
             self.answer(302, b"", Location=target)
@@ -132,7 +132,8 @@ def public(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_fetched(server: Running, site: str, public: None, captioner: Captioner):
     wanted = captioner.caption(Site.photo).text
-    for path in ("/photo.jpg", "/photo.jpg?a=b", "/moved?/photo.jpg", f"/moved?{site}/photo.jpg"):
+    for path in ("/photo.jpg", "/photo.jpg?a=b", "/moved?/photo.jpg", f"/moved?{site}/photo.jpg",
+                 "/é photo.jpg"):  # fmt: skip
         assert ask(server, site + path) == (200, wanted), path
     assert ask(server, f"{site}/nothing")[0] == 400
 
