@@ -44,6 +44,7 @@ bench: $(VENV)/ready
 		--picture benchmarks/ratios.png
 	$(BIN)/python benchmarks/bulk.py --photos $(FLICKR8K)/Images --threads 2 \
 		--markdown benchmarks/bulk.md
+	$(BIN)/python benchmarks/serve.py --photos $(FLICKR8K)/Images --markdown benchmarks/serve.md
 	$(BIN)/python benchmarks/operators.py --markdown benchmarks/operators.md
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python -m pytest benchmarks

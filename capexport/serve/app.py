@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -64,18 +65,9 @@ def build_app(service: Service) -> Starlette:
         yield
         service.stop()
 
-    middleware = [Middleware(Gate, service=service, known=known)]
-    if settings.allow_origin:
-        cors = Middleware(
-            CORSMiddleware,
-            allow_origins=settings.allow_origin,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
-        middleware.insert(0, cors)
     app = Starlette(
         routes=[*below, *inner],
-        middleware=middleware,
+        middleware=[*_cors(settings.allow_origin), Middleware(Gate, service=service, known=known)],
         exception_handlers={
             HTTPException: _refused,
             CapexportError: _failed,
@@ -87,6 +79,17 @@ def build_app(service: Service) -> Starlette:
     app.router.redirect_slashes = False
     app.state.service = service
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """What lets pages of these origins read answers."""
+    methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
+    how: dict[str, Any] = {
+        "allow_origins": origins,
+        "allow_methods": methods,
+        "allow_headers": headers,
+    }
+    return [Middleware(CORSMiddleware, **how)] if origins else []
 
 
 def _status_routes(service: Service) -> list[Route]:
