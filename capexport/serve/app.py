@@ -83,11 +83,10 @@ def build_app(service: Service) -> Starlette:
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:
     """What lets pages of these origins read answers."""
-    methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
     how: dict[str, Any] = {
         "allow_origins": origins,
-        "allow_methods": methods,
-        "allow_headers": headers,
+        "allow_methods": ["GET", "POST"],
+        "allow_headers": ["Authorization", "Content-Type"],
     }
     return [Middleware(CORSMiddleware, **how)] if origins else []
 

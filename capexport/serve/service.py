@@ -106,7 +106,8 @@ class Service:
         return found
 
     def bounded(self, **options: Any) -> DecodingKeywords:
-        """Options of a request, None left out, that don't ask for more than a request may have.
+        """Options of a request that don't ask for more than a request may have; those that change
+        nothing are left out, so that more images go together.
 
         Raises:
             OptionError: they do, or are out of range.
@@ -117,7 +118,8 @@ class Service:
             if given.get(name, 0) > (most := max(most, getattr(own, name))):
                 raise OptionError(f"{name} must be at most {most} here, got {given[name]}")
         replace(own, **given)
-        return given  # type: ignore[no-any-return]
+        changes: Any = {n: value for n, value in given.items() if value != getattr(own, n)}
+        return changes  # type: ignore[no-any-return]
 
     def longest(self, tokens: int | None) -> int | None:
         """A bound of other protocols, which name thousands of tokens where no caption has them."""

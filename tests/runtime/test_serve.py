@@ -446,17 +446,27 @@ def held(
 @pytest.mark.parametrize("held", [100], indirect=True)
 def test_requests_that_wait_are_captioned_together(held, captioner, photos: list[Path]):
     server, begun, go = held
+
+    def ask(number: int) -> str:
+        """Whatever the protocol is."""
+        photo = photos[number % 12]
+        body = {"model": "capexport", "stream": False, "images": [in_base64(photo)]}
+        if number % 3 == 0:
+            return server.ask("POST", "/caption", photo.read_bytes())[1]["text"]
+        if number % 3 == 1:
+            return server.ask("POST", "/api/generate", body)[1]["response"]
+        body["messages"] = question(photo)
+        answer = server.ask("POST", "/v1/chat/completions", body)[1]
+        return answer["choices"][0]["message"]["content"]
+
     with ThreadPoolExecutor(25) as pool:
-        answers = [
-            pool.submit(server.ask, "POST", "/caption", photos[number % 12].read_bytes())
-            for number in range(24)
-        ]
+        answers = [pool.submit(ask, number) for number in range(24)]
         short = pool.submit(server.ask, "POST", "/caption?max_tokens=2", photos[0].read_bytes())
         assert begun.wait(60)
         while server.service.batcher.held < 25:
             time.sleep(0.01)
         go.set()
-        texts = [answer.result()[1]["text"] for answer in answers]
+        texts = [answer.result() for answer in answers]
     assert texts == [caption.text for caption in captioner.caption(photos * 2)]
     assert short.result()[1]["text"] == captioner.caption(photos[0], max_tokens=2).text
     text = server.ask("GET", "/metrics")[1]
