@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 import time
 from typing import Any
 
@@ -63,6 +64,8 @@ def _run(options: argparse.Namespace) -> int:
         say(f"capexport: whoever reaches {host} can ask: CAPEXPORT_API_KEY sets a key")
     shown = f"[{host}]" if ":" in host else host
     server = make_server(app)
+    # The event loop takes the interpreter back from captioning threads many times a request.
+    sys.setswitchinterval(0.001)
     listener.listen(2048)  # whoever reads the next line may ask at once
     say(f"capexport: serving {settings.name} on http://{shown}:{port} (Ctrl-C ends)")
     try:

@@ -24,7 +24,7 @@ from capexport.serve.metrics import Metrics
 Source: TypeAlias = bytes | Callable[[], bytes]
 Outcome: TypeAlias = Caption | CapexportError
 
-# Seconds that a batch waits for images that are being read at the moment.
+# Seconds that a batch waits for more images while there is other work.
 PATIENCE = 0.005
 
 
@@ -56,8 +56,9 @@ class Batcher:
     event loop stays free.
 
     Each thread does what is due: it captions a batch where enough images are ready, else it reads
-    the next one. A lone image is captioned at once; a batch is only waited for while others are
-    being read. What is wrong with an image, or with its prompt, costs no other one its caption.
+    the next one. A lone image is captioned at once; a batch is only waited for, some milliseconds,
+    while others are being read or captioned. What is wrong with an image, or with its prompt, costs
+    no other one its caption.
 
     Attributes:
         room: how many images may be held at once.
@@ -132,7 +133,8 @@ class Batcher:
                 free = self._captioning < self._at_once
                 if free and self._ready:
                     pause = self._ready[0].ready + PATIENCE - time.monotonic()
-                    rest = self._unread or (self._reading and pause > 0)
+                    busy = self._reading or self._captioning
+                    rest = self._unread or (busy and pause > 0)
                     if not rest or len(self._ready) >= self._fair_share():
                         self._captioning += 1
                         return self._take_batch()

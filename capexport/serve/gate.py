@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import ipaddress
 import logging
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
+import anyio
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -113,8 +113,9 @@ class _Body:
         now = time.monotonic()
         until = min(self._until, self._service.ending + _GRACE, now + _PAUSE)
         try:
-            message = await asyncio.wait_for(self._receive(), max(0, until - now))
-        except asyncio.TimeoutError:
+            with anyio.fail_after(max(0, until - now)):  # cheaper than a task each time
+                message = await self._receive()
+        except TimeoutError:
             refuse("the rest of the body doesn't come", 408, {"Connection": "close"})
         self._more = message.get("more_body", False)
         size = len(message.get("body", b""))
