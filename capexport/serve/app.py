@@ -127,7 +127,10 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, CapexportError)
-    return _answer(request, status_of(error), str(error))
+    if (status := status_of(error)) < 500:
+        return _answer(request, status, str(error))
+    complain(request.scope["path"], status, str(error))  # it names files here
+    return await _broken(request, error)
 
 
 async def _gone(request: Request, error: Exception) -> Response:

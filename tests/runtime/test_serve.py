@@ -27,7 +27,7 @@ from serving import (
 
 from capexport import Captioner
 from capexport.cli import main
-from capexport.errors import OptionError
+from capexport.errors import ArtifactError, OptionError
 from capexport.serve import application
 from capexport.serve.settings import Settings
 
@@ -527,9 +527,16 @@ def test_a_failure_in_the_model_is_the_servers(artifact: Path, photo: Path, want
             captioner.caption_pixels = caption
             raise MemoryError
 
+        def fail_in_a_file(*_, **__):
+            captioner.caption_pixels = caption
+            raise ArtifactError("/secret/encoder.onnx: onnxruntime failed in it")
+
         captioner.caption_pixels = fail
         status, answer, _ = server.ask("POST", "/caption", photo.read_bytes())
         assert status == 500 and "error" in answer
+        captioner.caption_pixels = fail_in_a_file
+        status, answer, _ = server.ask("POST", "/caption", photo.read_bytes())
+        assert status == 500 and "secret" not in answer["error"]
         assert server.ask("POST", "/caption", photo.read_bytes())[1]["text"] == wanted.text
 
 
