@@ -38,7 +38,7 @@ SECTIONS = (
     ),
     (
         "CNN-LSTM: the server",
-        "python benchmarks/serve.py --photos photos/ --rounds 2 --markdown benchmarks/serve.md",
+        "python benchmarks/serve.py --photos photos/ --requests 500 --markdown benchmarks/serve.md",
         "200 photos of about 500 x 375 pixels. "
         "`capexport serve` against `capexport caption`, in turn, with the bundled captioner; the "
         "clients share the machine's cores with the server.",
