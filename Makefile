@@ -17,7 +17,7 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	@echo "installing PyTorch and the rest; the first time takes some minutes"
-	$(BIN)/python -m pip install -q -e '.[cpu,tokenizers,export,blip2,train,eval,ray,dev]'
+	$(BIN)/python -m pip install -q -e '.[cpu,tokenizers,export,blip2,train,eval,ray,serve,dev]'
 	touch $@
 
 demo: $(VENV)/ready
@@ -44,6 +44,7 @@ bench: $(VENV)/ready
 		--picture benchmarks/ratios.png
 	$(BIN)/python benchmarks/bulk.py --photos $(FLICKR8K)/Images --threads 2 \
 		--markdown benchmarks/bulk.md
+	$(BIN)/python benchmarks/serve.py --photos $(FLICKR8K)/Images --markdown benchmarks/serve.md
 	$(BIN)/python benchmarks/operators.py --markdown benchmarks/operators.md
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python -m pytest benchmarks

@@ -44,6 +44,14 @@ SECTIONS = (
         "cluster.md",
     ),
     (
+        "CNN-LSTM: the server",
+        "python benchmarks/serve.py --photos photos/ --requests 500 --markdown benchmarks/serve.md",
+        "200 photos of about 500 x 375 pixels. "
+        "`capexport serve` against `capexport caption`, in turn, with the bundled captioner; the "
+        "clients share the machine's cores with the server.",
+        "serve.md",
+    ),
+    (
         "BLIP-2 at its full size",
         "python benchmarks/blip2_full_size.py",
         "Random weights of blip2-opt-2.7b's dimensions. The floor is the time in which the bytes "

@@ -1,0 +1,122 @@
+"""`capexport serve`"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+from capexport.cli.command import say, teaching
+from capexport.cli.decoding import add_decoding, given_decoding
+from capexport.errors import OptionError, importing
+from capexport.serve import EXTRA, application
+from capexport.serve.settings import Settings, add_flags, given_settings
+
+_SILENT = 20.0  # seconds until a client must have asked something
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="caption images for other programs, over HTTP",
+        **teaching(
+            "Caption images over HTTP: POST /caption takes an image, or several in a form; "
+            "programs that speak to Ollama (POST /api/generate) or OpenAI "
+            "(POST /v1/chat/completions) can speak to this server in their place. Requests that "
+            "come together are captioned together. SIGTERM and Ctrl-C end it once everything that "
+            "was accepted is answered. Environment variables say the same as the flags: "
+            "CAPEXPORT_MODEL, CAPEXPORT_API_KEY and so on.",
+            "capexport serve                                   # on http://127.0.0.1:8000",
+            "capexport serve -m artifacts/first --port 11434   # where Ollama's clients look",
+            "CAPEXPORT_API_KEY=secret capexport serve --host 0.0.0.0",
+            "curl --data-binary @photo.jpg http://127.0.0.1:8000/caption",
+        ),
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, for this "
+        "machine alone; 0.0.0.0 for all that reach it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free"
+    )
+    add_flags(parser)
+    add_decoding(parser.add_argument_group("what captions say, unless a request says otherwise"))
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    with importing(EXTRA):
+        import uvicorn  # noqa: F401
+    listener = _bind(options.host, options.port)
+    host, port = listener.getsockname()[:2]
+    settings = Settings(
+        **given_settings(options),
+        decoding=given_decoding(options),
+        loopback=ipaddress.ip_address(host.partition("%")[0]).is_loopback,
+    )
+    app = application(settings)
+    if not settings.loopback and not settings.api_key:
+        say(f"capexport: whoever reaches {host} can ask: CAPEXPORT_API_KEY sets a key")
+    shown = f"[{host}]" if ":" in host else host
+    server = make_server(app)
+    # The event loop takes the interpreter back from captioning threads many times a request.
+    sys.setswitchinterval(0.001)
+    listener.listen(2048)  # whoever reads the next line may ask at once
+    say(f"capexport: serving {settings.name} on http://{shown}:{port} (Ctrl-C ends)")
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # or SIGTERM: uvicorn has answered everything, and passes it on
+        return 130 if server.force_exit else 0
+    return 0
+
+
+def make_server(app: Any) -> Any:
+    """uvicorn around an application, silent but for what fails."""
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            # Who connects and asks nothing would keep the connection for ever.
+            self.loop.call_later(_SILENT, lambda: self.cycle or transport.close())
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            app.state.service.ending = time.monotonic()
+            await super().shutdown(sockets)
+
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it names no request
+    # Connections are kept for above a minute, as long as proxies keep theirs.
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, server_header=False, timeout_keep_alive=75,
+        lifespan="on", ws="none", http=Protocol,
+    )  # fmt: skip
+    return Server(config)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that doesn't listen yet.
+
+    Raises:
+        OptionError: there is no such address here, or somebody else has the port.
+    """
+    if not 0 <= port < 1 << 16:
+        raise OptionError(f"--port must lie in 0..65535, got {port}")
+    try:
+        [(family, kind, *_, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        listener = socket.socket(family, kind)
+        if os.name == "posix":  # elsewhere it means something else
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OptionError(f"cannot serve on {host}, port {port}: {reason}") from error
+    return listener

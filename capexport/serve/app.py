@@ -1,0 +1,147 @@
+"""The application: all protocols, the gate in front of them, and what it shows of itself."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+import capexport
+from capexport.errors import CapexportError
+from capexport.serve import ollama, openai, own
+from capexport.serve.gate import Gate, complain, error_answer
+from capexport.serve.metrics import CONTENT_TYPE
+from capexport.serve.requests import Json
+from capexport.serve.service import Service, status_of
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>capexport</title>
+<h1>capexport</h1>
+<p>This server captions images: <code>{name}</code>, a {family} captioner in {precision}.</p>
+<pre>curl --data-binary @photo.jpg http://{host}{root}/caption</pre>
+<p>It also speaks Ollama's protocol (<code>/api/generate</code>, <code>/api/chat</code>) and
+OpenAI's (<code>/v1/chat/completions</code>); see <a href="health">health</a> and
+<a href="metrics">metrics</a>.</p>
+</html>
+"""
+
+
+def build_app(service: Service) -> Starlette:
+    """An ASGI application around a captioner that is loaded already."""
+    settings = service.settings
+    routes = [
+        *own.routes(service),
+        *ollama.routes(service),
+        *openai.routes(service),
+        *_status_routes(service),
+    ]
+    inner: list[BaseRoute] = list(routes)
+    if settings.site:
+        inner.append(Mount("/", StaticFiles(directory=settings.site, html=True)))
+    below = [Mount(settings.root_path, routes=inner)] if settings.root_path else []
+
+    def known(scope: Scope) -> str | None:
+        """The path as it is written in the routes."""
+        for route in routes:
+            if route.path_regex.match(service.path(scope)):
+                return route.path
+        # Files of the site are for everybody.
+        return "/" if settings.site and scope["method"] in ("GET", "HEAD") else None
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+
+    app = Starlette(
+        routes=[*below, *inner],
+        middleware=[*_cors(settings.allow_origin), Middleware(Gate, service=service, known=known)],
+        exception_handlers={
+            HTTPException: _refused,
+            CapexportError: _failed,
+            ClientDisconnect: _gone,
+            Exception: _broken,
+        },
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """What lets pages of these origins read answers."""
+    how: dict[str, Any] = {
+        "allow_origins": origins,
+        "allow_methods": ["GET", "POST"],
+        "allow_headers": ["Authorization", "Content-Type"],
+    }
+    return [Middleware(CORSMiddleware, **how)] if origins else []
+
+
+def _status_routes(service: Service) -> list[Route]:
+    settings, manifest = service.settings, service.manifest
+
+    async def health(request: Request) -> Response:
+        return Json({"status": "ok", "model": settings.name, "version": capexport.__version__})
+
+    async def metrics(request: Request) -> Response:
+        gauges = {
+            "capexport_queue_images": service.batcher.held,
+            "capexport_queue_room_images": settings.queue,
+            "capexport_body_bytes": service.held,
+        }
+        return Response(service.metrics.text(gauges), media_type=CONTENT_TYPE)
+
+    async def page(request: Request) -> Response:
+        host = html.escape(request.headers.get("host", "localhost"))
+        text = _PAGE.format(
+            name=settings.name,
+            family=manifest.family,
+            precision=manifest.precision,
+            host=host,
+            root=settings.root_path,
+        )
+        return HTMLResponse(text)
+
+    pages = [] if settings.site else [Route("/", page)]
+    return [Route("/health", health), Route("/metrics", metrics), *pages]
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _answer(request, error.status_code, error.detail, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, CapexportError)
+    if (status := status_of(error)) < 500:
+        return _answer(request, status, str(error))
+    complain(request.scope["path"], status, str(error))  # it names files here
+    return await _broken(request, error)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return _answer(request, 499, "the client has gone")
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return _answer(request, 500, "the server failed; its log says why")
+
+
+def _answer(request: Request, status: int, reason: str, headers: object = None) -> Response:
+    path = request.app.state.service.path(request.scope)
+    complain(path, status, reason)
+    return error_answer(path, status, reason, headers)

@@ -1,0 +1,149 @@
+"""What every request goes through: who may ask, how much it may send, and how it is counted."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+import anyio
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from capexport.bulk.names import shown
+from capexport.serve.openai import error_object
+from capexport.serve.requests import Json, refuse
+from capexport.serve.service import Service
+
+OPEN = ("/health", "/")  # whatever the key
+# Seconds: without a byte of a body that is still expected; for all of it; for what is left of it
+# when the server is about to end.
+_PAUSE, _LONGEST, _GRACE = 10.0, 300.0, 10.0
+_BODIES = 8  # as many of the largest size are held at once
+
+log = logging.getLogger("capexport")
+
+
+def error_answer(path: str, status: int, reason: str, headers: object = None) -> Json:
+    """An error in the shape that the path's protocol has."""
+    content = error_object(status, reason) if path.startswith("/v1/") else {"error": reason}
+    return Json(content, status, headers)
+
+
+class Gate:
+    """ASGI middleware. `known` says which paths are counted under their name: the others are what
+    clients make up."""
+
+    def __init__(
+        self, app: ASGIApp, service: Service, known: Callable[[Scope], str | None]
+    ) -> None:
+        self._app, self._service, self._known = app, service, known
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        began, status = time.monotonic(), 500
+        path = self._known(scope)
+        body = _Body(self, receive, self._service)
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            try:
+                self._check(Headers(scope=scope), path)
+            except HTTPException as error:
+                asked, status = self._service.path(scope), error.status_code
+                complain(asked, status, error.detail)
+                answer = error_answer(asked, status, error.detail, error.headers)
+                return await answer(scope, receive, noted)
+            await self._app(scope, body.receive, noted)
+        finally:
+            self._service.held -= body.size
+            self._service.metrics.answered(path or "other", status, time.monotonic() - began)
+
+    def _check(self, headers: Headers, path: str | None) -> None:
+        """Refuse who may not ask, and what is announced as too large."""
+        settings = self._service.settings
+        if path not in OPEN and settings.api_key and not _has_key(headers, settings.api_key):
+            refuse("this server wants its API key: `Authorization: Bearer KEY`", 401,
+                   {"WWW-Authenticate": "Bearer"})  # fmt: skip
+        # What a browser says of requests that pages make; other clients say nothing.
+        foreign = headers.get("sec-fetch-site") == "cross-site"
+        origins = settings.allow_origin
+        if foreign and path not in OPEN and not {"*", headers.get("origin")} & {*origins}:
+            refuse("pages of other origins may not ask here (--allow-origin)", 403)
+        if settings.guarded and not _is_own_name(headers.get("host", ""), settings.allow_host):
+            # A page whose name was made to mean this machine would be of the same origin.
+            refuse("this server doesn't go by that name (--allow-host)", 403)
+        with suppress(ValueError):
+            if int(headers.get("content-length", "0")) > settings.max_body * 10**6:
+                self.refuse_size()
+
+    def refuse_size(self) -> None:
+        refuse(f"a request may have {self._service.settings.max_body} MB (--max-body)", 413)
+
+    def hold(self, size: int) -> None:
+        if self._service.held + size > _BODIES * self._service.settings.max_body * 10**6:
+            refuse("too much is being sent already: try again later", 429, {"Retry-After": "1"})
+        self._service.held += size
+
+
+class _Body:
+    """A request's body, as it comes."""
+
+    def __init__(self, gate: Gate, receive: Receive, service: Service) -> None:
+        self._gate, self._receive, self._service = gate, receive, service
+        self._most = service.settings.max_body * 10**6
+        self._until = time.monotonic() + _LONGEST
+        self._more = True
+        self.size = 0
+
+    async def receive(self) -> Message:
+        if not self._more:
+            return await self._receive()
+        now = time.monotonic()
+        until = min(self._until, self._service.ending + _GRACE, now + _PAUSE)
+        try:
+            with anyio.fail_after(max(0, until - now)):  # cheaper than a task each time
+                message = await self._receive()
+        except TimeoutError:
+            refuse("the rest of the body doesn't come", 408, {"Connection": "close"})
+        self._more = message.get("more_body", False)
+        size = len(message.get("body", b""))
+        if self.size + size > self._most:
+            self._gate.refuse_size()
+        self._gate.hold(size)
+        self.size += size
+        return message
+
+
+def _has_key(headers: Headers, key: str) -> bool:
+    scheme, _, sent = headers.get("authorization", "").partition(" ")
+    same = hmac.compare_digest(sent.strip().encode(), key.encode())
+    return same and scheme.lower() == "bearer"
+
+
+def _is_own_name(host: str, allowed: tuple[str, ...]) -> bool:
+    """Is a `Host` header an address, localhost, or one of `allowed`?"""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name in ("localhost", "", *allowed) or name.endswith(".localhost"):
+            return True
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def complain(path: str, status: int, reason: str) -> None:
+    """One line in the log, whatever clients put into it."""
+    log.info("%s", shown(f"{status} {path:.100}: {reason:.300}"))

@@ -1,0 +1,219 @@
+"""OpenAI's protocol of chat completions.
+
+Source: https://platform.openai.com/docs/api-reference/chat
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from capexport.captioner import Caption
+from capexport.serve.requests import (
+    MOST_BEAMS,
+    Json,
+    in_format,
+    objects,
+    read_json,
+    refuse,
+    texts,
+    until,
+    value,
+)
+from capexport.serve.service import Service
+
+
+def routes(service: Service) -> list[Route]:
+    model = {
+        "id": service.settings.name,
+        "object": "model",
+        "created": int(service.began.timestamp()),
+        "owned_by": "capexport",
+    }
+
+    async def models(request: Request) -> Response:
+        return Json({"object": "list", "data": [model]})
+
+    async def one(request: Request) -> Response:
+        _check_model(service, request.path_params["name"])
+        return Json(model)
+
+    return [
+        Route("/v1/chat/completions", partial(_complete, service), methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", one),
+    ]
+
+
+def error_object(status: int, reason: str) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    codes = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+    code = "model_not_found" if "does not exist" in reason else codes.get(status)
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": reason, "type": kind, "param": None, "code": code}}
+
+
+def _check_model(service: Service, name: str) -> None:
+    if not name:
+        refuse("model is required")
+    if not service.knows(name):
+        refuse(f"the model {name!r:.100} does not exist: this is {service.settings.name}", 404)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a request asks for; its sampling options change nothing, as captions are not drawn by
+    lot."""
+
+    urls: list[str]
+    prompt: str
+    shape: Callable[[str], str]
+    stops: list[str]
+    tokens: int | None
+    choices: int
+    streams: bool
+    counted: bool
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> _Asked:
+        prompt, urls = _last_words(objects(content, "messages"))
+        streaming = value(content, "stream_options", dict, {})
+        tokens = content.get("max_completion_tokens")
+        bound = "max_tokens" if tokens is None else "max_completion_tokens"
+        asked = cls(
+            urls,
+            prompt,
+            _shape(value(content, "response_format", dict, {})),
+            [stop] if isinstance(stop := content.get("stop"), str) else texts(content, "stop"),
+            value(content, bound, int, None),
+            value(content, "n", int, 1),
+            value(content, "stream", bool, False),
+            value(streaming, "include_usage", bool, False, "stream_options: "),
+        )
+        if not urls:
+            refuse("no image: this model captions images, message parts of the type image_url")
+        if not 1 <= asked.choices <= MOST_BEAMS:
+            refuse(f"n must lie in 1..{MOST_BEAMS}, got {asked.choices}")
+        if asked.choices > 1 and len(urls) > 1:
+            refuse("n above 1 goes with one image, not with several")
+        if value(content, "logprobs", bool, False):
+            refuse("logprobs: captions come without the probabilities of their tokens")
+        return asked
+
+
+def _last_words(messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    """The text of the last message of a user, and the images of the last message with any."""
+    prompt, urls = "", list[str]()
+    for message in messages:
+        parts = message.get("content")
+        if isinstance(parts, str) or parts is None:
+            parts = [{"type": "text", "text": parts}]
+        found, said = list[str](), list[str]()
+        for part in objects({"content": parts}, "content"):
+            kind = part.get("type")
+            if kind == "image_url":
+                url = part.get("image_url")
+                url = {"url": url} if isinstance(url, str) else value(part, "image_url", dict, {})
+                found.append(value(url, "url", str, "", "image_url: "))
+            elif kind in ("text", "refusal"):
+                said.append(value(part, kind, str, ""))
+            else:
+                refuse(f"message parts must be text or image_url, got {kind!r:.50}")
+        urls = found or urls
+        if value(message, "role", str, "user") == "user":
+            prompt = "\n".join(said)
+    return prompt, urls
+
+
+def _shape(wanted: Mapping[str, Any]) -> Callable[[str], str]:
+    kind = wanted.get("type", "text")
+    if kind == "json_schema":
+        schema = value(wanted, "json_schema", dict, {}, "response_format: ")
+        return in_format(value(schema, "schema", dict, {}), "response_format")
+    if kind not in ("text", "json_object"):
+        refuse("response_format: type must be text, json_object or json_schema")
+    return in_format("json" if kind == "json_object" else "")
+
+
+async def _complete(service: Service, request: Request) -> Response:
+    content = await read_json(request)
+    _check_model(service, value(content, "model", str, ""))
+    asked = _Asked.read(content)
+    own = service.captioner.options
+    tokens = service.longest(asked.tokens)
+    prompt = asked.prompt if service.settings.prompts and asked.prompt else None
+    captions = await service.captions(
+        request,
+        await service.images(asked.urls),
+        prompt,
+        max_tokens=tokens,
+        num_beams=max(own.num_beams, asked.choices) if asked.choices > 1 else None,
+        num_return_sequences=asked.choices,
+    )
+    choices = list(_choices(captions, asked, tokens or own.max_tokens))
+    prompted = service.prompt_tokens(prompt) * len(captions)
+    completed = sum(
+        len(one.tokens) for caption in captions for one in caption.alternatives[: asked.choices]
+    )
+    usage = {
+        "prompt_tokens": prompted,
+        "completion_tokens": completed,
+        "total_tokens": prompted + completed,
+    }
+    head = {
+        "id": f"chatcmpl-{secrets.token_hex(12)}",
+        "created": int(time.time()),
+        "model": content["model"],
+    }
+    if asked.streams:
+        events = _events({**head, "object": "chat.completion.chunk"}, choices, usage, asked.counted)
+        return Response("".join(events), media_type="text/event-stream")
+    said = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": reason,
+        }
+        for index, (text, reason) in enumerate(choices)
+    ]
+    return Json({**head, "object": "chat.completion", "choices": said, "usage": usage})
+
+
+def _choices(captions: list[Caption], asked: _Asked, most: int) -> Iterator[tuple[str, str]]:
+    """Each choice's text, and why it ends: the captions of several images are one, a line each."""
+    ones = [[one] for one in captions[0].alternatives[: asked.choices]]
+    if len(captions) > 1:
+        ones = [[caption.alternatives[0] for caption in captions]]
+    for parts in ones:
+        text = "\n".join(asked.shape(until(asked.stops, part.text)) for part in parts)
+        yield text, "length" if any(len(part.tokens) >= most for part in parts) else "stop"
+
+
+def _events(
+    head: dict[str, Any], choices: list[tuple[str, str]], usage: dict[str, int], counted: bool
+) -> Iterator[str]:
+    """The answer as server-sent events: each choice, its end, and the end of all."""
+
+    def event(index: int, delta: dict[str, str], reason: str | None) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        chunk = {**head, "choices": [choice], **({"usage": None} if counted else {})}
+        return f"data: {json.dumps(chunk)}\n\n"
+
+    for index, (text, reason) in enumerate(choices):
+        yield event(index, {"role": "assistant", "content": ""}, None)
+        yield event(index, {"content": text}, None)
+        yield event(index, {}, reason)
+    if counted:
+        yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
+    yield "data: [DONE]\n\n"

@@ -1,0 +1,148 @@
+"""What every protocol needs: JSON held to its types, images as text, and refusals that say why."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from capexport.bulk.names import shown
+from capexport.serve.batching import Source
+
+MOST_TOKENS, MOST_BEAMS = 256, 16  # of one request, unless the model's own are more
+_LARGE = 2_000_000  # bytes of JSON that would keep the event loop busy for long
+_KINDS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    list: "a list",
+    dict: "an object",
+}
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+
+class Json(Response):
+    """A JSON answer in ASCII, whatever a client made us repeat."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: Any, status: int = 200, headers: Any = None) -> None:
+        super().__init__(json.dumps(content).encode(), status, headers)
+
+
+def refuse(reason: str, status: int = 400, headers: Mapping[str, str] | None = None) -> NoReturn:
+    raise HTTPException(status, shown(reason), headers)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The object in the body, whatever type the client says that it has."""
+    body = await request.body()
+    try:
+        large = len(body) > _LARGE
+        content = await run_in_threadpool(_parse, body) if large else _parse(body)
+    except RecursionError:
+        refuse("the body is JSON of too many levels")
+    except ValueError as error:
+        refuse(f"the body is not JSON: {error!s:.200}")
+    return content if isinstance(content, dict) else refuse("the body must be a JSON object")
+
+
+def _parse(body: bytes) -> Any:
+    return json.loads(body, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def value(
+    content: Mapping[str, Any], name: str, kind: type[T], default: D, where: str = ""
+) -> T | D:
+    """A field, held to its type; null stands for the default."""
+    found = content.get(name)
+    if found is None:
+        return default
+    if kind is int and isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+        refuse(f"{where}{name} must be {_KINDS[kind]}")
+    return found
+
+
+def objects(content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """A list of objects."""
+    found: list[Any] = value(content, name, list, [])
+    if not all(isinstance(item, dict) for item in found):
+        refuse(f"{name} must be a list of objects")
+    return found
+
+
+def texts(content: Mapping[str, Any], name: str, where: str = "") -> list[str]:
+    """A list of texts."""
+    found: list[Any] = value(content, name, list, [], where)
+    if not all(isinstance(item, str) for item in found):
+        refuse(f"{where}{name} must be a list of texts")
+    return found
+
+
+def data_uri(uri: str) -> Source:
+    """The image in `data:image/jpeg;base64,...`."""
+    head, comma, data = uri.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        refuse("a data URI must be one as data:image/jpeg;base64,...")
+    return from_base64(data)
+
+
+def from_base64(text: str) -> Source:
+    """An image that is decoded where it keeps nobody waiting.
+
+    What is no base64 is refused at once where it is short, and else then, as an `ImageError`.
+    """
+    return partial(_decode, text)
+
+
+def _decode(text: str) -> bytes:
+    from capexport.errors import ImageError
+
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"an image is not base64: {error}") from error
+
+
+def in_format(wanted: Any, where: str = "format") -> Callable[[str], str]:
+    """What makes of a caption the JSON that was asked for: `{"caption": ...}`, or of a JSON schema
+    the object with its one text field."""
+    if wanted in (None, ""):
+        return str
+    if wanted == "json":
+        return partial(_as_object, "caption")
+    if not isinstance(wanted, dict):
+        refuse(f"{where} must be json or a JSON schema")
+    properties = value(wanted, "properties", dict, {}, f"{where}: ")
+    names = texts(wanted, "required", f"{where}: ") or list(properties)
+    kinds = [properties[name] for name in names if isinstance(properties.get(name), dict)]
+    if len(names) != 1 or [kind.get("type") for kind in kinds] != ["string"] or "enum" in kinds[0]:
+        refuse(f"{where}: a caption fills a schema whose only required field is a text, no other")
+    return partial(_as_object, names[0])
+
+
+def _as_object(name: str, caption: str) -> str:
+    return json.dumps({name: caption}, ensure_ascii=False)
+
+
+def until(stops: Sequence[str], caption: str) -> str:
+    """A caption up to the first of `stops`, of which there may be none."""
+    for stop in filter(None, stops):
+        caption = caption.partition(stop)[0]
+    return caption

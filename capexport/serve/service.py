@@ -1,0 +1,193 @@
+"""A captioner at the service of requests: what the protocols share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import Scope
+
+from capexport.artifact import FILE_NAME, Manifest, local_folder, sha256_of
+from capexport.bulk.run import open_captioner
+from capexport.captioner import BUNDLED_ARTIFACT, Caption
+from capexport.decoding import DecodingKeywords
+from capexport.errors import CapexportError, ImageError, OptionError
+from capexport.serve.batching import Batcher, Outcome, QueueFullError, Source
+from capexport.serve.fetching import Fetcher
+from capexport.serve.metrics import Metrics
+from capexport.serve.requests import MOST_BEAMS, MOST_TOKENS, data_uri, from_base64, refuse
+from capexport.serve.settings import Settings
+from capexport.sessions import available_cores
+
+
+class Service:
+    """
+    Attributes:
+        captioner, manifest: what captions.
+        digest: of the manifest, which holds those of all files.
+        began: when it was loaded.
+        held: bytes of all bodies that are being received or worked on.
+        ending: since when, by `time.monotonic()`, the server has been about to end.
+    """
+
+    batcher: Batcher
+    fetcher: Fetcher
+    held = 0
+    ending = math.inf
+
+    def __init__(self, settings: Settings) -> None:
+        """Load the captioner.
+
+        Raises:
+            CapexportError: it cannot be loaded, or the settings don't suit it.
+        """
+        self.settings = settings
+        folder = local_folder(settings.model) if settings.model else BUNDLED_ARTIFACT
+        self.manifest = Manifest.read(folder)
+        self.captioner = open_captioner(folder, settings.device, settings.threads)
+        self.captioner.options = replace(self.captioner.options, **settings.decoding)  # type: ignore[arg-type]
+        self.takes_prompts = self.manifest.prompt is not None
+        if settings.prompts and not self.takes_prompts:
+            raise OptionError("--prompts needs a model that was trained with prompts, as BLIP-2")
+        self.digest = sha256_of(folder / FILE_NAME)
+        self.began = datetime.now(timezone.utc)
+        self.bytes = sum(record.bytes for record in self.manifest.files.values())
+        self.metrics = Metrics()
+
+    def start(self) -> None:
+        """Begin to take images; to be called in the event loop."""
+        settings = self.settings
+        self.batcher = Batcher(
+            self.captioner,
+            self.metrics,
+            threads=settings.threads or available_cores(),
+            batch_size=settings.batch_size or self.captioner.batch_size,
+            room=settings.queue,
+            max_pixels=settings.max_pixels * 10**6,
+        )
+        self.fetcher = Fetcher()
+
+    def stop(self) -> None:
+        self.batcher.close()
+        self.captioner.close()
+
+    def knows(self, name: str) -> bool:
+        return name in (self.settings.name, f"{self.settings.name}:latest")
+
+    def path(self, scope: Scope) -> str:
+        """The path of a request, without what a proxy has put before it."""
+        path, prefix = str(scope["path"]), self.settings.root_path
+        return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
+
+    async def images(self, texts: Sequence[str], plain: bool = False) -> list[Source]:
+        """The images that data URIs, http(s) URLs or, where `plain`, base64 stand for."""
+        room = self.settings.max_body * 10**6  # what is fetched is no more than could be sent
+        found: list[Source] = []
+        for text in texts:
+            if text[:5].lower() == "data:":
+                found.append(data_uri(text))
+            elif text[:8].lower().startswith(("http://", "https://")):
+                if not self.settings.allow_urls:
+                    refuse("URLs are not fetched here (--allow-urls): send images as data URIs")
+                image = await self.fetcher.fetch(text, room)
+                room -= len(image)
+                found.append(image)
+            elif plain:
+                found.append(from_base64(text))
+            else:
+                refuse("an image must be a data URI or an http URL")
+        return found
+
+    def bounded(self, **options: Any) -> DecodingKeywords:
+        """Options of a request that don't ask for more than a request may have; those that change
+        nothing are left out, so that more images go together.
+
+        Raises:
+            OptionError: they do, or are out of range.
+        """
+        own = self.captioner.options
+        given: Any = {name: value for name, value in options.items() if value is not None}
+        for name, most in (("max_tokens", MOST_TOKENS), ("num_beams", MOST_BEAMS)):
+            if given.get(name, 0) > (most := max(most, getattr(own, name))):
+                raise OptionError(f"{name} must be at most {most} here, got {given[name]}")
+        replace(own, **given)
+        changes: Any = {n: value for n, value in given.items() if value != getattr(own, n)}
+        return changes  # type: ignore[no-any-return]
+
+    def longest(self, tokens: int | None) -> int | None:
+        """A bound of other protocols, which name thousands of tokens where no caption has them."""
+        most = max(MOST_TOKENS, self.captioner.options.max_tokens)
+        return None if tokens is None else min(tokens, most)
+
+    async def captions(
+        self,
+        request: Request,
+        sources: Sequence[Source],
+        prompt: str | None = None,
+        **options: Any,
+    ) -> list[Caption]:
+        """The caption of each image; the first that fails is refused."""
+        outcomes = await self.outcomes(request, sources, prompt, **options)
+        for outcome in outcomes:
+            if isinstance(outcome, CapexportError):
+                raise outcome
+        return [outcome for outcome in outcomes if isinstance(outcome, Caption)]
+
+    async def outcomes(
+        self,
+        request: Request,
+        sources: Sequence[Source],
+        prompt: str | None = None,
+        **options: Any,
+    ) -> list[Outcome]:
+        """The caption of each image, or what is wrong with it; given up where the client goes."""
+        if prompt is not None and not self.takes_prompts:
+            raise OptionError("this captioner takes no prompt")
+        if len(sources) > self.settings.queue:
+            refuse(f"at most {self.settings.queue} images a request", 413)
+        bounded = self.bounded(**options)
+        work = asyncio.ensure_future(self.batcher.caption(sources, prompt, bounded))
+        gone = asyncio.ensure_future(_disconnection(request))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                refuse("the client has gone", 499)
+            return work.result()
+        except QueueFullError:
+            refuse("too many images wait already: try again later", 429, {"Retry-After": "1"})
+        finally:
+            gone.cancel()
+            work.cancel()
+
+    def prompt_tokens(self, prompt: str | None) -> int:
+        """How many places image and prompt take, as far as the model counts them."""
+        with contextlib.suppress(OptionError):
+            framed = self.captioner.text.frame(None if prompt is None else [prompt], 1, 1)
+            return int(framed.mask.sum()) if framed else 0
+        return 0
+
+
+async def _disconnection(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def status_of(error: CapexportError) -> int:
+    """Whose fault it is."""
+    return 400 if isinstance(error, ImageError | OptionError) else 500
+
+
+def nanoseconds(seconds: float) -> int:
+    return math.ceil(seconds * 1e9)
+
+
+def since(began: float) -> int:
+    """Nanoseconds since `time.monotonic()` was `began`."""
+    return nanoseconds(time.monotonic() - began)
