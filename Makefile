@@ -43,7 +43,12 @@ bench: $(VENV)/ready
 		--json benchmarks/results.json --markdown benchmarks/results.md \
 		--picture benchmarks/ratios.png
 	$(BIN)/python benchmarks/bulk.py --photos $(FLICKR8K)/Images --threads 2 \
-		--markdown benchmarks/bulk.md
+		--markdown benchmarks/bulk.md --json benchmarks/bulk.json
+	$(BIN)/python benchmarks/bulk.py --photos $(FLICKR8K)/Images --threads 2 --megapixels 12 \
+		--count 64 --batch-size 8 --rounds 3 --files 0 \
+		--markdown benchmarks/bulk_12mp.md --json benchmarks/bulk_12mp.json
+	$(BIN)/python benchmarks/growth.py --photos $(FLICKR8K)/Images \
+		--markdown benchmarks/growth.md --picture benchmarks/growth.png
 	$(BIN)/python benchmarks/serve.py --photos $(FLICKR8K)/Images --markdown benchmarks/serve.md
 	$(BIN)/python benchmarks/operators.py --markdown benchmarks/operators.md
 	$(BIN)/python benchmarks/readme.py

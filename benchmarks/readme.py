@@ -1,10 +1,15 @@
-"""Write benchmarks/README.md from what the last runs left: `python benchmarks/readme.py`."""
+"""Write benchmarks/README.md, and the figures in README.md, from what the last runs left:
+`python benchmarks/readme.py`."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from capexport.artifact import replace_file
+from capexport.bench.report import table
 
 FOLDER = Path(__file__).parent
 # Heading, the command behind it, a word on reading it, and the file that the command wrote.
@@ -12,13 +17,11 @@ SECTIONS = (
     (
         "CNN-LSTM: PyTorch, other runtimes, and ONNX",
         "make bench FLICKR8K=flickr8k",
-        "Measured with the captioner of 0.1.0, without attention and beams. Whole captions from "
-        "decoded photo to text; all contenders in turn in one process. "
-        "`PyTorch` is the fastest of its memory formats and LSTM calls, `PyTorch as usual` what "
-        "most people write (default memory format, `nn.LSTM`), `torch.compile` the better of both "
-        "formats compiled, OpenVINO runs the same graphs through the same captioner, its decoder "
-        "as the loop or step by step, whichever is faster. BLEU, METEOR and CIDEr are those of the "
-        "test split's photos. A share of the memory floor above 1 says that the decoder's weights "
+        "Whole captions from decoded photo to text; all contenders in turn in one process. "
+        "`PyTorch` is the fastest of its forms, compiled ones included, `PyTorch as usual` what "
+        "most people write (default memory format, nothing folded), OpenVINO runs the same graphs "
+        "through the same captioner. BLEU, METEOR and CIDEr are those of the test split's photos. "
+        "A share of the memory floor above 1 says that the decoder's weights "
         "stay in the processor's cache.\n\n![ratios and stages](ratios.png)",
         "results.md",
     ),
@@ -35,6 +38,24 @@ SECTIONS = (
         "`capexport caption FOLDER` against PyTorch with a `DataLoader` of as many workers, and "
         "against each stage alone with all cores to itself.",
         "bulk.md",
+    ),
+    (
+        "CNN-LSTM: many files of 12 megapixels",
+        "python benchmarks/bulk.py --megapixels 12 --photos flickr8k/Images --threads 2 "
+        "--count 64 --batch-size 8 --files 0",
+        "The same with large JPEGs, of which `capexport caption` decodes a quarter of the width "
+        "and height, and PyTorch's side, as Pillow and torchvision have it, all.",
+        "bulk_12mp.md",
+    ),
+    (
+        "CNN-LSTM: how cost grows with the work",
+        "python benchmarks/growth.py --photos flickr8k/Images",
+        "A batch pays off as long as its activations stay in the caches. A beam costs less than a "
+        "caption, since the image is encoded once. Words cost evenly. From one megapixel on, "
+        "reading costs more than captioning, and reduced decoding keeps that nearly flat. The "
+        "command's time grows with its files, its memory with the list of them alone."
+        "\n\n![curves](growth.png)",
+        "growth.md",
     ),
     (
         "CNN-LSTM: many files with Ray",
@@ -69,6 +90,76 @@ SECTIONS = (
 )
 
 
+def compared() -> str:
+    """capbench's ratios."""
+    result = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+    machine, runs = result["environment"], result["runs"]
+    names = [name for name in runs[0]["paths"] if name.startswith("ONNX")]
+
+    def times(run: dict[str, Any], name: str) -> float:
+        return float(run["paths"][name]["milliseconds"]["total"]["p50"])
+
+    def ratios(other: Callable[[str], str]) -> list[str]:
+        found = ([times(run, other(name)) / times(run, name) for run in runs] for name in names)
+        return [", ".join(f"{ratio:.2f}x" for ratio in each) for each in found]
+
+    def each(form: str, value: Callable[[str], float]) -> list[str]:
+        return [format(value(name), form) for name in names]
+
+    metrics, costs = result["metrics"], result["footprint"]
+    sizes = " and ".join(str(run["batch_size"]) for run in runs)
+    forms = ", ".join(run["variants"]["PyTorch"] for run in runs)
+    rows = [
+        ("ONNX", *(name.removeprefix("ONNX ") for name in names)),
+        (f"a caption, batch {sizes}, against PyTorch's fastest form ({forms})",
+         *ratios(lambda _: "PyTorch")),
+        ("against PyTorch as most people run it", *ratios(lambda _: "PyTorch as usual")),
+        ("against OpenVINO in the same precision",
+         *ratios(lambda name: name.replace("ONNX", "OpenVINO"))),
+        ("captions identical to PyTorch's",
+         *each(".0%", lambda name: runs[-1]["paths"][name]["identical_captions"])),
+        (f"BLEU-4, CIDEr-D (PyTorch {metrics['PyTorch']['BLEU-4']:.2f}, "
+         f"{metrics['PyTorch']['CIDEr-D']:.2f})",
+         *(f"{metrics[name]['BLEU-4']:.2f}, {metrics[name]['CIDEr-D']:.2f}" for name in names)),
+        ("import and load", *each(
+            ".0f", lambda n: costs["PyTorch"]["load_seconds"] / costs[n]["load_seconds"])),
+        (f"peak memory, MB (PyTorch {costs['PyTorch']['peak_memory_mb']:.0f})",
+         *each(".0f", lambda name: costs[name]["peak_memory_mb"])),
+        ("on disk, MB", *each(".1f", lambda name: costs[name]["disk_mb"])),
+    ]  # fmt: skip
+    title = (
+        f"{result['model']}, {machine['threads']} threads of {machine['cpu']}, "
+        f"{len(runs) and result['photos']} photos, load {machine['load']:.1f}:"
+    )
+    return f"{title}\n\n{table(rows)}"
+
+
+def bulk() -> str:
+    """Images a second of many files."""
+    found = [json.loads((FOLDER / f).read_text(encoding="utf-8")) for f in BULK]
+    rows = [("images a second", *BULK.values())]
+    rows += [
+        (name, *(f"{result['images_per_second'][name]:.0f}" for result in found))
+        for name in found[0]["images_per_second"]
+    ]
+    rows.append(
+        ("`capexport caption` against PyTorch", *(f"{r['ratios']['to_torch']:.2f}x" for r in found))
+    )
+    peaks = found[0]["memory"]["peak_megabytes"]
+    memory = " and ".join(f"{peak:.0f} MB for {int(n):,} files" for n, peak in peaks.items())
+    return f"{table(rows)}\n\nPeak memory is {memory}."
+
+
+BULK = {"bulk.json": "224 x 224", "bulk_12mp.json": "12 megapixels"}
+
+
+def put(text: str, name: str, figures: str) -> str:
+    """`text` with other figures between its marks."""
+    mark = f"<!-- figures of {name} -->\n"
+    before, after = text.split(mark)
+    return f"{before}{mark}\n{figures}\n\n{after[after.index('<!-- end -->') :]}"
+
+
 def main() -> None:
     parts = [
         "# Benchmarks\n\nWritten by `python benchmarks/readme.py` from the runs named here. "
@@ -78,6 +169,9 @@ def main() -> None:
         measured = (FOLDER / file).read_text(encoding="utf-8").strip()
         parts.append(f"## {heading}\n\n    {command}\n\n{text}\n\n{measured}")
     replace_file(FOLDER / "README.md", "\n\n".join(parts) + "\n")
+    readme = FOLDER.parent / "README.md"
+    text = put(readme.read_text(encoding="utf-8"), "capbench", compared())
+    replace_file(readme, put(text, "bulk", bulk()))
 
 
 if __name__ == "__main__":
