@@ -167,6 +167,7 @@ class Batcher:
                     self.captioner.image,
                     max_pixels=self._max_pixels,
                     truncated=self.captioner.truncated,
+                    full_size=self.captioner.full_size,
                 )
             except Exception as failure:
                 error = failure
