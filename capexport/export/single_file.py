@@ -105,6 +105,7 @@ def export_file(
     manifest = dataclasses.replace(artifact, decoding=options)
     _check(folder, manifest, precision)
     own = open_artifact(folder, artifact, CPU)
+    own.full_size = True  # as the graph is given them
     wanted = own.caption(images, **given)
     said = {manifest.precision: wanted}
     with tempfile.TemporaryDirectory() as draft:
@@ -113,6 +114,7 @@ def export_file(
             parts = Path(draft, "w8")
             manifest = _write_w8(folder, parts, manifest)
             captioner = open_artifact(parts, manifest, CPU)
+            captioner.full_size = True
             said["w8"] = captioner.caption(images, **given)
             kept = _kept(own, captioner, wanted, said["w8"])
         model = single.single_graph(parts, manifest)

@@ -281,3 +281,13 @@ def test_the_readmes_javascript_captions_as_python_does(bundled: Path, tmp_path:
         text, _, probability = done.stdout.strip().rpartition(" ")
         assert text == caption.text
         assert float(probability) == pytest.approx(np.exp(caption.log_probability), rel=1e-3)
+
+
+def test_large_jpegs_are_compared_whole(tmp_path: Path):
+    """Of which a captioner would decode half the width and height."""
+    files = [tmp_path / f"{seed}.jpg" for seed in range(16)]
+    for seed, file in enumerate(files):
+        noise = np.random.default_rng(seed).integers(0, 256, (120, 130, 3), np.uint8)
+        Image.fromarray(noise).resize((1100, 1040)).save(file)
+    parity = export_file(COMMITTED / "cnn-lstm", tmp_path / "captioner.onnx", files)
+    assert parity.captions.max_log_probability_difference < 1e-5
