@@ -10,7 +10,9 @@ from typing import Any
 from capexport.artifact import refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
-from capexport.errors import importing
+from capexport.errors import OptionError, importing
+from capexport.metrics import format_scores, scorers
+from capexport.references import read_references
 
 
 def add_parser(commands: Any) -> None:
@@ -50,6 +52,13 @@ def add_parser(commands: Any) -> None:
         metavar="PATH",
         help="photos to compare captions on (default: seeded colour fields)",
     )
+    parser.add_argument(
+        "--references",
+        type=Path,
+        metavar="FILE",
+        help="human captions of --photos, in a file as of `capexport lstm`: also report BLEU, "
+        "METEOR and CIDEr, PyTorch's in float32 and the artifact's",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -58,11 +67,18 @@ def _run(options: argparse.Namespace) -> int:
     refuse_existing(options.out)
     require_writable(options.out)
     photos = find_images(options.photos, sys.stdin) if options.photos else []
+    if options.references and not photos:
+        raise OptionError("--references are of --photos: pass both")
+    references = read_references(options.references) if options.references else None
+    if references:
+        scorers()
     with importing("exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'`"):
         from capexport.export.blip2 import export_blip2
         from capexport.models.blip2_checkpoint import find_checkpoint
     folder, source = find_checkpoint(options.model, options.revision)
-    manifest = export_blip2(folder, options.out, options.precision, source=source, photos=photos)
+    manifest = export_blip2(
+        folder, options.out, options.precision, source=source, photos=photos, references=references
+    )
     assert manifest.parity is not None
     captions = manifest.parity.captions
     size = sum(record.bytes for record in manifest.files.values()) / 1e6
@@ -71,4 +87,6 @@ def _run(options: argparse.Namespace) -> int:
         f"identical to generate()'s, {captions.token_agreement:.0%} of their tokens; error of "
         f"the first logits {captions.logit_error:.1g}"
     )
+    for name, metrics in (manifest.parity.metrics or {}).items():
+        print(f"{name}: {format_scores(metrics)}")
     return 0

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import numpy as np
@@ -21,12 +21,20 @@ from torch.utils._pytree import tree_map
 from transformers import Blip2Config
 
 from capexport.artifact import CaptionParity, Manifest, Parity, PromptSpec, Provenance
+from capexport.captioner import Captioner
 from capexport.errors import ParityError
 from capexport.export.blip2_parts import PartConfig, Plan, plan_parts
-from capexport.export.draft import Draft, draft_artifact
+from capexport.export.draft import draft_artifact
 from capexport.export.fusion import fused_modules, join_projections
 from capexport.export.graph import OPSET, versions
-from capexport.export.parity import IMAGES, relative_error, seeded_images, token_agreement
+from capexport.export.parity import (
+    IMAGES,
+    image_names,
+    relative_error,
+    scored,
+    seeded_images,
+    token_agreement,
+)
 from capexport.export.quantize import quantize_graph
 from capexport.models.blip2 import HuggingFaceCaptioner, load_pretrained
 from capexport.models.blip2_checkpoint import (
@@ -54,6 +62,8 @@ _PROMPTS = ("a photo of", "Question: what is in the picture? Answer:")
 _VALIDATED = 10**9
 YARDSTICK = "from_pretrained() and generate() of Transformers, in float32"
 _ALONE = 4  # of the photos, so many are also captioned one by one
+# PyTorch's, and the artifact's.
+Captioners: TypeAlias = tuple[HuggingFaceCaptioner, Captioner]
 
 
 @contextlib.contextmanager
@@ -98,6 +108,7 @@ def export_blip2(
     *,
     source: Mapping[str, Any] | None = None,
     photos: Sequence[ImageSource] = (),
+    references: Mapping[str, Sequence[str]] | None = None,
 ) -> Manifest:
     """Export the checkpoint in `folder` to the new folder `out`, where it appears only if parity
     holds.
@@ -106,12 +117,17 @@ def export_blip2(
         precision: "fp32", "fp16", or "int8" and "int4" for matrices of so many bits.
         source: what the manifest says of where the checkpoint comes from.
         photos: what captions are compared on, 16 at most; seeded colour fields by default.
+        references: human captions by the photos' file names: what the captions of all photos score
+            is reported, PyTorch's in float32 and the artifact's.
     Raises:
         CheckpointError: a checkpoint that is damaged, or of another kind.
         OutputExistsError: `out` is there already.
         ParityError: the graphs do not reproduce the model.
+        OptionError: photos without references.
+        MissingExtraError: `references` without pycocoevalcap.
     """
     CPU.require_provider()  # parity needs it, at the very end
+    names = image_names(photos, references)
     checkpoint = read_checkpoint(folder)
     for assumption in checkpoint.assumed:
         log.info("%s: %s", folder.name, assumption)
@@ -135,12 +151,18 @@ def export_blip2(
         shutil.rmtree(scratch)
         scratch.mkdir()
         draft.manifest = _manifest(checkpoint, weights, plans, precision, source)
+        captioners: Captioners = (
+            _reference(checkpoint, weights, scratch),
+            draft.captioner(_target(precision)),
+        )
+        captioners[1].full_size = True  # as the processor has them
         parity = Parity(
             yardstick=YARDSTICK,
             tolerance=TOLERANCES[precision],
             relative_error=errors,
             inputs="photos" if photos else "seeded images",
-            captions=_compare_captions(checkpoint, weights, draft, photos),
+            captions=_compare_captions(*captioners, precision, photos),
+            metrics=_metrics(captioners, precision, photos, names, references),
         )
         shutil.rmtree(scratch)
         draft.manifest = dataclasses.replace(draft.manifest, parity=parity)
@@ -273,10 +295,26 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.view(bits), b.view(bits))
 
 
+def _metrics(
+    captioners: Captioners,
+    precision: str,
+    photos: Sequence[ImageSource],
+    names: Sequence[str],
+    references: Mapping[str, Sequence[str]] | None,
+) -> dict[str, dict[str, float | str]] | None:
+    if not references or not photos:
+        return None
+    captions = [each.caption(photos, batch_size=8) for each in captioners]
+    return {
+        name: scored(names, said, references)
+        for name, said in zip(("PyTorch", precision), captions, strict=True)
+    }
+
+
 def _compare_captions(
-    checkpoint: Checkpoint,
-    weights: Weights,
-    draft: Draft,
+    reference: HuggingFaceCaptioner,
+    exported: Captioner,
+    precision: str,
     photos: Sequence[ImageSource],
 ) -> CaptionParity:
     """Captions and answers of the artifact, in batches, against those of `generate()` in float32,
@@ -285,12 +323,8 @@ def _compare_captions(
     Raises:
         ParityError: in fp32 a token differs; otherwise, logits do by more than the tolerance.
     """
-    precision = draft.manifest.precision
     images = list(photos[:IMAGES]) or seeded_images(4)
     prompts = list(itertools.islice(itertools.cycle(_PROMPTS), len(images)))
-    reference = _reference(checkpoint, weights, draft.folder / "scratch")
-    exported = draft.captioner(_target(precision))
-    exported.full_size = True  # as the processor has them
     wanted, got, wanted_logits, got_logits = [], [], [], []
     for prompt in (None, prompts):
         together = reference.caption(images, prompt=prompt)

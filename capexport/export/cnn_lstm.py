@@ -28,17 +28,18 @@ from capexport.export.parity import (
     TOLERANCE,
     compare_captions,
     compare_outputs,
+    image_names,
     relative_error,
+    scored,
     seeded_images,
     token_agreement,
 )
 from capexport.families.cnn_lstm import ATTENTION, AttentiveDecoder
-from capexport.metrics import score, scorers
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.steps import State
 from capexport.models.torch_captioner import DECODING, decoding_of, regions_of, torch_captioner
-from capexport.preprocessing import ImageSource, image_name
+from capexport.preprocessing import ImageSource
 from capexport.sessions import CPU
 
 log = logging.getLogger("capexport")
@@ -97,8 +98,8 @@ def export_cnn_lstm(
         MissingExtraError: `references` without pycocoevalcap.
     """
     images = list(photos) or list(seeded_images())
-    names = [Path(image_name(image)).name for image in images]
-    _check(names, precision, calibration, references)
+    names = image_names(images, references)
+    _check(images, precision, calibration)
     CPU.require_provider()  # parity needs it, at the very end
     both: Any = {**checkpoint.decoding, **(decoding or {})}
     checkpoint = dataclasses.replace(checkpoint, decoding=both)
@@ -134,27 +135,20 @@ def export_cnn_lstm(
             parity = dataclasses.replace(parity, int8=lost)
         if references:
             said = {"PyTorch": wanted, precision: made.caption(images)}
-            metrics = {k: _score(names, captions, references) for k, captions in said.items()}
+            metrics = {k: scored(names, captions, references) for k, captions in said.items()}
             parity = dataclasses.replace(parity, metrics=metrics)
         draft.manifest = dataclasses.replace(draft.manifest, parity=parity)
     return draft.manifest
 
 
 def _check(
-    names: Sequence[str],
-    precision: str,
-    calibration: Sequence[ImageSource],
-    references: Mapping[str, Sequence[str]] | None,
+    images: Sequence[ImageSource], precision: str, calibration: Sequence[ImageSource]
 ) -> None:
     """Refuse what the arguments alone tell."""
-    if references:
-        scorers()
-    if len(names) < IMAGES:
-        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(names)}")
+    if len(images) < IMAGES:
+        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(images)}")
     if (precision == "int8") != bool(calibration):
         raise OptionError("int8, and int8 alone, needs calibration photos: a hundred or so")
-    if missing := [name for name in names if references and name not in references]:
-        raise OptionError(f"{len(missing)} photos without human captions, {missing[0]} for one")
 
 
 def _manifest(checkpoint: Checkpoint, state: Mapping[str, str]) -> Manifest:
@@ -175,12 +169,6 @@ def _manifest(checkpoint: Checkpoint, state: Mapping[str, str]) -> Manifest:
             versions=versions(),
         ),
     )
-
-
-def _score(
-    names: Sequence[str], captions: Sequence[Caption], references: Mapping[str, Sequence[str]]
-) -> dict[str, float | str]:
-    return score({n: c.text for n, c in zip(names, captions, strict=True)}, references)
 
 
 def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 from capexport.artifact import CaptionParity
 from capexport.captioner import Caption, Captioner
 from capexport.decoding import DecodingKeywords, Hypothesis, changed, greedy_by_steps
-from capexport.errors import ParityError
+from capexport.errors import OptionError, ParityError
+from capexport.metrics import score, scorers
 from capexport.preprocessing import FloatArray, ImageSource, image_name
 
 if TYPE_CHECKING:
@@ -105,6 +107,30 @@ def compare_captions(
         distinct=len({caption.tokens for caption in wanted}),
         max_log_probability_difference=difference,
     )
+
+
+def image_names(
+    images: Sequence[ImageSource], references: Mapping[str, Sequence[str]] | None
+) -> list[str]:
+    """The images' file names, by which `references` has their human captions.
+
+    Raises:
+        OptionError: an image has none there.
+        MissingExtraError: there are references, but pycocoevalcap is not installed.
+    """
+    names = [Path(image_name(image)).name for image in images]
+    if references:
+        scorers()
+        if missing := [name for name in names if name not in references]:
+            raise OptionError(f"{len(missing)} photos without human captions, {missing[0]} for one")
+    return names
+
+
+def scored(
+    names: Sequence[str], captions: Sequence[Caption], references: Mapping[str, Sequence[str]]
+) -> dict[str, float | str]:
+    """Caption metrics, by their names."""
+    return score({n: c.text for n, c in zip(names, captions, strict=True)}, references)
 
 
 def token_agreement(wanted: Sequence[Caption], got: Sequence[Caption]) -> float:

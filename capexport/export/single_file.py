@@ -34,12 +34,13 @@ from capexport.export.head import image_head
 from capexport.export.parity import (
     IMAGES,
     TOLERANCE,
+    image_names,
     relative_error,
+    scored,
     seeded_images,
     token_agreement,
 )
 from capexport.export.w8 import keep_weight_bytes
-from capexport.metrics import score, scorers
 from capexport.preprocessing import ImageSource, ImageSpec, image_name, load_image, preprocess
 from capexport.sessions import CPU, Graph
 
@@ -99,7 +100,9 @@ def export_file(
     """
     refuse_existing(out)
     images = list(photos) or list(seeded_images())
-    names = _names(images, references)
+    if len(images) < IMAGES:
+        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(images)}")
+    names = image_names(images, references)
     artifact, given = Manifest.read(folder), decoding or {}
     options: Any = changed(artifact.decoding, given)
     manifest = dataclasses.replace(artifact, decoding=options)
@@ -123,7 +126,7 @@ def export_file(
             _compare_captions(_opened(model, draft), captioner, images, given),
             _compare_pixels(manifest.image, model, draft),
             kept,
-            {name: _score(names, s, references) for name, s in said.items() if references},
+            {name: scored(names, s, references) for name, s in said.items() if references},
         )
     _describe(model, parity)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -131,28 +134,6 @@ def export_file(
     with replacing_binary_file(out) as file:
         file.write(model.SerializeToString())
     return parity
-
-
-def _names(
-    images: Sequence[ImageSource], references: Mapping[str, Sequence[str]] | None
-) -> list[str]:
-    names = [Path(image_name(image)).name for image in images]
-    if len(names) < IMAGES:
-        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(names)}")
-    if references:
-        scorers()
-        if missing := [name for name in names if name not in references]:
-            raise OptionError(f"{len(missing)} photos without human captions, {missing[0]} for one")
-    return names
-
-
-def _score(
-    names: Sequence[str],
-    captions: Sequence[Caption],
-    references: Mapping[str, Sequence[str]] | None,
-) -> dict[str, float | str]:
-    said = {name: caption.text for name, caption in zip(names, captions, strict=True)}
-    return score(said, references or {})
 
 
 def _check(folder: Path, manifest: Manifest, precision: str) -> None:

@@ -40,6 +40,7 @@ from capexport.export.blip2 import (
     relative_error,
     token_agreement,
 )
+from capexport.metrics import score
 from capexport.models.blip2 import HuggingFaceCaptioner
 from capexport.models.blip2_checkpoint import (
     Weights,
@@ -395,12 +396,31 @@ def test_a_broken_export_leaves_nothing(wrong: str, blip2_checkpoint: Make, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_line(blip2_checkpoint: Make, tmp_path: Path, capsys, monkeypatch):
+def test_command_line(
+    blip2_checkpoint: Make, photos: list[Path], tmp_path: Path, capsys, monkeypatch
+):
     folder, out = str(blip2_checkpoint("opt")), tmp_path / "out"
+    humans = tmp_path / "humans.csv"
+    rows = [f"{photo.name},a dog and a dog run in the snow" for photo in photos]
+    humans.write_text("\n".join(["image,caption", *rows[1:]]))
+    scored = ["--photos", *map(str, photos), "--references", str(humans)]
     for module in [name for name in sys.modules if name.startswith("onnxruntime.quantization")]:
         monkeypatch.delitem(sys.modules, module)
-    assert main(["blip2", "--model", folder, "--out", str(out), "--precision", "int8"]) == 0
+    command = ["blip2", "--model", folder, "--out", str(out), "--precision", "int8"]
+    assert main([*command, *scored]) == 2
+    assert f"1 photos without human captions, {photos[0].name}" in capsys.readouterr().err
+    assert main([*command, *scored[-2:]]) == 2
+    assert "--references are of --photos" in capsys.readouterr().err
+    humans.write_text("\n".join(["image,caption", *rows]))
+    assert main([*command, *scored]) == 0
     output = capsys.readouterr()
+    assert [line.split(":")[0] for line in output.out.splitlines()][1:] == ["PyTorch", "int8"]
+    metrics = json.loads((out / "manifest.json").read_text())["parity"]["metrics"]
+    said = HuggingFaceCaptioner.load(Path(folder)).caption(photos)
+    human = {photo.name: ["a dog and a dog run in the snow"] for photo in photos}
+    texts = {photo.name: caption.text for photo, caption in zip(photos, said, strict=True)}
+    assert metrics["PyTorch"] == score(texts, human)
+    assert metrics["int8"].keys() == metrics["PyTorch"].keys()
     assert "captions identical to generate()'s" in output.out
     assert [line.split(":")[0] for line in output.err.splitlines()] == [
         "[1/3] vision_encoder.onnx", "[2/3] embed_tokens.onnx", "[3/3] decoder_model_merged.onnx",
