@@ -26,6 +26,8 @@ demo: $(VENV)/ready
 	$(BIN)/capexport caption --model artifacts/demo \
 		$$($(BIN)/python -c "from capexport.bench.cli import sample_photos; print(*sample_photos())")
 	$(BIN)/capbench --artifact artifacts/demo capexport/default --repeats 20
+	@echo "to see it in a browser: $(BIN)/capexport serve; the page that needs no server:"
+	@echo "$(BIN)/capexport web --out site, then $(BIN)/capexport serve --site site"
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest

@@ -207,8 +207,8 @@ def test_graphs_have_the_documented_inputs_and_outputs(language: str, blip2_expo
     }
     assert not graphs
     names = {tensor.name for tensor in step.initializer}
-    layer = "block.0.layer.0.SelfAttention.q" if language == "t5" else "layers.0.self_attn.q_proj"
-    assert {f"decoder.{layer}.weight", "lm_head.weight"} <= names
+    layer = "block.0.layer.0.SelfAttention" if language == "t5" else "layers.0.self_attn"
+    assert {f"decoder.{layer}.qkv_weight", "lm_head.weight"} <= names
     content = b"".join(path.read_bytes() for path in folder.glob("*.onnx"))
     assert b"site-packages" not in content
 
@@ -231,8 +231,11 @@ def test_attention_norms_and_activations_are_one_node_each(kind: str, blip2_expo
         assert step["MultiHeadAttention"] == 2
         assert step["SkipLayerNormalization"] == 4
         assert step["LayerNormalization"] == 1  # behind the sum with the positions
+        # Of each layer: queries, keys and values together; attention's output; two of the rest.
+        assert step["FusedMatMul"] == 2 * 4 + 1
     else:
         assert step["MultiHeadAttention"] == 4  # of itself and of the encoder
+        assert step["FusedMatMul"] == 2 * (2 + 2 + (2 if kind == "t5-tied" else 3)) + 1
         graphs.append(count("encoder_model"))
         assert graphs[1]["MultiHeadAttention"] == 2
     for counts in graphs:
