@@ -71,11 +71,11 @@ def _run(options: argparse.Namespace) -> int:
         precision=options.precision,
         decoding=given_decoding(options),
     )
-    captions = site.parity.captions
+    captions, sizes = site.parity.captions, site.sizes
     print(
-        f"{options.out}: {len(site.sizes)} files, {sum(site.sizes.values()) / 1e6:.1f} MB, "
-        f"captioner.onnx ({site.parity.manifest.precision}) {site.sizes['captioner.onnx'] / 1e6:.1f}"
-        f" MB of them; {captions.identical} of {captions.images} captions identical to Captioner's"
+        f"{options.out}: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB, of which "
+        f"captioner.onnx ({site.parity.manifest.precision}) {sizes['captioner.onnx'] / 1e6:.1f} MB; "
+        f"{captions.identical} of {captions.images} captions identical to Captioner's"
     )
     print(f"to see it: python -m http.server -d {options.out}")
     return 0

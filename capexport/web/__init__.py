@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capexport.artifact import Manifest, new_artifact, refuse_existing
-from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.decoding import DecodingKeywords
 from capexport.errors import DownloadError, MissingExtraError, OptionError, importing
 from capexport.preprocessing import ImageSource
@@ -29,8 +28,10 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent / "page"
 PACKAGE = "onnxruntime-web@1.30.0"
-# What the npm registry gives as `dist.integrity`.
-_INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+# Its SHA-512, as the npm registry gives it in `dist.integrity`.
+_INTEGRITY = (
+    "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+)
 # Of the package's `dist`, and by which names the page knows them: many servers know no .mjs.
 _RUNTIME_FILES = {
     "ort.wasm.bundle.min.mjs": "onnxruntime.js",
@@ -118,7 +119,7 @@ def fetch_runtime(folder: Path) -> Path:
         reason = " ".join((done.stderr or done.stdout).split())[:300] or f"exit {done.returncode}"
         raise DownloadError(f"npm cannot fetch {PACKAGE}: {reason}; {_BY_HAND}")
     digest = base64.b64encode(hashlib.sha512(packed[0].read_bytes()).digest()).decode()
-    if f"sha512-{digest}" != _INTEGRITY:
+    if digest != _INTEGRITY:
         raise DownloadError(f"npm fetched another {PACKAGE} than the known one; {_BY_HAND}")
     with tarfile.open(packed[0]) as archive:
         for name in _RUNTIME_FILES:

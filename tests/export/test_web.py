@@ -1,12 +1,12 @@
 """The web page in a real browser: Chromium, headless."""
 
 import contextlib
-import functools
+import hashlib
 import http.server
-import io
 import json
-import os
+import re
 import shutil
+import struct
 import subprocess
 import tarfile
 import threading
@@ -228,22 +228,210 @@ def test_captions_are_pythons_and_nothing_leaves_the_page(site: Path, tmp_path: 
     with served(site) as server:
         with browsing(f"--log-net-log={log}") as driver:
             visit(driver, server)
-            shown = pick(driver, photos)[::-1]
-            wait(driver, lambda: driver.execute_script(CONTROLLED))
+            shown = pick(driver, photos)[::-1]  # the newest comes first
+            wait(driver, lambda: "without a network" in status(driver))
             complaints = driver.get_log("browser")
         assert server.violations == []
     assert complaints == []
     assert [text for text, _ in shown] == python_captions(site, photos)
     assert len({text for text, _ in shown}) > 4
-    assert all(p.name in details and "ms" in details for p, (_, details) in zip(photos, shown, strict=True))  # fmt: skip
-    asked = [
-        event["params"]["url"]
-        for event in json.loads(log.read_text())["events"]
-        if "127.0.0.1" in event.get("params", {}).get("initiator", "")
-        and "url" in event["params"]
-    ]  # fmt: skip
-    assert any(url.endswith("captioner.onnx") for url in asked)
-    assert [url for url in asked if not url.startswith(server.url)] == []
+    for photo, (_, details) in zip(photos, shown, strict=True):
+        assert photo.name in details and " ms" in details and "Python" not in details
+    # Of everything that the page, its worker and its service worker asked for:
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    ours = [event for event in events if server.url[:-1] in event.get("initiator", "")]
+    asked = {event["url"] for event in ours if "url" in event}
+    assert {server.url + name for name in ("captioner.onnx", "onnxruntime.wasm")} <= asked
+    assert {url for url in asked if not url.startswith(server.url)} == set()
 
 
-CONTROLLED = "return Boolean(navigator.serviceWorker.controller)"
+HASHES = """
+const [paths, done] = [document.getElementById("probe").files, arguments[0]];
+const hex = (hash) => [...new Uint8Array(hash)].map((n) => n.toString(16).padStart(2, 0)).join("");
+import("./pixels.js").then(async ({ decode }) => {
+  const said = [];
+  for (const path of paths) {
+    const { rgb, width, height, note } = await decode(path);
+    said.push([width, height, hex(await crypto.subtle.digest("SHA-256", rgb)), note ?? null]);
+  }
+  return said;
+}).then(done, (error) => done(String(error)));
+"""
+
+
+def decoded(driver: webdriver.Chrome, paths: list[Path]) -> list:
+    """(width, height, hash of the pixels, note) of each file, by the page's own pixels.js."""
+    driver.execute_script(
+        "document.getElementById('probe')?.remove(); const probe = document.createElement('input');"
+        "Object.assign(probe, {type: 'file', id: 'probe', multiple: true}); document.body.append(probe)"
+    )
+    driver.find_element(By.ID, "probe").send_keys("\n".join(map(str, paths)))
+    said = driver.execute_async_script(HASHES)
+    driver.execute_script("document.getElementById('probe').remove()")
+    return said
+
+
+@in_a_browser
+def test_pixels_are_pillows_or_a_note_says_why_not(page, tmp_path: Path):
+    driver, _ = page
+    photos = [*photos_of_all_kinds(tmp_path / "photos"), *sorted(ORIGINALS.glob("*.jpg"))[8:40]]
+    for turn in range(1, 9):
+        for name in (f"{turn}.jpg", f"{turn}.webp"):
+            tags = Image.Exif()
+            tags[0x0112] = turn
+            draw_photo(turn, (41, 31)).save(tmp_path / name, exif=tags)
+            photos.append(tmp_path / name)
+    draw_photo(3, (2100, 2060)).save(large := tmp_path / "tiles.png", compress_level=1)
+    for path, said in zip([*photos, large], decoded(driver, [*photos, large]), strict=True):
+        image = load_image(path)
+        digest = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
+        assert said == [*image.size, digest, None], path.name
+
+
+@in_a_browser
+def test_what_a_browser_sees_otherwise_is_said_or_refused(page, tmp_path: Path):
+    driver, _ = page
+    photo, frames = draw_photo(1), [draw_photo(2), draw_photo(3)]
+    many = {"save_all": True, "append_images": frames}
+    photo.save(tmp_path / "apart.png", default_image=True, **many)
+    photo.save(tmp_path / "moving.avif", **many)
+    Image.merge("RGBA", (*photo.split(), photo.convert("L"))).save(tmp_path / "glass.png")
+    photo.quantize().save(tmp_path / "hole.gif", transparency=3)
+    names = {
+        "apart.png": "a still image that browsers don't show",
+        "moving.avif": "animated AVIF",
+        "glass.png": "transparent",
+        "hole.gif": "transparent",
+    }
+    for (text, details), (name, note) in zip(
+        reversed(pick(driver, [tmp_path / name for name in names])), names.items(), strict=True
+    ):
+        assert text and f"perhaps not as in Python: {note}" in details and name in details
+
+
+@in_a_browser
+def test_errors_name_the_file_and_the_rest_goes_on(page, tmp_path: Path):
+    driver, _ = page
+    draw_photo(1).save(good := tmp_path / "good.jpg")
+    photo = good.read_bytes()
+    draw_photo(1).save(tmp_path / "scan.tiff")
+    dark = np.asarray(draw_photo(1).convert("L")).astype(np.uint16) * 16
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    draw_photo(1, (2020, 20)).save(tmp_path / "strip.png")
+    draw_photo(1).save(png := tmp_path / "bomb.png")
+    bomb = bytearray(png.read_bytes())
+    bomb[16:24] = struct.pack(">II", 30000, 30000)
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)
+    for name, content in {
+        "cut.jpg": photo[: len(photo) // 2],
+        "words.jpg": b"these are no pixels",
+        "empty.jpg": b"",
+        "<img src=x onerror=alert(1)>.jpg": b"no",
+        "phone.heic": heic,
+        "bomb.png": bytes(bomb),
+        "bomb.jpg": photo[: (at := photo.index(b"\xff\xc0") + 5)] + b"\xff" * 4 + photo[at + 4 :],
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    reasons = {
+        "cut.jpg": "damaged, or no image",
+        "words.jpg": "damaged, or no image",
+        "empty.jpg": "the file is empty",
+        "<img src=x onerror=alert(1)>.jpg": "damaged, or no image",
+        "phone.heic": "cannot read HEIC; save it as JPEG",
+        "scan.tiff": "cannot read TIFF; save it as JPEG",
+        "bomb.png": "30000x30000 are more than 64 megapixels",
+        "bomb.jpg": "65535x65535 are more than 64 megapixels",
+        "dark.png": "brightness is uncertain",
+        "strip.png": "too elongated",
+    }
+    shown = pick(driver, [tmp_path / name for name in reasons] + [good])
+    assert status(driver) == f"1 photo captioned, {len(reasons)} could not be"
+    assert "good.jpg" in shown[0][1]
+    for (text, _), (name, reason) in zip(reversed(shown[1:]), reasons.items(), strict=True):
+        assert text.startswith(f"{name}: ") and reason in text
+
+
+@in_a_browser
+def test_it_works_offline_and_a_new_export_replaces_the_old(
+    small_site: Path, site: Path, tmp_path: Path
+):
+    photos = [tmp_path / f"{seed}.png" for seed in range(3)]
+    for seed, path in enumerate(photos):
+        draw_photo(seed).save(path)
+    old, new = python_captions(small_site, photos), python_captions(site, photos)
+    assert old != new
+
+    def said() -> list[str]:
+        return [text for text, _ in pick(driver, photos)][::-1]
+
+    with browsing() as driver:
+        with served(small_site) as server:
+            visit(driver, server)
+            wait(driver, lambda: "without a network" in status(driver))
+        for url in (server.url, server.url + "index.html?from=home"):
+            driver.get(url)
+            wait(driver, lambda: "Ready" in status(driver))
+            assert said() == old
+        with served(site, port=server.server_port):
+            visit(driver, server)
+            wait(driver, lambda: driver.execute_async_script(CACHES) == [version(site)])
+            visit(driver, server)
+            assert said() == new
+        driver.refresh()
+        wait(driver, lambda: "Ready" in status(driver))
+        assert said() == new
+
+
+CACHES = "caches.keys().then((names) => names.map((name) => name.split(' ').at(-1))).then(arguments[0])"
+
+
+def version(site: Path) -> str:
+    script = (site / "service-worker.js").read_text(encoding="utf-8")
+    return re.search(r'VERSION = "([0-9a-f]{16})"', script)[1]
+
+
+@in_a_browser
+def test_a_policy_that_forbids_webassembly_is_noticed(small_site: Path):
+    """As a check on how the other tests look for violations."""
+    with served(small_site, policy=POLICY.replace("'wasm-unsafe-eval'", "")) as server:
+        with browsing() as driver:
+            driver.get(server.url)
+            wait(driver, lambda: "cannot be loaded" in status(driver))
+            assert not driver.find_element(By.ID, "files").is_enabled()
+        assert "script-src" in {report["effective-directive"] for report in server.violations}
+
+
+ALONE = """
+const done = arguments[0];
+const draw = () => {
+  const pixels = new Uint8ClampedArray(300 * 200 * 4).map((_, at) => at % 4 === 3 ? 255 : at % 251);
+  return new ImageData(pixels, 300, 200);
+};
+import("./captioner.js").then(async ({ Captioner }) => {
+  const captioner = await Captioner.load();
+  const asked = [draw(), new Blob(["no photo"]), "photo.jpg", draw()].map((it) => captioner.caption(it));
+  const said = (await Promise.allSettled(asked)).map(({ value, reason }) => value ?? reason.message);
+  captioner.close();
+  const closed = await captioner.caption(draw()).catch((error) => error.message);
+  const lost = await Captioner.load("lost.onnx").catch((error) => error.message);
+  return [...said, closed, lost];
+}).then(done, (error) => done(String(error)));
+"""
+
+
+@in_a_browser
+def test_captioner_js_is_usable_alone(page):
+    driver, _ = page
+    first, blob, text, last, closed, lost = driver.execute_async_script(ALONE)
+    site = Path(page[1].folder)
+    pixels = np.array([i % 251 for i in range(300 * 200 * 4)], np.uint8).reshape(200, 300, 4)
+    session = onnxruntime.InferenceSession(site / "captioner.onnx")
+    tokens, words, log_probability = session.run(None, {"image": pixels[..., :3].copy()})
+    assert (first["text"], first["tokens"]) == (" ".join(words), tokens.tolist())
+    assert first["logProbability"] == pytest.approx(float(log_probability), abs=1e-3)
+    assert (first["width"], first["height"]) == (300, 200) and first["milliseconds"] > 0
+    assert last["text"] == first["text"]
+    assert blob == "image: damaged, or no image that this browser can read"
+    assert text.startswith("image: ")
+    assert closed == "the captioner is closed"
+    assert lost.endswith("lost.onnx: cannot be loaded (404)")
