@@ -71,11 +71,12 @@ def _run(options: argparse.Namespace) -> int:
         precision=options.precision,
         decoding=given_decoding(options),
     )
-    captions, sizes = site.parity.captions, site.sizes
+    captions, precision = site.parity.captions, site.parity.manifest.precision
+    total, graph = (size / 1e6 for size in (sum(site.sizes.values()), site.sizes["captioner.onnx"]))
     print(
-        f"{options.out}: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB, of which "
-        f"captioner.onnx ({site.parity.manifest.precision}) {sizes['captioner.onnx'] / 1e6:.1f} MB; "
-        f"{captions.identical} of {captions.images} captions identical to Captioner's"
+        f"{options.out}: {len(site.sizes)} files, {total:.1f} MB, of which captioner.onnx "
+        f"({precision}) {graph:.1f} MB; {captions.identical} of {captions.images} captions "
+        f"identical to Captioner's"
     )
     print(f"to see it: python -m http.server -d {options.out}")
     return 0

@@ -13,16 +13,18 @@ const PREFIX = `capexport ${self.registration.scope} `; // other pages of this o
 const CACHE = PREFIX + VERSION;
 
 self.addEventListener("install", (event) => {
-  const requests = Object.entries(FILES).map(
-    ([file, integrity]) => new Request(file, { integrity, cache: "no-cache" }),
-  );
-  event.waitUntil(
-    caches
-      .open(CACHE)
-      .then((cache) => cache.addAll(requests))
-      .then(() => self.skipWaiting()),
-  );
+  event.waitUntil(keepFiles().then(() => self.skipWaiting()));
 });
+
+async function keepFiles() {
+  const cache = await caches.open(CACHE);
+  const kept = Object.entries(FILES).map(async ([file, integrity]) => {
+    // What the page has just loaded is taken from the browser's own cache, unless it is another.
+    const again = () => fetch(file, { integrity, cache: "reload" });
+    await cache.put(file, await fetch(file, { integrity }).catch(again));
+  });
+  await Promise.all(kept);
+}
 
 self.addEventListener("activate", (event) => {
   const removed = caches.keys().then((names) => {
