@@ -439,6 +439,32 @@ def test_captioner_js_is_usable_alone(page):
 
 
 @in_a_browser
+def test_the_readmes_javascript_captions(small_site: Path, tmp_path: Path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"```javascript\n(.*?)```", readme, re.DOTALL)
+    assert len(snippet.splitlines()) <= 20
+    shutil.copytree(small_site, mine := tmp_path / "site")
+    (mine / "mine.js").write_text(snippet, encoding="utf-8")
+    html = (
+        '<link rel="icon" href="icon.svg"><input type="file"><script type="module" src="mine.js">'
+    )
+    (mine / "mine.html").write_text(html + "</script>", encoding="utf-8")
+    draw_photo(2).save(photo := tmp_path / "photo.jpg")
+    with served(mine) as server, browsing() as driver:
+        driver.get(f"{server.url}mine.html")
+        said: list[str] = []
+
+        def logged() -> bool:  # the photo may be picked before the script listens
+            driver.find_element(By.TAG_NAME, "input").send_keys(str(photo))
+            said.extend(entry["message"] for entry in driver.get_log("browser"))
+            return bool(said)
+
+        wait(driver, logged)
+    [text] = python_captions(mine, [photo])
+    assert f'"{text}"' in said[0]
+
+
+@in_a_browser
 def test_the_page_stays_responsive_with_a_large_photo(page, tmp_path: Path):
     driver, _ = page
     draw_photo(5, (6000, 4000)).save(photo := tmp_path / "large.jpg")
