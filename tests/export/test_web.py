@@ -455,6 +455,7 @@ def test_the_readmes_javascript_captions(small_site: Path, tmp_path: Path):
         said: list[str] = []
 
         def logged() -> bool:  # the photo may be picked before the script listens
+            driver.execute_script("document.querySelector('input').value = ''")
             driver.find_element(By.TAG_NAME, "input").send_keys(str(photo))
             said.extend(entry["message"] for entry in driver.get_log("browser"))
             return bool(said)
@@ -501,6 +502,25 @@ canvas.convertToBlob().then((blob) => {
   done(document.body.dispatchEvent(new window[type](event, options)));
 });
 """
+
+
+@in_a_browser
+def test_a_queue_can_be_stopped(page, tmp_path: Path):
+    driver, _ = page
+    paths = [tmp_path / f"{seed}.png" for seed in range(40)]
+    for seed, path in enumerate(paths):
+        draw_photo(seed).save(path)
+    before = len(items(driver))
+    driver.find_element(By.ID, "files").send_keys("\n".join(map(str, paths)))
+    wait(driver, lambda: len(items(driver)) > before)
+    assert " of 40: " in driver.find_element(By.ID, "doing").text
+    assert driver.find_element(By.ID, "progress").get_attribute("max") == "40"
+    driver.find_element(By.ID, "stop").click()
+    wait(driver, lambda: "captioned" in status(driver))
+    shown = len(items(driver)) - before
+    assert 0 < shown < 40 and status(driver).startswith(f"{shown} photo")
+    assert focused(driver) == "files"
+    assert not driver.find_element(By.ID, "stop").is_displayed()
 
 
 @in_a_browser
