@@ -139,11 +139,34 @@ def browsing(*flags: str) -> Iterator[webdriver.Chrome]:
 
 
 @pytest.fixture(scope="module")
-def page(site: Path) -> Iterator[tuple[webdriver.Chrome, Server]]:
-    """The page of the bundled captioner, open and ready."""
-    with served(site) as server, browsing() as driver:
-        visit(driver, server)
-        yield driver, server
+def page(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
+    """(driver, server): the page of the bundled captioner, open and ready.
+
+    At the end, of all that pages, workers and service workers asked for, nothing was elsewhere.
+    """
+    log = tmp_path_factory.mktemp("requests") / "log.json"
+    with served(site) as server:
+        with browsing(f"--log-net-log={log}") as driver:
+            visit(driver, server)
+            wait(driver, lambda: "without a network" in status(driver))
+            yield driver, server
+        assert server.violations == []
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    ours = [event for event in events if "http://127.0.0.1:" in event.get("initiator", "")]
+    asked = {event["url"] for event in ours if "url" in event}
+    assert {server.url + name for name in ("captioner.onnx", "onnxruntime.wasm")} <= asked
+    assert {url for url in asked if not url.startswith("http://127.0.0.1:")} == set()
+
+
+@contextlib.contextmanager
+def new_tab(driver: webdriver.Chrome) -> Iterator[None]:
+    before = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    try:
+        yield
+    finally:
+        driver.close()
+        driver.switch_to.window(before)
 
 
 def visit(driver: webdriver.Chrome, server: Server) -> None:
@@ -228,28 +251,16 @@ def other_profile() -> bytes:
 
 
 @in_a_browser
-def test_captions_are_pythons_and_nothing_leaves_the_page(site: Path, tmp_path: Path):
+def test_captions_are_pythons(page, tmp_path: Path):
+    driver, server = page
     photos = photos_of_all_kinds(tmp_path / "photos")
     photos += sorted(ORIGINALS.glob("*.jpg"))[:4]
-    log = tmp_path / "requests.json"
-    with served(site) as server:
-        with browsing(f"--log-net-log={log}") as driver:
-            visit(driver, server)
-            wait(driver, lambda: "without a network" in status(driver))
-            shown = pick(driver, photos)[::-1]  # the newest comes first
-            complaints = driver.get_log("browser")
-        assert server.violations == []
-    assert complaints == []
-    assert [text for text, _ in shown] == python_captions(site, photos)
+    shown = pick(driver, photos)[::-1]  # the newest comes first
+    assert driver.get_log("browser") == []
+    assert [text for text, _ in shown] == python_captions(server.folder, photos)
     assert len({text for text, _ in shown}) > 4
     for photo, (_, details) in zip(photos, shown, strict=True):
         assert photo.name in details and " ms" in details and "Python" not in details
-    # Of everything that the page, its worker and its service worker asked for:
-    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    ours = [event for event in events if server.url[:-1] in event.get("initiator", "")]
-    asked = {event["url"] for event in ours if "url" in event}
-    assert {server.url + name for name in ("captioner.onnx", "onnxruntime.wasm")} <= asked
-    assert {url for url in asked if not url.startswith(server.url)} == set()
 
 
 HASHES = """
@@ -360,12 +371,13 @@ def test_errors_name_the_file_and_the_rest_goes_on(page, tmp_path: Path):
 
 @in_a_browser
 def test_it_works_offline_and_a_new_export_replaces_the_old(
-    small_site: Path, site: Path, tmp_path: Path
+    page, small_site: Path, site: Path, tmp_path: Path
 ):
     draw_photo(1).save(photo := tmp_path / "photo.png")
     old, new = python_captions(small_site, [photo]), python_captions(site, [photo])
     assert old != new
-    with browsing() as driver:
+    driver, _ = page
+    with new_tab(driver):
         with served(small_site) as server:
             visit(driver, server)
             wait(driver, lambda: "without a network" in status(driver))
@@ -380,9 +392,10 @@ def test_it_works_offline_and_a_new_export_replaces_the_old(
         assert [text for text, _ in pick(driver, [photo])] == new
 
 
-CACHES = (
-    "caches.keys().then((names) => names.map((name) => name.split(' ').at(-1))).then(arguments[0])"
-)
+CACHES = """
+const versions = (names) => names.map((name) => name.split(" ").at(-1));
+caches.keys().then(versions).then(arguments[0]);
+"""
 
 
 def version(site: Path) -> str:
@@ -391,14 +404,16 @@ def version(site: Path) -> str:
 
 
 @in_a_browser
-def test_a_policy_that_forbids_webassembly_is_noticed(small_site: Path):
-    """As a check on how the other tests look for violations."""
-    with served(small_site, policy=POLICY.replace("'wasm-unsafe-eval'", "")) as server:
-        with browsing() as driver:
-            driver.get(server.url)
-            wait(driver, lambda: "cannot be loaded" in status(driver))
-            assert not driver.find_element(By.ID, "files").is_enabled()
+def test_a_policy_that_forbids_webassembly_is_noticed(page, small_site: Path):
+    """As a check on how violations are looked for."""
+    driver, _ = page
+    policy = POLICY.replace("'wasm-unsafe-eval'", "")
+    with served(small_site, policy=policy) as server, new_tab(driver):
+        driver.get(server.url)
+        wait(driver, lambda: "cannot be loaded" in status(driver))
+        assert not driver.find_element(By.ID, "files").is_enabled()
         assert "script-src" in {report["effective-directive"] for report in server.violations}
+    driver.get_log("browser")  # its complaints are no other test's
 
 
 ALONE = """
@@ -424,7 +439,7 @@ import("./captioner.js").then(async ({ Captioner }) => {
 def test_captioner_js_is_usable_alone(page):
     driver, _ = page
     first, blob, text, last, closed, lost = driver.execute_async_script(ALONE)
-    site = Path(page[1].folder)
+    site = page[1].folder
     pixels = np.array([i % 251 for i in range(300 * 200 * 4)], np.uint8).reshape(200, 300, 4)
     session = onnxruntime.InferenceSession(site / "captioner.onnx")
     tokens, words, log_probability = session.run(None, {"image": pixels[..., :3].copy()})
@@ -439,7 +454,8 @@ def test_captioner_js_is_usable_alone(page):
 
 
 @in_a_browser
-def test_the_readmes_javascript_captions(small_site: Path, tmp_path: Path):
+def test_the_readmes_javascript_captions(page, small_site: Path, tmp_path: Path):
+    driver, _ = page
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     [snippet] = re.findall(r"```javascript\n(.*?)```", readme, re.DOTALL)
     assert len(snippet.splitlines()) <= 20
@@ -450,7 +466,7 @@ def test_the_readmes_javascript_captions(small_site: Path, tmp_path: Path):
     )
     (mine / "mine.html").write_text(html + "</script>", encoding="utf-8")
     draw_photo(2).save(photo := tmp_path / "photo.jpg")
-    with served(mine) as server, browsing() as driver:
+    with served(mine) as server, new_tab(driver):
         driver.get(f"{server.url}mine.html")
         said: list[str] = []
 
@@ -473,7 +489,7 @@ def test_the_page_stays_responsive_with_a_large_photo(page, tmp_path: Path):
         "window.ticks = 0; window.ticking = setInterval(() => (window.ticks += 1), 20)"
     )
     [(text, details)] = pick(driver, [photo])
-    assert [text] == python_captions(Path(page[1].folder), [photo])
+    assert [text] == python_captions(page[1].folder, [photo])
     assert "6000 \u00d7 4000" in details
     assert driver.execute_script("clearInterval(window.ticking); return window.ticks") > 5
 
