@@ -34,13 +34,13 @@ def bundled_checkpoint() -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     # Here, where Ctrl-C is answered already: numpy and Pillow take a while.
-    from capexport.cli import blip2, caption, graph, inspect, lstm, serve
+    from capexport.cli import blip2, caption, graph, inspect, lstm, serve, web
 
     parser = argparse.ArgumentParser(
         prog="capexport", description="Image captioning from training to production."
     )
     parser.add_argument("--version", action="version", version=f"capexport {capexport.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (lstm, blip2, graph, caption, serve, inspect):
+    for command in (lstm, blip2, graph, web, caption, serve, inspect):
         command.add_parser(commands)
     return parser

@@ -13,6 +13,7 @@ import pytest
 
 from capexport import Captioner
 from capexport.captioner import BUNDLED_ARTIFACT
+from capexport.web import PAGE
 
 ROOT = Path(__file__).parents[2]
 # What mypy must find no fault with, and would if a keyword of `caption` were misspelt.
@@ -56,6 +57,7 @@ def test_the_wheel_holds_capexport_alone(wheel: Path):
         f"capexport-{wheel.name.split('-')[1]}.dist-info",
     }
     assert {f"capexport/default/{file.name}" for file in BUNDLED_ARTIFACT.iterdir()} <= set(names)
+    assert {f"capexport/web/page/{file.name}" for file in PAGE.iterdir()} <= set(names)
     assert wheel.stat().st_size < 10e6
 
 

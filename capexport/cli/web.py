@@ -1,0 +1,82 @@
+"""`capexport web`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from capexport.artifact import local_folder, refuse_existing, require_writable
+from capexport.bulk.files import find_images
+from capexport.captioner import BUNDLED_ARTIFACT
+from capexport.cli.command import teaching
+from capexport.cli.decoding import add_decoding, given_decoding
+from capexport.web import PACKAGE, write_site
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "web",
+        help="make a web page of an exported folder, which captions in the browser",
+        **teaching(
+            "Write a captioner as a web page: static files that any web server hosts, and that "
+            "caption photos in the browser. Photos stay on the visitor's device, and after the "
+            "first visit no network is needed. captioner.js among them captions for pages of "
+            "your own.",
+            "capexport web --out site/                        # the captioner that comes along",
+            "capexport web artifacts/first --out site/ --num-beams 1",
+            "python -m http.server -d site/                   # to see it",
+        ),
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="DIR",
+        help="exported CNN-LSTM, or its id on the hub (default: the captioner that comes with "
+        "capexport)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    parser.add_argument(
+        "--runtime",
+        type=Path,
+        metavar="DIR",
+        help=f"folder `dist` of the npm package {PACKAGE}, where npm shall not fetch it",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("as-is", "w8"),
+        help="as of `capexport graph` (default: w8 for an int8 artifact, which is faster in "
+        "browsers; else as-is)",
+    )
+    parser.add_argument(
+        "--photos",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="photos to compare captions on, 16 or more (default: seeded colour fields)",
+    )
+    add_decoding(parser.add_argument_group("how the page decodes"))
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    refuse_existing(options.out)
+    require_writable(options.out)
+    site = write_site(
+        local_folder(options.model) if options.model else BUNDLED_ARTIFACT,
+        options.out,
+        find_images(options.photos, sys.stdin) if options.photos else [],
+        runtime=options.runtime,
+        precision=options.precision,
+        decoding=given_decoding(options),
+    )
+    captions, precision = site.parity.captions, site.parity.manifest.precision
+    total, graph = (size / 1e6 for size in (sum(site.sizes.values()), site.sizes["captioner.onnx"]))
+    print(
+        f"{options.out}: {len(site.sizes)} files, {total:.1f} MB, of which captioner.onnx "
+        f"({precision}) {graph:.1f} MB; {captions.identical} of {captions.images} captions "
+        f"identical to Captioner's"
+    )
+    print(f"to see it: python -m http.server -d {options.out}")
+    return 0

@@ -1,0 +1,112 @@
+/**
+ * From an image file to the upright RGB pixels that capexport reads from it in Python.
+ *
+ * The browser decodes. Colour profiles are left out, as by Pillow. Where a browser is known to see
+ * something else than Pillow, a note says so, or the image is refused.
+ */
+import { readHeader } from "./header.js";
+
+const MAX_BYTES = 200e6;
+const MAX_PIXELS = 64e6; // a tab has less memory than Python; a phone's 50 megapixels pass
+const MAX_ASPECT_RATIO = 100;
+const TILE = 2048; // pixels: large canvases are refused here and there, and take memory twice
+
+/**
+ * @param {Blob | ImageData | ImageBitmap} image
+ * @returns {Promise<{rgb: Uint8Array, width: number, height: number, note?: string}>} `rgb`:
+ *   height x width x 3
+ */
+export async function decode(image) {
+  const header = image instanceof Blob ? readHeader(await readBytes(image)) : {};
+  if (header.width) refuse(header.width, header.height); // before memory is taken
+  const bitmap = await openBitmap(image, header);
+  const { orientation = 1 } = header;
+  const size = [bitmap.width, bitmap.height];
+  const [width, height] = orientation > 4 ? size.reverse() : size;
+  try {
+    refuse(width, height);
+    const { rgb, transparent, brightest } = readPixels(bitmap, orientation, width, height);
+    if (header.dark && brightest < 16) throw new Error(header.dark);
+    const note = transparent ? "transparent; browsers don't tell the colours beneath" : header.note;
+    return { rgb, width, height, note };
+  } finally {
+    bitmap.close();
+  }
+}
+
+async function readBytes(blob) {
+  if (blob.size > MAX_BYTES) {
+    throw new Error(`a file of ${Math.round(blob.size / 1e6)} MB is too large for a photo`);
+  }
+  try {
+    return new Uint8Array(await blob.arrayBuffer());
+  } catch {
+    throw new Error("cannot be read; it is a folder, or has changed since it was picked");
+  }
+}
+
+async function openBitmap(image, { orientation, unread }) {
+  const options = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
+  if (orientation) options.imageOrientation = "none"; // it is turned here
+  try {
+    return await createImageBitmap(image, image instanceof Blob ? options : {});
+  } catch (error) {
+    if (!(image instanceof Blob)) throw error;
+    if (!image.size) throw new Error("the file is empty");
+    if (unread) throw new Error(`this browser cannot read ${unread}; save it as JPEG or PNG`);
+    throw new Error("damaged, or no image that this browser can read");
+  }
+}
+
+function refuse(width, height) {
+  if (width * height > MAX_PIXELS) {
+    throw new Error(`${width}x${height} are more than 64 megapixels; scale it down`);
+  }
+  if (Math.max(width, height) > MAX_ASPECT_RATIO * Math.min(width, height)) {
+    throw new Error(`${width}x${height} is too elongated; crop it`);
+  }
+}
+
+/** The pixels, tile by tile; `transparent`: any is, `brightest`: the largest of all values. */
+function readPixels(bitmap, orientation, width, height) {
+  const rgb = new Uint8Array(width * height * 3);
+  const canvas = new OffscreenCanvas(Math.min(width, TILE), Math.min(height, TILE));
+  const context = canvas.getContext("2d", { willReadFrequently: true, colorSpace: "srgb" });
+  context.globalCompositeOperation = "copy";
+  context.imageSmoothingEnabled = false;
+  let [transparent, brightest] = [false, 0];
+  for (let top = 0; top < height; top += TILE) {
+    for (let left = 0; left < width; left += TILE) {
+      const [wide, high] = [Math.min(TILE, width - left), Math.min(TILE, height - top)];
+      const [a, b, c, d, x, y] = turn(orientation, width, height);
+      context.setTransform(a, b, c, d, x - left, y - top);
+      context.drawImage(bitmap, 0, 0);
+      const { data } = context.getImageData(0, 0, wide, high);
+      for (let row = 0, from = 0; row < high; row += 1) {
+        let to = ((top + row) * width + left) * 3;
+        for (let column = 0; column < wide; column += 1, from += 4) {
+          rgb[to++] = data[from];
+          rgb[to++] = data[from + 1];
+          rgb[to++] = data[from + 2];
+          if (data[from + 3] < 255) transparent = true;
+          brightest = Math.max(brightest, data[from]);
+        }
+      }
+    }
+  }
+  return { rgb, transparent, brightest };
+}
+
+/** The canvas transform that turns an image of that EXIF orientation upright. */
+function turn(orientation, width, height) {
+  return [
+    [1, 0, 0, 1, 0, 0],
+    [-1, 0, 0, 1, width, 0],
+    [-1, 0, 0, -1, width, height],
+    [1, 0, 0, -1, 0, height],
+    [0, 1, 1, 0, 0, 0],
+    [0, 1, -1, 0, width, 0],
+    [0, -1, -1, 0, width, height],
+    [0, -1, 1, 0, 0, height],
+  ][orientation - 1];
+}
