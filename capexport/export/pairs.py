@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,6 @@ def open_pair(checkpoint: str, device: str, threads: int) -> Pair:
 
 
 _FORMATS = ("channels_last", "contiguous")
-_STEPS = ("nn.LSTMCell", "nn.LSTM")
 
 
 class CnnLstm:
@@ -106,11 +105,11 @@ class CnnLstm:
         export_cnn_lstm(self._checkpoint, out)
 
     def variants(self) -> Mapping[str, Captioner]:
-        from capexport.models.torch_captioner import Form
-
-        steps = ["nn.LSTMCell"] if self._checkpoint.model.decoder.attends else _STEPS
-        kinds = itertools.product(_FORMATS, get_args(Form), steps)
-        return {", ".join(kind): self._variant(*kind) for kind in kinds}
+        kinds = [*itertools.product(_FORMATS, ("plain", "folded")), ("contiguous", "frozen")]
+        steps = [(*kind, "nn.LSTMCell") for kind in kinds]
+        if not self._checkpoint.model.decoder.attends:
+            steps += [(*kind, "nn.LSTM") for kind in (kinds[0], kinds[-1])]
+        return {", ".join(kind): self._variant(*kind) for kind in steps}
 
     def _variant(self, layout: str, form: Any, step: str, compiled: bool = False) -> Captioner:
         from capexport.models.torch_captioner import torch_captioner
