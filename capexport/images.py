@@ -39,6 +39,8 @@ MAX_PIXELS = 120_000_000
 _MAX_SCANS, _MAX_SCANNED_PIXELS = 32, 200_000_000
 # Bytes of a file that is read as a whole, twice for a moment; the largest photos have a third.
 _MAX_BYTES = 100_000_000
+# A second or so; the parts of a photo are thousands at most.
+_MOST_READS = 1_000_000
 # A TIFF's tags.
 _ORIENTATION, _COLORMAP, _COMPRESSION, _ROWS_PER_STRIP = 274, 320, 259, 278
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
@@ -256,6 +258,23 @@ def _read(file: BinaryIO, max_pixels: int, truncated: bool, enough: int | None) 
         raise
 
 
+class _Patient:
+    """A file that is read in so many pieces and no more: some formats are searched for their next
+    part byte by byte, which in a gigabyte of zeros takes minutes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, _MOST_READS
+
+    def read(self, size: int = -1) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise ImageError("damaged: what follows its first bytes is no image")
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def _whole(file: BinaryIO) -> bytes:
     _check_bytes(file)
     file.seek(0)
@@ -270,7 +289,7 @@ def _check_bytes(file: BinaryIO) -> None:
 
 
 def _decode(file: BinaryIO, max_pixels: int, truncated: bool, enough: int | None) -> Loaded:
-    with Image.open(file, formats=_readable_formats()) as image:
+    with Image.open(_Patient(file), formats=_readable_formats()) as image:
         _check_size(image, max_pixels)
         if image.info.get("progressive"):
             _check_scans(_whole(file), image.width * image.height)

@@ -545,7 +545,8 @@ def test_other_truncated_formats_are_never_taken_for_black(style: str):
 @pytest.mark.parametrize(
     "head",
     [b"RIFF\xff\xff\xff\x7fWEBPVP8 ", b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miafMA1B",
-     b"qoif\0\0\1\0\0\0\1\0\3\0", b"\x89PNG\r\n\x1a\n", b"II*\0\x08\0\0\0", b"\xff\xd8\xff\xe0"],
+     b"qoif\0\0\1\0\0\0\1\0\3\0", b"\x89PNG\r\n\x1a\n", b"II*\0\x08\0\0\0", b"\xff\xd8\xff\xe0",
+     b"\xff\xd8" + b"\xff\xfe\0\2" * 2_000_000, b"GIF89a\1\0\1\0\0\0\0"],
 )  # fmt: skip
 def test_a_file_with_nothing_behind_its_head_is_not_read_whole(head: bytes, tmp_path: Path):
     path = tmp_path / "sparse.img"
