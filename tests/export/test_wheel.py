@@ -163,6 +163,7 @@ def test_the_runtime_passes_its_tests_on_the_oldest_versions(wheel: Path, tmp_pa
     wheel_and_more = [f"{wheel}[cpu,tokenizers]", *oldest, "pytest"]
     run(sys.executable, "-m", "pip", "--python", python, "install", "-q", *wheel_and_more)
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    shutil.copy(ROOT / "README.md", tmp_path)
     outcome = subprocess.run(
         [python, "-m", "pytest", "tests/runtime", "-q", "-p", "no:cacheprovider"],
         cwd=tmp_path, capture_output=True, text=True,
