@@ -53,7 +53,8 @@ SECTIONS = (
         "A batch pays off as long as its activations stay in the caches. A beam costs less than a "
         "caption, since the image is encoded once. Words cost evenly. From one megapixel on, "
         "reading costs more than captioning, and reduced decoding keeps that nearly flat. The "
-        "command's time grows with its files, its memory with the list of them alone."
+        "command's time grows with its files, its memory at first with the batches in hand, then "
+        "slowly."
         "\n\n![curves](growth.png)",
         "growth.md",
     ),
@@ -108,7 +109,7 @@ def compared() -> str:
 
     metrics, costs = result["metrics"], result["footprint"]
     sizes = " and ".join(str(run["batch_size"]) for run in runs)
-    forms = ", ".join(run["variants"]["PyTorch"] for run in runs)
+    forms = " and ".join(dict.fromkeys(run["variants"]["PyTorch"] for run in runs))
     rows = [
         ("ONNX", *(name.removeprefix("ONNX ") for name in names)),
         (f"a caption, batch {sizes}, against PyTorch's fastest form ({forms})",
@@ -121,7 +122,7 @@ def compared() -> str:
         (f"BLEU-4, CIDEr-D (PyTorch {metrics['PyTorch']['BLEU-4']:.2f}, "
          f"{metrics['PyTorch']['CIDEr-D']:.2f})",
          *(f"{metrics[name]['BLEU-4']:.2f}, {metrics[name]['CIDEr-D']:.2f}" for name in names)),
-        ("import and load", *each(
+        ("import and load, times as fast", *each(
             ".0f", lambda n: costs["PyTorch"]["load_seconds"] / costs[n]["load_seconds"])),
         (f"peak memory, MB (PyTorch {costs['PyTorch']['peak_memory_mb']:.0f})",
          *each(".0f", lambda name: costs[name]["peak_memory_mb"])),
