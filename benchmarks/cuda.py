@@ -23,6 +23,7 @@ from capexport import Captioner
 from capexport.bench.cli import sample_photos
 from capexport.bench.report import table
 from capexport.captioner import BUNDLED_ARTIFACT, Caption
+from capexport.export.parity import token_agreement
 
 PARTS = ("exact", "capbench", "blip2")
 PROMPTS = ("a photo of", "Question: what is in the picture? Answer:")
@@ -169,11 +170,8 @@ def _beams(count: int) -> str:
 
 
 def _compared(title: str, wanted: Sequence[Caption], got: Sequence[Caption]) -> tuple[str, ...]:
-    pairs = list(zip(wanted, got, strict=True))
-    identical = sum(a.tokens == b.tokens for a, b in pairs)
-    same = sum(x == y for a, b in pairs for x, y in zip(a.tokens, b.tokens, strict=False))
-    longest = sum(max(len(a.tokens), len(b.tokens)) for a, b in pairs)
-    return title, str(len(pairs)), str(identical), f"{same / longest:.1%}"
+    identical = sum(a.tokens == b.tokens for a, b in zip(wanted, got, strict=True))
+    return title, str(len(wanted)), str(identical), f"{token_agreement(wanted, got):.1%}"
 
 
 def _placement(title: str, artifact: Path, device: str) -> Iterator[tuple[str, ...]]:

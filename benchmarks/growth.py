@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import statistics
 import subprocess
 import sys
@@ -166,29 +165,28 @@ def _files(
         place.mkdir()
         for number, photo in enumerate(itertools.islice(itertools.cycle(photos), count)):
             (place / f"{number:06}{photo.suffix}").symlink_to(photo.resolve())
-        command = ["-m", "capexport", "caption", "-m", options.artifact, place, "--out"]
+        command = ["caption", "-m", options.artifact, place, "--out", folder / f"{count}.jsonl"]
         began = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-c", _PEAK, *map(str, command[1:]), folder / f"{count}.jsonl"],
+            [sys.executable, "-c", _PEAK, *map(str, command)],
             check=True,
             stderr=(folder / "said").open("w"),
         )
         seconds[count] = time.perf_counter() - began
-        found = re.findall(r"peak (\d+)", (folder / "said").read_text())
-        memory[count] = float(found[-1]) / 1e3
+        memory[count] = float((folder / "said").read_text().split()[-1])
     return {
         "files, seconds of the command": {"": seconds},
         "files, megabytes of memory at most": {"": memory},
     }
 
 
-# The command, which then says its own peak of resident memory, in kilobytes.
+# The command, which then says its own peak of resident memory.
 _PEAK = """
-import re, sys
+import sys
 from capexport.cli import main
-code = main(sys.argv[2:])
-status = open("/proc/self/status").read()
-print("peak", re.search(r"VmHWM:\\s+(\\d+)", status)[1], file=sys.stderr)
+code = main(sys.argv[1:])
+from capexport.bench.measure import peak_memory
+print(peak_memory(), file=sys.stderr)
 sys.exit(code)
 """
 

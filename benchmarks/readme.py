@@ -130,7 +130,7 @@ def compared() -> str:
     ]  # fmt: skip
     title = (
         f"{result['model']}, {machine['threads']} threads of {machine['cpu']}, "
-        f"{len(runs) and result['photos']} photos, load {machine['load']:.1f}:"
+        f"{result['photos']} photos, load {machine['load']:.1f}:"
     )
     return f"{title}\n\n{table(rows)}"
 

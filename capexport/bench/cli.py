@@ -244,7 +244,7 @@ class _Bench:
 
     def run(self, references: Mapping[str, Sequence[str]]) -> Result:
         options = self._options
-        footprint = self._footprints()  # in processes of their own, while nothing else is loaded
+        footprint = self._footprints()  # in processes of their own, before PyTorch's model is here
         peers, unavailable = self._peers() if options.peers else ({}, {})
         exported = {name: {"": captioner} for name, captioner in self._exported.items()}
         pytorch = {**self._pair.variants(), **peers.pop(_COMPILED, {})}
