@@ -10,9 +10,9 @@ from typing import Any
 from capexport.artifact import refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
+from capexport.cli.comparing import given_references
 from capexport.errors import OptionError, importing
-from capexport.metrics import format_scores, scorers
-from capexport.references import read_references
+from capexport.metrics import format_scores
 
 
 def add_parser(commands: Any) -> None:
@@ -69,9 +69,7 @@ def _run(options: argparse.Namespace) -> int:
     photos = find_images(options.photos, sys.stdin) if options.photos else []
     if options.references and not photos:
         raise OptionError("--references are of --photos: pass both")
-    references = read_references(options.references) if options.references else None
-    if references:
-        scorers()
+    references = given_references(options)
     with importing("exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'`"):
         from capexport.export.blip2 import export_blip2
         from capexport.models.blip2_checkpoint import find_checkpoint

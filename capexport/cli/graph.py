@@ -11,10 +11,10 @@ from capexport.artifact import local_folder, refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli.command import teaching
+from capexport.cli.comparing import add_photos, given_references
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import importing
-from capexport.metrics import format_scores, scorers
-from capexport.references import read_references
+from capexport.metrics import format_scores
 
 if TYPE_CHECKING:
     from capexport.export.single_file import FileParity
@@ -42,13 +42,7 @@ def add_parser(commands: Any) -> None:
         "capexport)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to create")
-    parser.add_argument(
-        "--photos",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="photos to compare captions on, 16 or more (default: seeded colour fields)",
-    )
+    add_photos(parser)
     parser.add_argument(
         "--precision",
         choices=("as-is", "w8"),
@@ -71,9 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     refuse_existing(options.out)
     require_writable(options.out)
     photos = find_images(options.photos, sys.stdin) if options.photos else []
-    references = read_references(options.references) if options.references else None
-    if references:
-        scorers()
+    references = given_references(options)
     with importing("a graph is made with `pip install 'capexport[cpu]' 'onnx>=1.23'`"):
         from capexport.export.single_file import export_file
     parity = export_file(

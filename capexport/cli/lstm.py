@@ -10,10 +10,10 @@ from typing import Any
 from capexport.artifact import Manifest, refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
+from capexport.cli.comparing import add_photos, given_references
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import CheckpointError, OptionError, importing
-from capexport.metrics import format_scores, scorers
-from capexport.references import read_references
+from capexport.metrics import format_scores
 
 BUNDLED_CHECKPOINT = Path(__file__).parents[2] / "artifacts" / "default"
 
@@ -41,13 +41,7 @@ def add_parser(commands: Any) -> None:
         help="checkpoint or run folder of `python -m train` (default: the bundled one)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
-    parser.add_argument(
-        "--photos",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="photos to compare captions on, 16 or more (default: seeded colour fields)",
-    )
+    add_photos(parser)
     parser.add_argument(
         "--precision",
         choices=("fp32", "int8"),
@@ -93,9 +87,7 @@ def _run(options: argparse.Namespace) -> int:
         find_images(paths, sys.stdin) if paths else []
         for paths in (options.photos, options.calibration)
     )
-    references = read_references(options.references) if options.references else None
-    if references:
-        scorers()
+    references = given_references(options)
     with importing("exporting needs `pip install 'capexport[cpu,export]'`"):
         from capexport.export.cnn_lstm import export_cnn_lstm
         from capexport.models.checkpoint import load_checkpoint

@@ -11,6 +11,7 @@ from capexport.artifact import local_folder, refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli.command import teaching
+from capexport.cli.comparing import add_photos
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.web import PACKAGE, write_site
 
@@ -49,13 +50,7 @@ def add_parser(commands: Any) -> None:
         help="as of `capexport graph` (default: w8 for an int8 artifact, which is faster in "
         "browsers; else as-is)",
     )
-    parser.add_argument(
-        "--photos",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="photos to compare captions on, 16 or more (default: seeded colour fields)",
-    )
+    add_photos(parser)
     add_decoding(parser.add_argument_group("how the page decodes"))
     parser.set_defaults(run=_run)
 

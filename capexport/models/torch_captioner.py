@@ -42,15 +42,15 @@ DECODING = Decoding(
 class TorchEncoder:
     """Images to the decoder's state after the image."""
 
-    def __init__(self, model: CnnLstm, device: str, channels_last: bool) -> None:
+    def __init__(self, model: CnnLstm, device: str, layout: torch.memory_format) -> None:
         self._model = model
         self._device = device
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._layout = layout
 
     @torch.inference_mode()
     def __call__(self, images: FloatArray) -> State:
         return self._model.start(
-            torch.from_numpy(images).to(self._device, memory_format=self._format)
+            torch.from_numpy(images).to(self._device, memory_format=self._layout)
         )
 
 
@@ -131,7 +131,7 @@ def torch_captioner(
             model.decoder.step, dynamic=True
         )
     return Captioner(
-        TorchEncoder(model, device, channels_last),
+        TorchEncoder(model, device, layout),
         TorchDecoder(model, device, regions_of(checkpoint)),
         checkpoint.vocabulary,
         checkpoint.image,
