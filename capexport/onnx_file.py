@@ -1,5 +1,5 @@
 """ONNX files without the package onnx: what one names before onnxruntime acts on it, other files
-and loops, and one that is small enough to be written here.
+and loops, and those that are small enough to be written here.
 
 Read from the file itself, of which nothing but messages on the way to those is unpacked. Source:
 onnx.proto (onnx/onnx), and "Protocol Buffers: Encoding" (protobuf.dev).
@@ -28,6 +28,7 @@ _MESSAGES = {
     "tensor": {13: "external data"},
 }
 _UNBOUNDED = {b"Loop", b"Scan", b"SequenceMap"}
+_FLOAT32, _INT64 = 1, 7  # element types
 
 
 def check_graph(path: Path, files: Collection[str], bound: str = "max_tokens") -> None:
@@ -101,12 +102,35 @@ def gather_graph(kinds: Sequence[tuple[int, int]]) -> bytes:
     """An ONNX file that takes `rows`, int64 (n,), of several tensors at once, on axis 0: of `in0`
     to `out0`, and so on. `kinds` are the tensors' element types, as onnx.proto numbers them, and
     how many axes they have."""
-    graph = _field(2, "gather") + _value(11, "rows", (7, 1))
+    graph = _value(11, "rows", (_INT64, 1))
     for number, kind in enumerate(kinds):
         before, after = f"in{number}", f"out{number}"
-        node = _field(1, before) + _field(1, "rows") + _field(2, after) + _field(4, "Gather")
-        graph += _field(1, node) + _value(11, before, kind) + _value(12, after, kind)
+        graph += _node("Gather", [before, "rows"], [after])
+        graph += _value(11, before, kind) + _value(12, after, kind)
+    return _model("gather", graph)
+
+
+def likeliest_graph() -> bytes:
+    """An ONNX file that takes the `count`, int64 (1,), likeliest of each row of `logits`, float32
+    (rows, n): to `values` their log-probabilities, to which `bias`, float32 (n,), has been added,
+    and to `places` where in the row they are."""
+    graph = _value(11, "logits", (_FLOAT32, 2)) + _value(11, "bias", (_FLOAT32, 1))
+    graph += _value(11, "count", (_INT64, 1))
+    graph += _node("LogSoftmax", ["logits"], ["logs"])
+    graph += _node("Add", ["logs", "bias"], ["sums"])
+    graph += _node("TopK", ["sums", "count"], ["values", "places"])
+    graph += _value(12, "values", (_FLOAT32, 2)) + _value(12, "places", (_INT64, 2))
+    return _model("likeliest", graph)
+
+
+def _model(name: str, graph: bytes) -> bytes:
+    graph = _field(2, name) + graph
     return _field(1, 8) + _field(7, graph) + _field(8, _field(2, 17))  # IR version, graph, opset
+
+
+def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+    names = [_field(1, name) for name in inputs] + [_field(2, name) for name in outputs]
+    return _field(1, b"".join(names) + _field(4, operator))
 
 
 def _value(number: int, name: str, kind: tuple[int, int]) -> bytes:
