@@ -170,26 +170,29 @@ def _continuations(options: DecodingOptions) -> int:
 def _likeliest(
     logits: FloatArray, said: TokenArray, options: DecodingOptions, length: int
 ) -> Likeliest:
-    """Of each row the likeliest continuations, of equals the lower first. Changes `logits`."""
+    """Of each row the likeliest continuations, in any order. Changes `logits`."""
     logits -= logits.max(axis=1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
     adjust(logits, said, options, length)
     count = min(_continuations(options), logits.shape[1])
-    tokens = np.sort(np.argpartition(logits, -count, axis=1)[:, -count:], axis=1)
+    tokens = np.argpartition(logits, -count, axis=1)[:, -count:]
     return np.take_along_axis(logits, tokens, 1), tokens
 
 
 def _candidates(
     found: Likeliest, sums: FloatArray, images: int, options: DecodingOptions
 ) -> Iterator[list[_Beam]]:
-    """Of each image the likeliest continuations of all its beams, the likeliest first. `sums` are
-    the beams' log-probabilities so far, float32 (rows,)."""
+    """Of each image the likeliest continuations of all its beams, the likeliest first; of equals,
+    that of the earlier beam, then the lower token. `sums` are the beams' log-probabilities so far,
+    float32 (rows,)."""
     logs, tokens = found
     if np.isnan(logs).any():
         raise ArithmeticError("probabilities that are no numbers")
     each, totals = logs.shape[1], (logs + sums[:, None]).reshape(images, -1)
-    ranked = np.argsort(-totals, kind="stable")[:, : _continuations(options)]
-    of_images = ranked.tolist(), totals.tolist(), tokens.reshape(images, -1).tolist()
+    tokens = tokens.reshape(totals.shape)
+    rows = np.arange(totals.size).reshape(totals.shape) // each
+    ranked = np.lexsort((tokens, rows, -totals))[:, : _continuations(options)]
+    of_images = ranked.tolist(), totals.tolist(), tokens.tolist()
     for places, total, token in zip(*of_images, strict=True):
         yield [_Beam(total[place], place // each, token[place]) for place in places]
 

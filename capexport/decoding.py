@@ -90,8 +90,8 @@ class Decoder(Protocol):
         self, tokens: TokenArray, state: State, excluded: Sequence[int], count: int
     ) -> tuple[Likeliest, State] | None:
         """As `step`, but in place of logits the `count` likeliest tokens of each row, or as many as
-        there are, of equals the lower first; those `excluded` have minus infinity. None where the
-        decoder has no faster way than `step`."""
+        there are, in any order; those `excluded` have minus infinity. None where the decoder has no
+        faster way than `step`."""
         return None
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:

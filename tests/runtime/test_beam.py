@@ -167,6 +167,27 @@ def test_no_sequence_of_tokens_comes_twice():
         assert len(set(pairs)) == len(pairs)
 
 
+class Even(Chained):
+    """Every word is as likely as every other, and the last is named first."""
+
+    def logits(self, image: int, said: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(self.vocabulary, np.float32)
+
+    def likeliest(self, tokens: np.ndarray, state, excluded, count: int):
+        logits, state = self.step(tokens, state)
+        tokens = np.tile(np.arange(self.vocabulary)[:count][::-1], (len(logits), 1))
+        return (np.log(0 * tokens + 0.25).astype(np.float32), tokens), state
+
+
+@pytest.mark.parametrize("ngram", [0, 9], ids=["likeliest", "step"])
+def test_of_equals_the_lowest_go_on(ngram: int):
+    options = DecodingOptions(
+        (), max_tokens=3, num_beams=3, num_return_sequences=3, no_repeat_ngram_size=ngram
+    )
+    for hypotheses in beam_search(Even(), 2, options):
+        assert [h.tokens for h in hypotheses] == [[0, 0, 0], [0, 0, 1], [0, 0, 2]]
+
+
 @pytest.mark.parametrize("length", [0, 2])
 def test_logits_that_are_no_numbers(length: int):
     class Broken(Chained):
