@@ -23,7 +23,7 @@ from capexport.export import parity
 from capexport.export.cnn_lstm import export_cnn_lstm
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.torch_captioner import torch_captioner
-from capexport.onnx_file import gather_graph
+from capexport.onnx_file import gather_graph, likeliest_graph
 from capexport.preprocessing import ImageSpec
 from capexport.sessions import CPU
 
@@ -56,6 +56,12 @@ def test_the_graph_that_reorders_a_state():
     model = onnx.load_from_string(gather_graph([(1, 4), (10, 2), (7, 1)] * 60))
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] == ["Gather"] * 180
+
+
+def test_the_graph_that_takes_the_likeliest_tokens():
+    model = onnx.load_from_string(likeliest_graph())
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["LogSoftmax", "Add", "TopK"]
 
 
 def test_step_and_loop_share_their_weights(artifact: Path):
