@@ -1,10 +1,14 @@
 """Models and photos that the tests build themselves; nothing is downloaded."""
 
+import contextlib
 import csv
+import functools
 import io
 import json
+import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +40,15 @@ WORDS = [
     "with",
     "ball",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """PyTorch's exporter would parse the sources of all its operators again for every graph."""
+    if "torch" in sys.modules:
+        with contextlib.suppress(ImportError, AttributeError):
+            from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+            ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 def draw_photo(seed: int, size: tuple[int, int] = (120, 90)) -> Image.Image:
@@ -136,6 +149,23 @@ def snippet(word: str) -> str:
 
 
 @pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR takes ten seconds to start; `test_metrics.py` has it."""
+    monkeypatch.setenv("PATH", os.devnull)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that PyTorch's threads would do nothing but wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def photos(tmp_path: Path) -> list[Path]:
     """Twelve JPEG files in a folder `photos`."""
     folder = tmp_path / "photos"
@@ -184,6 +214,14 @@ def small_checkpoint(folder: Path, **sizes):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory):
     return small_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint():
+    """A CNN-LSTM that sees patches of mean colour: exported in a fifth of the time."""
+    from make_artifacts import small_captioner
+
+    return small_captioner("lstm")
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def test_a_small_run(artifact: Path, checkpoint: Checkpoint, tmp_path: Path, cap
 
 
 def test_peers_metrics_and_the_picture(
-    artifact: Path, checkpoint: Checkpoint, photos: list[Path], tmp_path: Path, capsys, monkeypatch
+    artifact: Path, checkpoint: Checkpoint, photos, tmp_path: Path, capsys, monkeypatch, no_java
 ):
     """torch.compile takes minutes, so it stands here for a peer that cannot run."""
     import torch

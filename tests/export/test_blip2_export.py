@@ -49,6 +49,7 @@ from capexport.models.blip2_checkpoint import (
     read_checkpoint,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., Path]
 KINDS = list(TEXTS)
 LANGUAGES = ["opt", "t5"]
@@ -400,7 +401,7 @@ def test_a_broken_export_leaves_nothing(wrong: str, blip2_checkpoint: Make, tmp_
 
 
 def test_command_line(
-    blip2_checkpoint: Make, photos: list[Path], tmp_path: Path, capsys, monkeypatch
+    blip2_checkpoint: Make, photos: list[Path], tmp_path: Path, capsys, monkeypatch, no_java
 ):
     folder, out = str(blip2_checkpoint("opt")), tmp_path / "out"
     humans = tmp_path / "humans.csv"

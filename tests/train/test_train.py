@@ -34,6 +34,8 @@ from train.features import CachedFeatures, LiveFeatures, load_backbone
 from train.folder import run_folder
 from train.objective import CiderReward, _draw, batch_loss, self_critical_loss
 
+pytestmark = pytest.mark.usefixtures("no_java", "one_thread")
+
 
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,12 +56,6 @@ def options(data: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory
     cache = tmp_path_factory.getbasetemp() / "feature-cache"
     common = f"--data {data} --backbone-weights {backbone} --cache {cache} --min-count 1"
     return [*common.split(), "--embed-size", "16", "--hidden-size", "24", "--batch-size", "8"]
-
-
-@pytest.fixture(autouse=True)
-def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """METEOR takes ten seconds to start; `test_metrics.py` has it."""
-    monkeypatch.setenv("PATH", os.devnull)
 
 
 def same_tensors(first: Path, second: Path) -> bool:
@@ -223,7 +219,6 @@ def test_the_loss_is_a_mean_over_tokens_not_over_batches(decoder):
 def test_resuming_a_killed_run_gives_the_unbroken_result(options, tmp_path, capsys):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     steps = ["--epochs", "3", "--patience", "9", "--threads", "1", "--batch-size", "2"]
-    threads = torch.get_num_threads()
     assert main([*options, *steps, "--out", str(unbroken)]) == 0
     command = [sys.executable, "-m", "train", *options, *steps, "--out", str(killed)]
     root = Path(__file__).parents[2]
@@ -247,7 +242,6 @@ def test_resuming_a_killed_run_gives_the_unbroken_result(options, tmp_path, caps
         json.loads((run / "test.json").read_text())["captions"] for run in (unbroken, killed)
     )
     assert first == second
-    torch.set_num_threads(threads)
 
 
 def test_a_kill_between_the_state_and_the_history_loses_no_epoch(options, tmp_path):
