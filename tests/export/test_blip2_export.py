@@ -256,29 +256,20 @@ def test_every_weight_is_stored_once(blip2_export: Make, blip2_checkpoint: Make)
         assert stored <= weights + twice + 4096
 
 
-def test_optimum_validates_and_nothing_stays_patched(blip2_checkpoint: Make, tmp_path: Path, capfd):
-    patched = [
-        (torch.onnx, "export"), (torch.nn.Linear, "forward"),
-        (convert, "check_model_uses_external_data"), (convert, "maybe_save_preprocessors"),
-    ]  # fmt: skip
-    before = [getattr(owner, name) for owner, name in patched]
-    outcomes = []
-    real = convert.validate_models_outputs
+PATCHED = [
+    (torch.onnx, "export"), (torch.nn.Linear, "forward"),
+    (convert, "check_model_uses_external_data"), (convert, "maybe_save_preprocessors"),
+]  # fmt: skip
+BEFORE = [getattr(owner, name) for owner, name in PATCHED]
 
-    def validate(**arguments):
-        try:
-            outcomes.append(real(**arguments))
-        except Exception as error:
-            outcomes.append(error)
-            raise
 
-    with mock.patch.object(convert, "validate_models_outputs", validate):
-        export_blip2(blip2_checkpoint("t5"), tmp_path / "out")
-    assert outcomes == [None] * 4
-    assert [getattr(owner, name) for owner, name in patched] == before
+def test_optimum_validates_and_nothing_stays_patched(blip2_export: Make):
+    blip2_export("t5")
+    assert blip2_export.validated["t5", "fp32"] == [None] * 4  # what it finds wrong it raises
+    assert [getattr(owner, name) for owner, name in PATCHED] == BEFORE
     with pytest.raises(RuntimeError, match="in between"), export_patches():
         raise RuntimeError("in between")
-    assert [getattr(owner, name) for owner, name in patched] == before
+    assert [getattr(owner, name) for owner, name in PATCHED] == BEFORE
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
