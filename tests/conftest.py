@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread for each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 README = Path(__file__).parents[1] / "README.md"
 COMMITTED = Path(__file__).parent / "artifacts"  # by make_artifacts.py
 WORDS = [
