@@ -30,7 +30,7 @@ demo: $(VENV)/ready
 	@echo "$(BIN)/capexport web --out site, then $(BIN)/capexport serve --site site"
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

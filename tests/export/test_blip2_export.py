@@ -50,6 +50,7 @@ from capexport.models.blip2_checkpoint import (
 )
 from capexport.sessions import CPU
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., Path]
 KINDS = list(TEXTS)
 LANGUAGES = ["opt", "t5"]
@@ -256,29 +257,20 @@ def test_every_weight_is_stored_once(blip2_export: Make, blip2_checkpoint: Make)
         assert stored <= weights + twice + 4096
 
 
-def test_optimum_validates_and_nothing_stays_patched(blip2_checkpoint: Make, tmp_path: Path, capfd):
-    patched = [
-        (torch.onnx, "export"), (torch.nn.Linear, "forward"),
-        (convert, "check_model_uses_external_data"), (convert, "maybe_save_preprocessors"),
-    ]  # fmt: skip
-    before = [getattr(owner, name) for owner, name in patched]
-    outcomes = []
-    real = convert.validate_models_outputs
+PATCHED = [
+    (torch.onnx, "export"), (torch.nn.Linear, "forward"),
+    (convert, "check_model_uses_external_data"), (convert, "maybe_save_preprocessors"),
+]  # fmt: skip
+BEFORE = [getattr(owner, name) for owner, name in PATCHED]
 
-    def validate(**arguments):
-        try:
-            outcomes.append(real(**arguments))
-        except Exception as error:
-            outcomes.append(error)
-            raise
 
-    with mock.patch.object(convert, "validate_models_outputs", validate):
-        export_blip2(blip2_checkpoint("t5"), tmp_path / "out")
-    assert outcomes == [None] * 4
-    assert [getattr(owner, name) for owner, name in patched] == before
+def test_optimum_validates_and_nothing_stays_patched(blip2_export: Make):
+    blip2_export("t5")
+    assert blip2_export.validated["t5", "fp32"] == [None] * 4  # what it finds wrong it raises
+    assert [getattr(owner, name) for owner, name in PATCHED] == BEFORE
     with pytest.raises(RuntimeError, match="in between"), export_patches():
         raise RuntimeError("in between")
-    assert [getattr(owner, name) for owner, name in patched] == before
+    assert [getattr(owner, name) for owner, name in PATCHED] == BEFORE
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -422,7 +414,7 @@ def test_a_broken_export_leaves_nothing(wrong: str, blip2_checkpoint: Make, tmp_
 
 
 def test_command_line(
-    blip2_checkpoint: Make, photos: list[Path], tmp_path: Path, capsys, monkeypatch
+    blip2_checkpoint: Make, photos: list[Path], tmp_path: Path, capsys, monkeypatch, no_java
 ):
     folder, out = str(blip2_checkpoint("opt")), tmp_path / "out"
     humans = tmp_path / "humans.csv"
