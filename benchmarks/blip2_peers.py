@@ -1,9 +1,9 @@
 """BLIP-2 beside other runtimes, in one process: `python benchmarks/blip2_peers.py`.
 
 The weights are random, of blip2-opt-2.7b's width but with few layers, so that all contenders fit
-into memory together and take turns. Two tables are printed: the language model alone beside
-CTranslate2, each with its own int8 of the same weights; and whole captions of 10 tokens beside
-PyTorch and OpenVINO, with captions a second by batch size.
+into memory together (16 GB for 4 layers) and take turns. Two tables are printed: the language
+model alone beside CTranslate2, each with its own int8 of the same weights; and whole captions of
+10 tokens beside PyTorch and OpenVINO, with captions a second by batch size.
 """
 
 from __future__ import annotations

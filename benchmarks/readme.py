@@ -21,9 +21,10 @@ SECTIONS = (
         "`PyTorch` is the fastest of its forms, compiled ones included, `PyTorch as usual` what "
         "most people write (default memory format, nothing folded), OpenVINO runs the same graphs "
         "through the same captioner, with whole batches of images or streams that share them, and "
-        "once with the encoder that NNCF quantises with the photos that are measured. BLEU, METEOR and CIDEr are those of the test split's photos. "
-        "A share of the memory floor above 1 says that the decoder's weights "
-        "stay in the processor's cache.\n\n![ratios and stages](ratios.png)",
+        "once with the encoder that NNCF quantises with the photos that are measured. BLEU, METEOR "
+        "and CIDEr are those of the test split's photos. A share of the memory floor "
+        "above 1 says that the decoder's weights stay in the processor's cache."
+        "\n\n![ratios and stages](ratios.png)",
         "results.md",
     ),
     (
