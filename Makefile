@@ -53,6 +53,7 @@ bench: $(VENV)/ready
 		--markdown benchmarks/growth.md --picture benchmarks/growth.png
 	$(BIN)/python benchmarks/serve.py --photos $(FLICKR8K)/Images --markdown benchmarks/serve.md
 	$(BIN)/python benchmarks/operators.py --markdown benchmarks/operators.md
+	$(BIN)/python benchmarks/blip2_peers.py --markdown benchmarks/blip2_peers.md
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python -m pytest benchmarks
 
