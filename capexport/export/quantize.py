@@ -3,8 +3,9 @@
 The arithmetic is onnxruntime's own. Where a product has one row, as in a decoding step, reading the
 weights takes the time: they are stored block by block (`MatMulNBits`, by `MatMulNBitsQuantizer`).
 Where it has many, as in an image encoder, multiplying does, and whole rows and columns of 8 bits
-(`MatMulInteger`) are nearly twice as fast. No row's scale depends on another row's values, so no
-caption on its batch.
+(`MatMulIntegerToFloat`) are nearly twice as fast; of a language model, few of whose channels hold
+by far the largest values, they would keep too little. No row's scale depends on another row's
+values, so no caption on its batch.
 
 One weight at a time is read from the external data and written to the new ones, where
 onnxruntime's tool holds the whole model twice.
@@ -126,10 +127,10 @@ def _product_of_rows(
         f"{name}.scales": scales,
     }
     operands = [f"{rows}.int8", f"{name}.int8", "rows.step", f"{name}.scales", "rows.zero"]
-    share = f"{product}.share"
+    shares = f"{product}.of_shares"
     return [
-        helper.make_node("MatMulIntegerToFloat", operands, [share], domain="com.microsoft"),
-        helper.make_node("Mul", [share, f"{rows}.largest"], [product]),
+        helper.make_node("MatMulIntegerToFloat", operands, [shares], domain="com.microsoft"),
+        helper.make_node("Mul", [shares, f"{rows}.largest"], [product]),
     ], parts
 
 

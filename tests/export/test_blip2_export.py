@@ -333,6 +333,29 @@ def test_whole_rows_are_quantised_each_for_itself(blip2_export: Make, tmp_path: 
     assert np.isfinite(black).all()
 
 
+def test_a_product_of_a_product_is_quantised(tmp_path: Path):
+    """Names of what belongs to one's output and to the other's input don't clash."""
+    rng = np.random.default_rng(0)
+    first, second = (rng.normal(size=(16, 16)).astype(np.float32) for _ in range(2))
+    make = onnx.helper.make_node
+    nodes = [
+        make("FusedMatMul", ["x", "first"], ["y"], domain="com.microsoft", transB=1),
+        make("FusedMatMul", ["y", "second"], ["z"], domain="com.microsoft", transB=1),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(n, 1, ["rows", 16]) for n in "xz"]
+    weights = [onnx.numpy_helper.from_array(first, "first")]
+    weights.append(onnx.numpy_helper.from_array(second, "second"))
+    graph = onnx.helper.make_graph(nodes, "twice", ends[:1], ends[1:], weights)
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    external = {"save_as_external_data": True, "location": "x.onnx.data", "size_threshold": 0}
+    onnx.save(model, tmp_path / "x.onnx", **external)
+    quantize.quantize_graph(tmp_path / "x.onnx", tmp_path / "q.onnx", 8, many_rows=True)
+    x = rng.normal(size=(3, 16)).astype(np.float32)
+    [z] = CPU.open(tmp_path / "q.onnx").run({"x": x}, ["z"]).values()
+    assert relative_error(x @ first.T @ second.T, z) < 0.05
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_are_near_the_exact_ones(bits: int, blip2_export: Make, tmp_path: Path):
     source = blip2_export("opt") / "decoder_model_merged.onnx"
