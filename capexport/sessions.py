@@ -48,8 +48,8 @@ class Device:
         provider, options: its execution provider, and what that is told.
         extra: what installs the provider: the extra of capexport.
         memory: where values stay between graphs, as onnxruntime names it.
-        images_per_core: how many images a small encoder takes at once for each core; None for a
-            whole batch.
+        images_per_core: how many images of a batch a core takes at once through a small encoder,
+            beside the others; None where all take the whole batch together.
         core_batches: whether each core may take a batch of its own through a small model.
     """
 
@@ -73,8 +73,7 @@ DEVICES = (
         options={"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
         memory="cuda",
     ),
-    # The activations of more images than two a core spill from its cache: a batch of 32 in parts
-    # of four takes two cores three quarters of the time that it takes them as a whole.
+    # The activations of more images than two spill from a core's cache.
     Device(
         "cpu", "CPUExecutionProvider", extra="cpu", images_per_core=2, core_batches=True
     ),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -109,22 +111,37 @@ def replay(
 
 
 class OnnxEncoder:
-    """`encoder.onnx`: images to the decoder's state after the image."""
+    """`encoder.onnx`: images to the decoder's state after the image.
 
-    def __init__(self, graph: Graph, at_once: int | None = None) -> None:
-        """`at_once`: how many images the graph is given together, all by default."""
-        self.graph = graph
-        self._at_once = at_once
+    All cores take one image together, and of several each a few: so none waits for the others at
+    every layer.
+    """
+
+    def __init__(self, path: Path, target: Target) -> None:
+        self.graph = target.open(path)
+        self._path, self._target = path, target
+        own = target.session_options is not None  # which say how many threads there are
+        self._cores = 1 if own else target.threads or available_cores()
+
+    @cached_property
+    def _one_core(self) -> Graph:
+        return self._target.open(self._path, threads=1)
 
     def __call__(self, images: FloatArray) -> State:
-        step = self._at_once or len(images)
-        parts = [
-            self.graph.run({"images": images[start : start + step]}, self.graph.outputs)
-            for start in range(0, len(images), step)
-        ]
-        if len(parts) == 1:
-            return parts[0]
+        most = self._target.device.images_per_core
+        if most is None or len(images) == 1:
+            return self._run(self.graph, images)
+        step = min(most, math.ceil(len(images) / self._cores))
+        split = [images[start : start + step] for start in range(0, len(images), step)]
+        if self._cores == 1:
+            parts = [self._run(self.graph, part) for part in split]
+        else:
+            with ThreadPoolExecutor(self._cores) as pool:
+                parts = list(pool.map(partial(self._run, self._one_core), split))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _run(self, graph: Graph, images: FloatArray) -> State:
+        return graph.run({"images": images}, graph.outputs)
 
 
 class OnnxDecoder(Decoder):
@@ -242,13 +259,12 @@ def open_artifact(folder: Path, manifest: Manifest, target: Target) -> Parts:
     if manifest.decoding.start_token is None:
         raise ArtifactError(f"{folder}: no start_token in the manifest; export again")
     manifest.decoding.check(folder, len(vocabulary))
-    encoder = target.open(manifest.file(folder, "encoder.onnx"))
-    constant = encoder.outputs.keys() - manifest.state.keys()
-    encoder.expect({"images"}, {*manifest.state, *constant})
-    encoder.expect_shape("images", None, 3, manifest.image.crop, manifest.image.crop)
-    images, cores = target.device.images_per_core, target.threads or available_cores()
+    encoder = OnnxEncoder(manifest.file(folder, "encoder.onnx"), target)
+    constant = encoder.graph.outputs.keys() - manifest.state.keys()
+    encoder.graph.expect({"images"}, {*manifest.state, *constant})
+    encoder.graph.expect_shape("images", None, 3, manifest.image.crop, manifest.image.crop)
     return Parts(
-        OnnxEncoder(encoder, images and images * cores),
+        encoder,
         OnnxDecoder(folder, manifest, target, constant, len(vocabulary)),
         vocabulary,
     )
