@@ -1,5 +1,5 @@
 """ONNX files without the package onnx: what one names before onnxruntime acts on it, other files
-and loops, and one that is small enough to be written here.
+and loops, and those that are small enough to be written here.
 
 Read from the file itself, of which nothing but messages on the way to those is unpacked. Source:
 onnx.proto (onnx/onnx), and "Protocol Buffers: Encoding" (protobuf.dev).
@@ -101,12 +101,24 @@ def gather_graph(kinds: Sequence[tuple[int, int]]) -> bytes:
     """An ONNX file that takes `rows`, int64 (n,), of several tensors at once, on axis 0: of `in0`
     to `out0`, and so on. `kinds` are the tensors' element types, as onnx.proto numbers them, and
     how many axes they have."""
-    graph = _field(2, "gather") + _value(11, "rows", (7, 1))
+    graph = _value(11, "rows", (7, 1))
     for number, kind in enumerate(kinds):
         before, after = f"in{number}", f"out{number}"
         node = _field(1, before) + _field(1, "rows") + _field(2, after) + _field(4, "Gather")
         graph += _field(1, node) + _value(11, before, kind) + _value(12, after, kind)
-    return _field(1, 8) + _field(7, graph) + _field(8, _field(2, 17))  # IR version, graph, opset
+    return _model(graph)
+
+
+def product_graph() -> bytes:
+    """An ONNX file that multiplies the matrices `a`, uint8, and `b`, int8, to `product`, int32."""
+    node = _field(1, "a") + _field(1, "b") + _field(2, "product") + _field(4, "MatMulInteger")
+    ends = _value(11, "a", (2, 2)) + _value(11, "b", (3, 2)) + _value(12, "product", (6, 2))
+    return _model(_field(1, node) + ends)
+
+
+def _model(graph: bytes) -> bytes:
+    """A file of IR version 8 and opset 17."""
+    return _field(1, 8) + _field(7, _field(2, "graph") + graph) + _field(8, _field(2, 17))
 
 
 def _value(number: int, name: str, kind: tuple[int, int]) -> bytes:

@@ -25,7 +25,7 @@ from capexport.decoding import (
 from capexport.errors import ArtifactError, OptionError
 from capexport.families import Family, Parts
 from capexport.preprocessing import FloatArray
-from capexport.sessions import Graph, Target, available_cores, batch_size
+from capexport.sessions import Graph, Target, available_cores, batch_size, cuts_off_sums
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,9 @@ class OnnxDecoder(Decoder):
     ) -> None:
         """`constant`: what the encoder brings and no step changes; `words`: how many there are."""
         self.constant = frozenset(constant)
-        self.looped = "decoder_loop.onnx" in manifest.files
+        # Within a loop, onnxruntime knows no remedy for processors that cut off 8-bit sums.
+        exact = manifest.precision != "int8" or not cuts_off_sums()
+        self.looped = exact and "decoder_loop.onnx" in manifest.files
         self._step_path = manifest.file(folder, "decoder_step.onnx")
         self._loop_path = folder / "decoder_loop.onnx"
         self._target = target

@@ -48,6 +48,7 @@ from capexport.models.blip2_checkpoint import (
     meta_model,
     read_checkpoint,
 )
+from capexport.sessions import CPU
 
 Make = Callable[..., Path]
 KINDS = list(TEXTS)
@@ -306,17 +307,38 @@ def test_smaller_precisions_say_what_they_lose(
 def test_quantised_graphs_hold_what_their_precision_says(blip2_export: Make):
     for precision, bits in (("int8", 8), ("int4", 4)):
         folder = blip2_export("opt", precision)
-        found = {}
-        for name in ("vision_encoder", "decoder_model_merged"):
-            graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
-            assert "FusedMatMul" not in {node.op_type for node in graph.node}
-            products = [node for node in graph.node if node.op_type == "MatMulNBits"]
-            found[name] = {
-                node.output[0]: {a.name: a.i for a in node.attribute}["bits"] for node in products
-            }
-        assert set(found["vision_encoder"].values()) == {8}
-        assert found["decoder_model_merged"].pop("logits") == 8
-        assert set(found["decoder_model_merged"].values()) == {bits}
+        nodes = {
+            name: onnx.load(folder / f"{name}.onnx", load_external_data=False).graph.node
+            for name in ("vision_encoder", "decoder_model_merged")
+        }
+        kinds = {name: {node.op_type for node in found} for name, found in nodes.items()}
+        assert not any("FusedMatMul" in found for found in kinds.values())
+        assert "MatMulIntegerToFloat" in kinds["vision_encoder"]
+        assert "MatMulNBits" not in kinds["vision_encoder"]
+        widths = {
+            node.output[0]: {a.name: a.i for a in node.attribute}["bits"]
+            for node in nodes["decoder_model_merged"]
+            if node.op_type == "MatMulNBits"
+        }
+        assert widths.pop("logits") == 8
+        assert set(widths.values()) == {bits}
+
+
+def test_whole_rows_are_quantised_each_for_itself(blip2_export: Make, tmp_path: Path):
+    source, target = blip2_export("opt") / "vision_encoder.onnx", tmp_path / "rows.onnx"
+    quantize.quantize_graph(source, target, 8, many_rows=True)
+    exact, rows = CPU.open(source), CPU.open(target)
+    size = exact.inputs["pixel_values"].shape[-1]
+    image = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
+    loud = np.concatenate([image, 1000 * image])  # of which one scale for all would tell nothing
+    alone, beside, wanted = (
+        graph.run({"pixel_values": images}, ["image_features"])["image_features"][0]
+        for graph, images in ((rows, image), (rows, loud), (exact, image))
+    )
+    assert relative_error(alone, beside) < 1e-5
+    assert 1e-5 < relative_error(wanted, alone) < 0.05
+    black = rows.run({"pixel_values": np.zeros_like(image)}, ["image_features"])["image_features"]
+    assert np.isfinite(black).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,7 +1,12 @@
 """Devices, the caller's own sessions, and what a graph raises."""
 
 import ctypes
+import json
 import logging
+import platform
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,33 @@ def test_threads_reach_the_sessions(artifact: Path):
         assert graph.session.get_session_options().intra_op_num_threads == 3
     assert captioner.threads == 3
     assert repr(captioner) == "<Captioner: cnn-lstm fp32 on cpu, 3 threads>"
+
+
+CAPTIONS = """
+import json
+import numpy as np
+from capexport import Captioner
+noise = np.random.default_rng(0).integers(0, 256, (2, 6, 8, 3), np.uint8)
+noise = noise.repeat(40, 1).repeat(40, 2)
+captions = Captioner.load(threads=1).caption(list(noise), num_beams=1)
+print(json.dumps([(caption.tokens, caption.log_probability) for caption in captions]))
+"""
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not shutil.which("qemu-x86_64"),
+    reason="needs QEMU, as Debian's qemu-user has it, to be an x86 processor of 2013",
+)
+def test_an_older_processor_captions_the_same():
+    """Without VNNI, what onnxruntime takes by itself lets sums of 8-bit products saturate."""
+    command = [sys.executable, "-c", CAPTIONS]
+    here, there = (
+        json.loads(subprocess.run([*prefix, *command], check=True, capture_output=True).stdout)
+        for prefix in ([], ["qemu-x86_64", "-cpu", "Haswell"])
+    )
+    for (tokens, log_probability), (other_tokens, other) in zip(here, there, strict=True):
+        assert tokens == other_tokens
+        assert log_probability == pytest.approx(other, abs=1e-3)
 
 
 def test_a_provider_that_does_not_start_is_noticed(artifact: Path, monkeypatch, capfd):
