@@ -30,7 +30,7 @@ demo: $(VENV)/ready
 	@echo "$(BIN)/capexport web --out site, then $(BIN)/capexport serve --site site"
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -53,6 +53,7 @@ bench: $(VENV)/ready
 		--markdown benchmarks/growth.md --picture benchmarks/growth.png
 	$(BIN)/python benchmarks/serve.py --photos $(FLICKR8K)/Images --markdown benchmarks/serve.md
 	$(BIN)/python benchmarks/operators.py --markdown benchmarks/operators.md
+	$(BIN)/python benchmarks/blip2_peers.py --markdown benchmarks/blip2_peers.md
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python -m pytest benchmarks
 

@@ -76,6 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--dims", choices=DIMENSIONS, default="blip2-opt-2.7b")
     parser.add_argument(
+        "--layers", type=int, metavar="N", help="at most N in each part, of the same width"
+    )
+    parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, help="default: all; fp16 with --device cuda"
     )
     parser.add_argument("--device", choices=STEPS, default="cpu")
@@ -103,7 +106,7 @@ def _run(options: argparse.Namespace, folder: Path) -> str:
     device, sizes = options.device, options.batch_sizes
     dtype = "float32" if device == "cpu" else "float16"
     if not checkpoint.exists():
-        _process("checkpoint", options.dims, checkpoint, dtype)
+        _process("checkpoint", options.dims, checkpoint, dtype, options.layers or "")
     exports = {
         precision: _export(checkpoint, folder / precision, precision)
         for precision in tqdm(options.precisions, "exporting")
@@ -173,12 +176,15 @@ def _measured(arguments: list[str]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "anonymous": peak, **said}
 
 
-def write_checkpoint(dims: str, folder: str, dtype: str) -> None:
+def write_checkpoint(dims: str, folder: str, dtype: str, layers: str = "") -> None:
     import torch
 
     from benchmarks.random_blip2 import blip2_config, save_checkpoint
 
-    config = blip2_config("opt", queries=32, **DIMENSIONS[dims])
+    parts = {name: dict(part) for name, part in DIMENSIONS[dims].items()}
+    for part in parts.values() if layers else ():
+        part["num_hidden_layers"] = min(int(layers), part["num_hidden_layers"])
+    config = blip2_config("opt", queries=32, **parts)
     save_checkpoint(Path(folder), config, dtype=getattr(torch, dtype))
 
 
@@ -315,8 +321,9 @@ def _report(
         row("identical tokens", "", lambda p: f"{exports[p]['token_agreement']:.1%}"),
         row("error of the first logits", "", lambda p: f"{exports[p]['logit_error']:.1g}"),
     ]
+    depth = f" with at most {options.layers} layers a part" if options.layers else ""
     return (
-        f"{options.dims}, random weights, {cpu_model()}, {available_cores()} cores"
+        f"{options.dims}{depth}, random weights, {cpu_model()}, {available_cores()} cores"
         f"{', ' + gpu_model() if on_gpu else ''}; {datetime.date.today()}\n\n{table(rows)}"
     )
 

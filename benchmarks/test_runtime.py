@@ -1,6 +1,7 @@
 """Micro-benchmarks of the runtime's stages, on the bundled CNN-LSTM and on a small random BLIP-2:
 `pytest benchmarks`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from benchmarks.blip2_full_size import DIMENSIONS
 from benchmarks.random_blip2 import blip2_config, save_checkpoint
 from capexport import Captioner
+from capexport.beam import beam_search
 from capexport.bench.cli import sample_photos
 from capexport.cli import bundled_checkpoint
 from capexport.decoding import greedy, greedy_by_steps
@@ -71,6 +73,12 @@ def test_decode(benchmark, captioner: Captioner, pixels: np.ndarray, decode):
     assert all(hypothesis.tokens for hypothesis in hypotheses)
 
 
+def test_beams(benchmark, captioner: Captioner, pixels: np.ndarray):
+    state, options = captioner.encoder(pixels), replace(captioner.options, num_beams=3)
+    found = benchmark(beam_search, captioner.decoder, state, options)
+    assert all(best.tokens for [best] in found)
+
+
 def test_blip2_image(benchmark, blip2: Captioner):
     pixels = blip2.preprocess(sample_photos()[0])[None]
     benchmark(blip2.encoder, pixels)
@@ -81,3 +89,11 @@ def test_blip2_step(benchmark, blip2: Captioner):
     _, state = blip2.decoder.start(features, blip2.text.frame(None, 1, 1))
     logits, _ = benchmark(blip2.decoder.step, np.array([5]), state)
     assert logits.shape[0] == 1
+
+
+def test_blip2_beams(benchmark, blip2: Captioner):
+    features = blip2.encoder(blip2.preprocess(sample_photos()[0])[None])
+    options = replace(blip2.options, num_beams=5, max_tokens=8)
+    framed = blip2.text.frame(None, 1, 1)
+    [[best]] = benchmark(beam_search, blip2.decoder, features, options, framed)
+    assert best.tokens

@@ -18,10 +18,13 @@ from capexport.decoding import (
     DecodingOptions,
     Features,
     Hypothesis,
+    Likeliest,
     Prompts,
     State,
+    TokenArray,
     adjust,
     begin,
+    excluded,
 )
 from capexport.errors import OptionError
 from capexport.preprocessing import FloatArray
@@ -48,15 +51,12 @@ def beam_search(
     searches = [_Search(options, limit) for limit in limits.tolist()]
     running, width = searches, 1  # images whose search goes on, and the beams of each
     sums = np.zeros(len(logits), np.float32)
+    found = _likeliest(logits, said, options, 1)
     for length in range(1, options.max_tokens + 1):
-        _log_softmax(logits)
-        adjust(logits, said, options, length)
-        logits += sums[:, None]
+        each = _candidates(found, sums, len(running), options)
         kept = [
             (number, search.advance(candidates, length))
-            for number, (search, candidates) in enumerate(
-                zip(running, _likeliest(logits, len(running), options), strict=True)
-            )
+            for number, (search, candidates) in enumerate(zip(running, each, strict=True))
         ]
         kept = [(number, beams) for number, beams in kept if beams]
         if not kept:
@@ -64,11 +64,11 @@ def beam_search(
         rows = [n * width + beam.parent for n, beams in kept for beam in beams]
         tokens = np.array([beam.token for _, beams in kept for beam in beams], np.int64)
         sums = np.array([beam.total for _, beams in kept for beam in beams], np.float32)
-        aligned = len(rows) == len(logits) and len(kept) == len(running)
+        aligned = len(rows) == len(said) and len(kept) == len(running)
         running, width = [running[number] for number, _ in kept], len(rows) // len(kept)
         state = _select(decoder, state, rows, aligned)
         said = np.concatenate([said[rows], tokens[:, None]], axis=1)
-        logits, state = decoder.step(tokens, state)
+        found, state = _step(decoder, tokens, state, said, options, length + 1)
     return [search.best() for search in searches]
 
 
@@ -144,24 +144,57 @@ def _score(total: float, length: int, options: DecodingOptions) -> float:
     return float(np.float32(total) / np.float32(length**options.length_penalty))
 
 
-def _log_softmax(logits: FloatArray) -> None:
-    """Of each row, in place."""
+def _step(
+    decoder: Decoder,
+    tokens: TokenArray,
+    state: State,
+    said: TokenArray,
+    options: DecodingOptions,
+    length: int,
+) -> tuple[Likeliest, State]:
+    """The likeliest of each row's tokens number `length`, and the state behind `tokens`."""
+    if options.repetition_penalty == 1 and not options.no_repeat_ngram_size:
+        never = excluded(options, length)
+        chosen = decoder.likeliest(tokens, state, never, _continuations(options))
+        if chosen is not None:
+            return chosen
+    logits, state = decoder.step(tokens, state)
+    return _likeliest(logits, said, options, length), state
+
+
+def _continuations(options: DecodingOptions) -> int:
+    """So many of an image that `num_beams` go on whichever of them end."""
+    return (1 + max(1, len(options.end_tokens))) * options.num_beams
+
+
+def _likeliest(
+    logits: FloatArray, said: TokenArray, options: DecodingOptions, length: int
+) -> Likeliest:
+    """Of each row the likeliest continuations, in any order. Changes `logits`."""
     logits -= logits.max(axis=1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    adjust(logits, said, options, length)
+    count = min(_continuations(options), logits.shape[1])
+    tokens = np.argpartition(logits, -count, axis=1)[:, -count:]
+    return np.take_along_axis(logits, tokens, 1), tokens
 
 
-def _likeliest(totals: FloatArray, images: int, options: DecodingOptions) -> Iterator[list[_Beam]]:
-    """Of each image the likeliest continuations of all its beams, the likeliest first: so many
-    that `num_beams` go on whichever of them end. `totals`: float32 (beams, vocabulary)."""
-    together = totals.reshape(images, -1)
-    count = min((1 + max(1, len(options.end_tokens))) * options.num_beams, together.shape[1])
-    places = np.argpartition(together, -count, axis=1)[:, -count:]
-    found = together[np.arange(images)[:, None], places]
-    for row, values in zip(places.tolist(), found.tolist(), strict=True):
-        if math.isnan(sum(values)):
-            raise ArithmeticError("probabilities that are no numbers")
-        ranked = sorted(zip(values, row, strict=True), key=lambda one: (-one[0], one[1]))
-        yield [_Beam(total, *divmod(place, totals.shape[1])) for total, place in ranked]
+def _candidates(
+    found: Likeliest, sums: FloatArray, images: int, options: DecodingOptions
+) -> Iterator[list[_Beam]]:
+    """Of each image the likeliest continuations of all its beams, the likeliest first; of equals,
+    that of the earlier beam, then the lower token. `sums` are the beams' log-probabilities so far,
+    float32 (rows,)."""
+    logs, tokens = found
+    if np.isnan(logs).any():
+        raise ArithmeticError("probabilities that are no numbers")
+    each, totals = logs.shape[1], (logs + sums[:, None]).reshape(images, -1)
+    tokens = tokens.reshape(totals.shape)
+    rows = np.arange(totals.size).reshape(totals.shape) // each
+    ranked = np.lexsort((tokens, rows, -totals))[:, : _continuations(options)]
+    of_images = ranked.tolist(), totals.tolist(), tokens.tolist()
+    for places, total, token in zip(*of_images, strict=True):
+        yield [_Beam(total[place], place // each, token[place]) for place in places]
 
 
 def _select(decoder: Decoder, state: State, rows: list[int], aligned: bool) -> State:

@@ -34,6 +34,8 @@ TokenArray: TypeAlias = NDArray[np.int64]
 # arrays, torch tensors, or values that stay on a device; their owner alone looks inside.
 State: TypeAlias = Mapping[str, Any]
 Features: TypeAlias = Any
+# Of each row some tokens' log-probabilities, float32, and the tokens, int64: (batch, count).
+Likeliest: TypeAlias = tuple[FloatArray, TokenArray]
 Regions: TypeAlias = tuple[int, int]  # rows and columns of the parts that an image falls into
 EarlyStopping: TypeAlias = bool | Literal["never"]
 
@@ -83,6 +85,14 @@ class Decoder(Protocol):
 
     def step(self, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
         """Feed one token a row, int64 (batch,); return the next logits and the next state."""
+
+    def likeliest(
+        self, tokens: TokenArray, state: State, excluded: Sequence[int], count: int
+    ) -> tuple[Likeliest, State] | None:
+        """As `step`, but in place of logits the `count` likeliest tokens of each row, or as many as
+        there are, in any order; those `excluded` have minus infinity. None where the decoder has no
+        faster way than `step`."""
+        return None
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
         """The state of `rows` alone, in that order: finished rows leave, beams are reordered.
@@ -317,11 +327,14 @@ def adjust(logits: FloatArray, said: TokenArray, options: DecodingOptions, lengt
         last = said[:, None, said.shape[1] + 1 - options.no_repeat_ngram_size :]
         rows, places = np.nonzero((grams[:, :, :-1] == last).all(axis=2))
         logits[rows, grams[rows, places, -1]] = -np.inf
-    suppressed = options.suppress_tokens
-    if length <= options.min_tokens:
-        suppressed += options.end_tokens
-    if suppressed:
-        logits[:, suppressed] = -np.inf
+    if never := excluded(options, length):
+        logits[:, never] = -np.inf
+
+
+def excluded(options: DecodingOptions, length: int) -> tuple[int, ...]:
+    """What must not be token number `length` of any caption."""
+    early = length <= options.min_tokens
+    return options.suppress_tokens + (options.end_tokens if early else ())
 
 
 def _likeliest(logits: FloatArray) -> tuple[TokenArray, FloatArray]:

@@ -28,6 +28,7 @@ _MESSAGES = {
     "tensor": {13: "external data"},
 }
 _UNBOUNDED = {b"Loop", b"Scan", b"SequenceMap"}
+_FLOAT32, _UINT8, _INT8, _INT32, _INT64 = 1, 2, 3, 6, 7  # element types
 
 
 def check_graph(path: Path, files: Collection[str], bound: str = "max_tokens") -> None:
@@ -101,24 +102,42 @@ def gather_graph(kinds: Sequence[tuple[int, int]]) -> bytes:
     """An ONNX file that takes `rows`, int64 (n,), of several tensors at once, on axis 0: of `in0`
     to `out0`, and so on. `kinds` are the tensors' element types, as onnx.proto numbers them, and
     how many axes they have."""
-    graph = _value(11, "rows", (7, 1))
+    graph = _value(11, "rows", (_INT64, 1))
     for number, kind in enumerate(kinds):
         before, after = f"in{number}", f"out{number}"
-        node = _field(1, before) + _field(1, "rows") + _field(2, after) + _field(4, "Gather")
-        graph += _field(1, node) + _value(11, before, kind) + _value(12, after, kind)
-    return _model(graph)
+        graph += _node("Gather", [before, "rows"], [after])
+        graph += _value(11, before, kind) + _value(12, after, kind)
+    return _model("gather", graph)
+
+
+def likeliest_graph() -> bytes:
+    """An ONNX file that takes the `count`, int64 (1,), likeliest of each row of `logits`, float32
+    (rows, n): to `values` their log-probabilities, to which `bias`, float32 (n,), has been added,
+    and to `places` where in the row they are."""
+    graph = _value(11, "logits", (_FLOAT32, 2)) + _value(11, "bias", (_FLOAT32, 1))
+    graph += _value(11, "count", (_INT64, 1))
+    graph += _node("LogSoftmax", ["logits"], ["logs"])
+    graph += _node("Add", ["logs", "bias"], ["sums"])
+    graph += _node("TopK", ["sums", "count"], ["values", "places"])
+    graph += _value(12, "values", (_FLOAT32, 2)) + _value(12, "places", (_INT64, 2))
+    return _model("likeliest", graph)
 
 
 def product_graph() -> bytes:
     """An ONNX file that multiplies the matrices `a`, uint8, and `b`, int8, to `product`, int32."""
-    node = _field(1, "a") + _field(1, "b") + _field(2, "product") + _field(4, "MatMulInteger")
-    ends = _value(11, "a", (2, 2)) + _value(11, "b", (3, 2)) + _value(12, "product", (6, 2))
-    return _model(_field(1, node) + ends)
+    graph = _node("MatMulInteger", ["a", "b"], ["product"])
+    graph += _value(11, "a", (_UINT8, 2)) + _value(11, "b", (_INT8, 2))
+    return _model("product", graph + _value(12, "product", (_INT32, 2)))
 
 
-def _model(graph: bytes) -> bytes:
-    """A file of IR version 8 and opset 17."""
-    return _field(1, 8) + _field(7, _field(2, "graph") + graph) + _field(8, _field(2, 17))
+def _model(name: str, graph: bytes) -> bytes:
+    graph = _field(2, name) + graph
+    return _field(1, 8) + _field(7, graph) + _field(8, _field(2, 17))  # IR version, graph, opset
+
+
+def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+    names = [_field(1, name) for name in inputs] + [_field(2, name) for name in outputs]
+    return _field(1, b"".join(names) + _field(4, operator))
 
 
 def _value(number: int, name: str, kind: tuple[int, int]) -> bytes:

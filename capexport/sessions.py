@@ -19,9 +19,9 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from capexport.decoding import State
+from capexport.decoding import Likeliest, State
 from capexport.errors import ArtifactError, DeviceError, OptionError, importing
-from capexport.onnx_file import gather_graph, product_graph
+from capexport.onnx_file import gather_graph, likeliest_graph, product_graph
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -376,6 +376,7 @@ class Graph:
         self._open_session = open_session
         self._session = session = self._open()
         self._gathers: dict[tuple[str, ...], Graph] = {}
+        self._ranking: Graph | None = None
         _graphs.add(self)
         self.inputs = {node.name: node for node in session.get_inputs()}
         self.outputs = {node.name: node for node in session.get_outputs()}
@@ -438,17 +439,18 @@ class Graph:
             raise ArtifactError(f"{self.path}: onnxruntime failed in it: {error}") from error
         for name, value in zip(outputs, values, strict=True):
             if isinstance(value, np.ndarray):
-                self._check_output(value, self.outputs[name])
+                self._check_output(name, value.shape)
         return dict(zip(outputs, values, strict=True))
 
-    def _check_output(self, value: NDArray[Any], declared: Any) -> None:
-        fits = value.ndim == len(declared.shape)
-        for size, expected in zip(value.shape, declared.shape, strict=False):
+    def _check_output(self, name: str, shape: Sequence[int]) -> None:
+        declared = self.outputs[name].shape
+        fits = len(shape) == len(declared)
+        for size, expected in zip(shape, declared, strict=False):
             fits = fits and (size == expected or not isinstance(expected, int))
         if not fits:  # onnxruntime does not hold them to it
             raise ArtifactError(
-                f"{self.path}: {declared.name} came out in shape {_shown(value.shape)}, declared "
-                f"{_shown(declared.shape)}; export again"
+                f"{self.path}: {name} came out in shape {_shown(shape)}, declared "
+                f"{_shown(declared)}; export again"
             )
 
     def _run_bound(
@@ -474,12 +476,28 @@ class Graph:
             return arrays
         if others not in self._gathers:
             kinds = [(state[name].element_type(), len(state[name].shape())) for name in others]
-            content = gather_graph(kinds)
-            self._gathers[others] = Graph(self.path, self._memory, self._open_session, content)
+            self._gathers[others] = self._beside(gather_graph(kinds))
         feeds = {f"in{number}": state[name] for number, name in enumerate(others)}
         outputs = [f"out{number}" for number in range(len(others))]
         values = self._gathers[others].run({**feeds, "rows": rows}, outputs)
         return {**arrays, **dict(zip(others, values.values(), strict=True))}
+
+    def likeliest(self, logits: Value, excluded: Sequence[int], count: int) -> Likeliest:
+        """As of `Decoder.likeliest`, chosen where this graph's output `logits` is."""
+        shape = _shape(logits)
+        self._check_output("logits", shape)
+        # Its passes over the logits are too short for a thread to be woken.
+        self._ranking = self._ranking or self._beside(likeliest_graph(), threads=1)
+        bias = np.zeros(shape[1], np.float32)
+        bias[list(excluded)] = -np.inf
+        feeds = {"logits": logits, "bias": bias, "count": np.array([min(count, len(bias))])}
+        outputs = ["values", "places"]
+        values = self._ranking.run(feeds, outputs, host=outputs)
+        return values["values"], values["places"]
+
+    def _beside(self, content: bytes, **how: Any) -> Graph:
+        """A graph where this one is."""
+        return Graph(self.path, self._memory, partial(self._open_session, **how), content)
 
     def empty(self, name: str, batch: int) -> Value:
         """A first value for an input: its free axes, but for the batch, have length 0."""
@@ -499,5 +517,9 @@ def _shown(shape: Sequence[Any]) -> str:
 
 def batch_size(state: State) -> int:
     """How many rows a state's values have."""
-    value = next(iter(state.values()))
-    return int(value.shape[0] if isinstance(value, np.ndarray) else value.shape()[0])
+    return int(_shape(next(iter(state.values())))[0])
+
+
+def _shape(value: Value) -> Sequence[int]:
+    shape: Sequence[int] = value.shape if isinstance(value, np.ndarray) else value.shape()
+    return shape

@@ -1,10 +1,14 @@
 """Models and photos that the tests build themselves; nothing is downloaded."""
 
+import contextlib
 import csv
+import functools
 import io
 import json
+import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread for each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 README = Path(__file__).parents[1] / "README.md"
 COMMITTED = Path(__file__).parent / "artifacts"  # by make_artifacts.py
@@ -36,6 +43,15 @@ WORDS = [
     "with",
     "ball",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """PyTorch's exporter would parse the sources of all its operators again for every graph."""
+    if "torch" in sys.modules:
+        with contextlib.suppress(ImportError, AttributeError):
+            from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+            ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 def draw_photo(seed: int, size: tuple[int, int] = (120, 90)) -> Image.Image:
@@ -136,6 +152,25 @@ def snippet(word: str) -> str:
 
 
 @pytest.fixture
+def no_java() -> Iterator[None]:
+    """METEOR takes ten seconds to start; `test_metrics.py` has it."""
+    with pytest.MonkeyPatch.context() as patch:  # which a test's own doesn't undo
+        patch.setenv("PATH", os.devnull)
+        yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that PyTorch's threads would do nothing but wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def photos(tmp_path: Path) -> list[Path]:
     """Twelve JPEG files in a folder `photos`."""
     folder = tmp_path / "photos"
@@ -184,6 +219,14 @@ def small_checkpoint(folder: Path, **sizes):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory):
     return small_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint():
+    """A CNN-LSTM that sees patches of mean colour: exported in a fifth of the time."""
+    from make_artifacts import small_captioner
+
+    return small_captioner("lstm")
 
 
 @pytest.fixture(scope="session")
@@ -257,18 +300,29 @@ def blip2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 def blip2_export(
     blip2_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Such a checkpoint, exported."""
+    """Such a checkpoint, exported; `validated` has what Optimum said of its graphs."""
+    from optimum.exporters.onnx import convert
+
     from capexport.export.blip2 import export_blip2
 
     made: dict[tuple[str, str], Path] = {}
+    validate = convert.validate_models_outputs
 
     def make(kind: str, precision: str = "fp32") -> Path:
         if (kind, precision) not in made:
             out = tmp_path_factory.mktemp("blip2-export") / f"{kind}-{precision}"
-            export_blip2(blip2_checkpoint(kind), out, precision)
+            said = make.validated[kind, precision] = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    convert,
+                    "validate_models_outputs",
+                    lambda **given: said.append(validate(**given)),
+                )
+                export_blip2(blip2_checkpoint(kind), out, precision)
             made[kind, precision] = out
         return made[kind, precision]
 
+    make.validated = {}
     return make
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from capexport.artifact import Manifest, replace_file, require_writable
 from capexport.bench import measure, report, sheet
 from capexport.bench.measure import Clock, ClockedTarget
-from capexport.bench.openvino import openvino_captioners
+from capexport.bench.openvino import nncf_captioners, openvino_captioners
 from capexport.bench.results import Footprint, Result, Run
 from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner, open_artifact
@@ -27,6 +27,7 @@ from capexport.cli import bundled_checkpoint, run_command, show_progress, teachi
 from capexport.decoding import DecodingKeywords
 from capexport.errors import ArtifactError, ImageNotFoundError, OptionError, OutputExistsError
 from capexport.export.pairs import Pair, Variants, open_pair
+from capexport.export.parity import relative_error
 from capexport.families import find_family
 from capexport.metrics import score, scorers
 from capexport.preprocessing import load_image
@@ -36,6 +37,7 @@ from capexport.sessions import Target, available_cores, targets
 # By the names of their columns: each artifact, and each contender's variants.
 Artifacts: TypeAlias = dict[str, tuple[Path, Manifest]]
 Contenders: TypeAlias = dict[str, Variants]
+_COMPARED = 32  # photos
 _COMPILED = "torch.compile"  # its variants are among PyTorch's
 # Photographs among the sample images of scikit-image.
 _SAMPLES = (
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--peers",
         action="store_true",
         help="also try torch.compile, and measure PyTorch as most people run it, BLIP-2 in 16 "
-        "bits, and OpenVINO on the same graphs (needs the extra `peers`)",
+        "bits, and OpenVINO on the same graphs and with NNCF's int8 (needs the extra `peers`)",
     )
     parser.add_argument(
         "--photos", nargs="+", default=[], metavar="PATH", help="default: scikit-image's samples"
@@ -253,6 +255,7 @@ class _Bench:
         environment = report.environment(self._target.threads or 1, self._target.name)
         bandwidth = environment.memory_gb_per_second * 1e9
         metrics = self._metrics(contenders, references) if scored else {}
+        errors = self._feature_errors(contenders)
         runs = [self._run(contenders, size, bandwidth) for size in options.batch_sizes]
         return Result(
             model=self._pair.title,
@@ -264,6 +267,7 @@ class _Bench:
             runs=runs,
             unavailable=unavailable,
             footprint=footprint,
+            feature_errors=errors,
             num_beams=options.num_beams,
         )
 
@@ -274,6 +278,11 @@ class _Bench:
         for folder, manifest in self._artifacts.values():
             openers[f"OpenVINO {manifest.precision}"] = partial(
                 openvino_captioners, folder, self._target.name, threads
+            )
+        exact, int8 = (self._artifacts.get(f"ONNX {name}") for name in ("fp32", "int8"))
+        if exact and int8 and find_family(exact[1].family).small:
+            openers["OpenVINO, NNCF int8"] = partial(
+                nncf_captioners, exact[0], int8[0], self._photos, self._target.name, threads
             )
         peers: Contenders = {}
         unavailable = {}
@@ -298,6 +307,24 @@ class _Bench:
             said = {path.name: c.text for path, c in zip(self._paths, captions, strict=True)}
             metrics[name] = score(said, references)
         return metrics
+
+    def _feature_errors(self, contenders: Contenders) -> dict[str, float]:
+        """Of each contender with an encoder of its own, on the first photos, on a CPU."""
+        captioners = {name: next(iter(each.values())) for name, each in contenders.items()}
+        encoders = {n: c for n, c in captioners.items() if isinstance(c, Captioner)}
+        if "PyTorch" not in encoders or self._target.name != "cpu":
+            return {}
+        photos = self._photos[:_COMPARED]
+        features = {
+            name: each.encoder(np.stack([each.preprocess(photo) for photo in photos]))
+            for name, each in encoders.items()
+        }
+        arrays = {n: {k: np.asarray(v) for k, v in found.items()} for n, found in features.items()}
+        wanted = arrays["PyTorch"]
+        return {
+            name: max(relative_error(wanted[key], found[key]) for key in wanted)
+            for name, found in arrays.items()
+        }
 
     def _run(self, contenders: Contenders, size: int, bandwidth: float) -> Run:
         """Batches of one size: of each contender the quickest variant, in turn."""

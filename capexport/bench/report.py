@@ -60,6 +60,7 @@ class _Rows:
         for run in self._result.runs:
             self._times(run)
             self._rates(run)
+        self._row("error of the image's features", self._result.feature_errors, ".2g")
         for metric in ("BLEU-4", "METEOR", "CIDEr-D"):
             scores = self._result.metrics
             self._row(metric, {name: found.get(metric) for name, found in scores.items()}, ".2f")
@@ -167,7 +168,7 @@ def environment(threads: int, device: str = "cpu") -> Environment:
         memory_gb_per_second=memory_bandwidth(device) / 1e9,
         versions={
             "Python": platform.python_version(),
-            **_versions("capexport", "torch", "numpy", "pillow", "openvino"),
+            **_versions("capexport", "torch", "numpy", "pillow", "openvino", "nncf"),
             "onnxruntime": runtime_version(),
         },
     )

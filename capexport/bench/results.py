@@ -80,6 +80,8 @@ class Result:
     Attributes:
         num_beams: of every captioner; None where each has its model's own.
         metrics: caption metrics, by captioner.
+        feature_errors: of the encoder's outputs the largest relative error against PyTorch's, by
+            captioner; none on a GPU, or where PyTorch's captioner has no encoder of its own.
         unavailable: why a peer could not be measured.
     """
 
@@ -92,6 +94,7 @@ class Result:
     metrics: dict[str, dict[str, float | str]]
     unavailable: dict[str, str]
     footprint: dict[str, Footprint]
+    feature_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     num_beams: int | None = None
 
     def to_json(self, indent: int | None = None) -> str:

@@ -236,9 +236,9 @@ def _export_part(
         )  # fmt: skip
     if precision.startswith("int") and plan.name != "embed_tokens":
         # The image part is computed once, and what it loses every word loses: 8 bits at least.
-        bits = 8 if plan.name == "vision_encoder" else int(precision[3:])
-        once = plan.name != "decoder_model_merged"  # for all of an image or text at once
-        quantize_graph(scratch / name, draft / name, bits, many_rows=once and bits == 8)
+        image = plan.name == "vision_encoder"
+        bits = 8 if image else int(precision[3:])
+        quantize_graph(scratch / name, draft / name, bits, many_rows=image)
         (scratch / f"{name}.data").unlink()
     else:
         for file in (name, f"{name}.data"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
 from capexport.artifact import Manifest, Parity, Provenance
@@ -36,7 +38,7 @@ from capexport.export.parity import (
 )
 from capexport.families.cnn_lstm import ATTENTION, AttentiveDecoder
 from capexport.models.checkpoint import Checkpoint
-from capexport.models.cnn_lstm import CnnLstm
+from capexport.models.cnn_lstm import CnnLstm, ImageEncoder
 from capexport.models.steps import State
 from capexport.models.torch_captioner import DECODING, decoding_of, regions_of, torch_captioner
 from capexport.preprocessing import ImageSource
@@ -182,7 +184,8 @@ def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:
     size = checkpoint.image.crop
     example = torch.zeros(2, 3, size, size)
     names = list(state := model.start(example))
-    export_graph(_EncoderGraph(model), [example], ["images"], names, draft / "encoder.onnx")
+    encoder = _EncoderGraph(_folded(model))
+    export_graph(encoder, [example], ["images"], names, draft / "encoder.onnx")
     log.info("exporting decoder_step.onnx and decoder_loop.onnx")
     following = {name: f"next_{name}" for name in names if name not in model.decoder.constant}
     looks = [ATTENTION] if regions_of(checkpoint) else []
@@ -195,6 +198,20 @@ def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:
     )
     _add_loop(draft, following)
     return following
+
+
+def _folded(model: CnnLstm) -> CnnLstm:
+    """A copy with the batch norms of its backbone within the convolutions, and no activation in
+    place: the exporter does the same, to the bit, and takes three times as long for it."""
+    if not isinstance(model.encoder, ImageEncoder):
+        return model
+    model = copy.deepcopy(model)
+    model.encoder.backbone = nn.Sequential(fuse(model.encoder.backbone))
+    model.encoder.train_from = 1  # all of it is the stem
+    for module in model.encoder.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # type: ignore[assignment]
+    return model
 
 
 def _add_loop(draft: Path, state: Mapping[str, str]) -> None:

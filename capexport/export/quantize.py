@@ -3,8 +3,9 @@
 The arithmetic is onnxruntime's own. Where a product has one row, as in a decoding step, reading the
 weights takes the time: they are stored block by block (`MatMulNBits`, by `MatMulNBitsQuantizer`).
 Where it has many, as in an image encoder, multiplying does, and whole rows and columns of 8 bits
-(`MatMulInteger`) are nearly twice as fast. No row's scale depends on another row's values, so no
-caption on its batch.
+(`MatMulIntegerToFloat`) are nearly twice as fast; of a language model, few of whose channels hold
+by far the largest values, they would keep too little. No row's scale depends on another row's
+values, so no caption on its batch.
 
 One weight at a time is read from the external data and written to the new ones, where
 onnxruntime's tool holds the whole model twice.
@@ -18,7 +19,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -35,7 +36,7 @@ ACCURACY_LEVEL = 4
 _EXTERNAL = 1024  # bytes from which a tensor is stored in the data file
 _BLOCKS = ("packed", "scales", "zeros")
 # Constants of products of whole rows: those multiply unsigned by signed numbers.
-_ROWS = {
+_ROWS: dict[str, Any] = {
     "rows.axis": np.array([-1]),
     "rows.smallest": np.float32(1e-30),  # a row of zeros has a scale, too
     "rows.step": np.float32(1 / 127),
@@ -63,20 +64,22 @@ def quantize_graph(source: Path, target: Path, bits: int, many_rows: bool = Fals
     with _external_data(source) as data, _data_file(target).open("wb") as out:
         del graph.initializer[:]
         for name, tensor in stored.items():
-            parts = {name: _values(tensor, data)}
-            if (node := by_weight.get(name)) is not None:
+            values = _values(tensor, data)
+            parts = {name: values}
+            if node := by_weight.get(name):
                 assert helper.get_node_attr_value(node, "transB") == 1
                 width = 8 if _SENSITIVE.fullmatch(name) else bits
-                new, parts = (
-                    _product_of_rows(node, *parts.values())
+                replaced[node.output[0]], parts = (
+                    _product_of_rows(node, values)
                     if many_rows
-                    else _product_of_blocks(node, *parts.values(), width)
+                    else _product_of_blocks(node, values, width)
                 )
-                replaced[node.output[0]] = new
             for part, array in parts.items():
                 graph.initializer.append(_store(part, array, out, target))
     if many_rows:
-        graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in _ROWS.items())
+        graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(value), name) for name, value in _ROWS.items()
+        )
     nodes, quantised = [], set[str]()
     for node in graph.node:
         if many_rows and node.op_type == "FusedMatMul" and node.input[0] not in quantised:
@@ -128,10 +131,10 @@ def _product_of_rows(
         f"{name}.scales": scales,
     }
     operands = [f"{rows}.int8", f"{name}.int8", "rows.step", f"{name}.scales", "rows.zero"]
-    share = f"{product}.share"
+    shares = f"{product}.of_shares"
     return [
-        helper.make_node("MatMulIntegerToFloat", operands, [share], domain="com.microsoft"),
-        helper.make_node("Mul", [share, f"{rows}.largest"], [product]),
+        helper.make_node("MatMulIntegerToFloat", operands, [shares], domain="com.microsoft"),
+        helper.make_node("Mul", [shares, f"{rows}.largest"], [product]),
     ], parts
 
 

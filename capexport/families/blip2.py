@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capexport.artifact import Manifest, PromptSpec
-from capexport.decoding import Decoder, Prompts, State, TokenArray
+from capexport.decoding import Decoder, Likeliest, Prompts, State, TokenArray
 from capexport.errors import ArtifactError, OptionError, importing
 from capexport.families import Family, Parts
 from capexport.preprocessing import FloatArray
-from capexport.sessions import Graph, Target
+from capexport.sessions import Graph, Target, Value
 
 
 class PromptTokenizer:
@@ -174,10 +174,13 @@ class OnnxDecoder(Decoder):
         return self._advance(embeddings, state)
 
     def step(self, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
-        if self._mask not in self.constant:
-            seen = np.ones((len(tokens), 1), np.int64)
-            state = {**state, self._mask: np.concatenate([state[self._mask], seen], axis=1)}
-        return self._advance(self._embed_tokens(tokens[:, None]), state)
+        return self._advance(*self._fed(tokens, state))
+
+    def likeliest(
+        self, tokens: TokenArray, state: State, excluded: Sequence[int], count: int
+    ) -> tuple[Likeliest, State]:
+        logits, state = self._advance(*self._fed(tokens, state), on_host=False)
+        return self.step_graph.likeliest(logits, excluded, count), state
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
         return self.step_graph.select(state, rows)
@@ -185,9 +188,18 @@ class OnnxDecoder(Decoder):
     def _embed_tokens(self, tokens: TokenArray) -> NDArray[Any]:
         return _only(self._embed, "inputs_embeds", {"input_ids": tokens})
 
-    def _advance(self, embeddings: NDArray[Any], state: State) -> tuple[FloatArray, State]:
-        feeds = {"inputs_embeds": embeddings, **state}
-        values = self.step_graph.run(feeds, ["logits", *self._next.values()], host=["logits"])
+    def _fed(self, tokens: TokenArray, state: State) -> tuple[NDArray[Any], State]:
+        if self._mask not in self.constant:
+            seen = np.ones((len(tokens), 1), np.int64)
+            state = {**state, self._mask: np.concatenate([state[self._mask], seen], axis=1)}
+        return self._embed_tokens(tokens[:, None]), state
+
+    def _advance(
+        self, embeddings: NDArray[Any], state: State, on_host: bool = True
+    ) -> tuple[Value, State]:
+        """The logits, as an array where they must be `on_host`, and the next state."""
+        feeds, host = {"inputs_embeds": embeddings, **state}, ["logits"] if on_host else []
+        values = self.step_graph.run(feeds, ["logits", *self._next.values()], host)
         moved = {name: values[output] for name, output in self._next.items()}
         return values["logits"], {**state, **moved}
 

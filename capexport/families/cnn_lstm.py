@@ -17,6 +17,7 @@ from capexport.decoding import (
     Decoder,
     DecodingOptions,
     Hypothesis,
+    Likeliest,
     Prompts,
     Regions,
     State,
@@ -25,7 +26,14 @@ from capexport.decoding import (
 from capexport.errors import ArtifactError, OptionError
 from capexport.families import Family, Parts
 from capexport.preprocessing import FloatArray
-from capexport.sessions import Graph, Target, available_cores, batch_size, cuts_off_sums
+from capexport.sessions import (
+    Graph,
+    Target,
+    Value,
+    available_cores,
+    batch_size,
+    cuts_off_sums,
+)
 
 
 @dataclass(frozen=True)
@@ -175,13 +183,21 @@ class OnnxDecoder(Decoder):
     def step(self, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
         return self._run("logits", tokens, state)
 
+    def likeliest(
+        self, tokens: TokenArray, state: State, excluded: Sequence[int], count: int
+    ) -> tuple[Likeliest, State]:
+        logits, state = self._run("logits", tokens, state, on_host=False)
+        return self.step_graph.likeliest(logits, excluded, count), state
+
     def attend(self, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
         return self._run(ATTENTION, tokens, state)
 
-    def _run(self, wanted: str, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
-        """One output, as an array, and the next state."""
-        feeds = {"tokens": tokens, **state}
-        values = self.step_graph.run(feeds, [wanted, *self._next.values()], host=[wanted])
+    def _run(
+        self, wanted: str, tokens: TokenArray, state: State, on_host: bool = True
+    ) -> tuple[Value, State]:
+        """One output, as an array where it must be `on_host`, and the next state."""
+        feeds, host = {"tokens": tokens, **state}, [wanted] if on_host else []
+        values = self.step_graph.run(feeds, [wanted, *self._next.values()], host)
         moved = {name: values[output] for name, output in self._next.items()}
         return values[wanted], {**state, **moved}
 

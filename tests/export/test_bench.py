@@ -11,13 +11,15 @@ from capexport import Captioner
 from capexport.bench.cli import main, sample_photos
 from capexport.models.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # capbench sets it for the whole process
+
 
 def test_a_small_run(artifact: Path, checkpoint: Checkpoint, tmp_path: Path, capsys):
     files = {"--json": tmp_path / "result.json", "--markdown": tmp_path / "table.md"}
     arguments = [checkpoint.training["folder"], "--artifact", str(artifact), "--repeats", "2"]
     for option, file in files.items():
         arguments += [option, str(file)]
-    assert main([*arguments, "--device", "cpu", "--threads", "2", "--batch-sizes", "1", "3"]) == 0
+    assert main([*arguments, "--device", "cpu", "--threads", "1", "--batch-sizes", "1", "3"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert json.loads(files["--json"].read_text()) == result
@@ -47,7 +49,7 @@ def test_a_small_run(artifact: Path, checkpoint: Checkpoint, tmp_path: Path, cap
 
 
 def test_peers_metrics_and_the_picture(
-    artifact: Path, checkpoint: Checkpoint, photos: list[Path], tmp_path: Path, capsys, monkeypatch
+    artifact: Path, checkpoint: Checkpoint, photos, tmp_path: Path, capsys, monkeypatch, no_java
 ):
     """torch.compile takes minutes, so it stands here for a peer that cannot run."""
     import torch
@@ -63,6 +65,7 @@ def test_peers_metrics_and_the_picture(
     arguments = [checkpoint.training["folder"], "--artifact", str(artifact), "--peers"]
     arguments += ["--photos", *map(str, photos), "--references", str(references)]
     arguments += ["--picture", str(picture), "--repeats", "2", "--batch-sizes", "1"]
+    arguments += ["--threads", "1"]
     assert main(arguments) == 0
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
@@ -146,6 +149,7 @@ def test_blip2_against_generate_and_the_sheet(
     arguments = [str(blip2_checkpoint("opt")), "--artifact", str(blip2_export("opt"))]
     arguments += ["--photos", *map(str, photos[:5]), "--repeats", "2", "--batch-sizes", "2"]
     arguments += ["--sheet", str(sheet), "--beside", str(artifact), "--num-beams", "3"]
+    arguments += ["--threads", "1"]
     assert main([*arguments, "--references", str(references)]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)

@@ -11,6 +11,7 @@ from conftest import draw_photo
 from capexport import Captioner
 from capexport.models.blip2 import HuggingFaceCaptioner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., Path]
 IMAGES = [draw_photo(seed, (60, 50)) for seed in range(200, 203)]
 PROMPTS = ["a photo of", "Question: how many cats are there? Answer:", "two"]

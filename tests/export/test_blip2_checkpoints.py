@@ -45,6 +45,7 @@ from capexport.models.blip2_checkpoint import (
 )
 from capexport.preprocessing import preprocess
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., Path]
 Edit = Callable[[Path], object]
 IMAGES = [draw_photo(seed, (60, 50)) for seed in range(300, 303)]

@@ -51,6 +51,7 @@ from capexport.models.blip2_checkpoint import (
 )
 from capexport.sessions import CPU
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., Path]
 KINDS = list(TEXTS)
 LANGUAGES = ["opt", "t5"]
@@ -257,29 +258,20 @@ def test_every_weight_is_stored_once(blip2_export: Make, blip2_checkpoint: Make)
         assert stored <= weights + twice + 4096
 
 
-def test_optimum_validates_and_nothing_stays_patched(blip2_checkpoint: Make, tmp_path: Path, capfd):
-    patched = [
-        (torch.onnx, "export"), (torch.nn.Linear, "forward"),
-        (convert, "check_model_uses_external_data"), (convert, "maybe_save_preprocessors"),
-    ]  # fmt: skip
-    before = [getattr(owner, name) for owner, name in patched]
-    outcomes = []
-    real = convert.validate_models_outputs
+PATCHED = [
+    (torch.onnx, "export"), (torch.nn.Linear, "forward"),
+    (convert, "check_model_uses_external_data"), (convert, "maybe_save_preprocessors"),
+]  # fmt: skip
+BEFORE = [getattr(owner, name) for owner, name in PATCHED]
 
-    def validate(**arguments):
-        try:
-            outcomes.append(real(**arguments))
-        except Exception as error:
-            outcomes.append(error)
-            raise
 
-    with mock.patch.object(convert, "validate_models_outputs", validate):
-        export_blip2(blip2_checkpoint("t5"), tmp_path / "out")
-    assert outcomes == [None] * 4
-    assert [getattr(owner, name) for owner, name in patched] == before
+def test_optimum_validates_and_nothing_stays_patched(blip2_export: Make):
+    blip2_export("t5")
+    assert blip2_export.validated["t5", "fp32"] == [None] * 4  # what it finds wrong it raises
+    assert [getattr(owner, name) for owner, name in PATCHED] == BEFORE
     with pytest.raises(RuntimeError, match="in between"), export_patches():
         raise RuntimeError("in between")
-    assert [getattr(owner, name) for owner, name in patched] == before
+    assert [getattr(owner, name) for owner, name in PATCHED] == BEFORE
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -343,6 +335,29 @@ def test_whole_rows_are_quantised_each_for_itself(blip2_export: Make, tmp_path: 
     assert 1e-5 < relative_error(wanted, alone) < 0.05
     black = rows.run({"pixel_values": np.zeros_like(image)}, ["image_features"])["image_features"]
     assert np.isfinite(black).all()
+
+
+def test_a_product_of_a_product_is_quantised(tmp_path: Path):
+    """Names of what belongs to one's output and to the other's input don't clash."""
+    rng = np.random.default_rng(0)
+    first, second = (rng.normal(size=(16, 16)).astype(np.float32) for _ in range(2))
+    make = onnx.helper.make_node
+    nodes = [
+        make("FusedMatMul", ["x", "first"], ["y"], domain="com.microsoft", transB=1),
+        make("FusedMatMul", ["y", "second"], ["z"], domain="com.microsoft", transB=1),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(n, 1, ["rows", 16]) for n in "xz"]
+    weights = [onnx.numpy_helper.from_array(first, "first")]
+    weights.append(onnx.numpy_helper.from_array(second, "second"))
+    graph = onnx.helper.make_graph(nodes, "twice", ends[:1], ends[1:], weights)
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    external = {"save_as_external_data": True, "location": "x.onnx.data", "size_threshold": 0}
+    onnx.save(model, tmp_path / "x.onnx", **external)
+    quantize.quantize_graph(tmp_path / "x.onnx", tmp_path / "q.onnx", 8, many_rows=True)
+    x = rng.normal(size=(3, 16)).astype(np.float32)
+    [z] = CPU.open(tmp_path / "q.onnx").run({"x": x}, ["z"]).values()
+    assert relative_error(x @ first.T @ second.T, z) < 0.05
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -426,7 +441,7 @@ def test_a_broken_export_leaves_nothing(wrong: str, blip2_checkpoint: Make, tmp_
 
 
 def test_command_line(
-    blip2_checkpoint: Make, photos: list[Path], tmp_path: Path, capsys, monkeypatch
+    blip2_checkpoint: Make, photos: list[Path], tmp_path: Path, capsys, monkeypatch, no_java
 ):
     folder, out = str(blip2_checkpoint("opt")), tmp_path / "out"
     humans = tmp_path / "humans.csv"

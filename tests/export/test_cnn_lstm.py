@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from capexport.export import parity
 from capexport.export.cnn_lstm import export_cnn_lstm
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.torch_captioner import torch_captioner
-from capexport.onnx_file import gather_graph
+from capexport.onnx_file import gather_graph, likeliest_graph
 from capexport.preprocessing import ImageSpec
 from capexport.sessions import CPU
 
@@ -58,6 +59,12 @@ def test_the_graph_that_reorders_a_state():
     assert [node.op_type for node in model.graph.node] == ["Gather"] * 180
 
 
+def test_the_graph_that_takes_the_likeliest_tokens():
+    model = onnx.load_from_string(likeliest_graph())
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["LogSoftmax", "Add", "TopK"]
+
+
 def test_step_and_loop_share_their_weights(artifact: Path):
     graphs = [artifact / f"decoder_{name}.onnx" for name in ("step", "loop")]
     weights = (artifact / "decoder.data").stat().st_size
@@ -69,12 +76,12 @@ def test_captions_equal_pytorch_on_images_the_export_did_not_see(
 ):
     images = [draw_photo(seed) for seed in range(100, 140)]
     exported = Captioner.load(artifact)
+    batched = [exported.caption(images, batch_size=size) for size in (1, 7)]
     forms = [{"encoder": form, "channels_last": False} for form in ("folded", "frozen")]
     for variant in ({}, {"channels_last": False}, {"step_by_module": True}, *forms):
         wanted = torch_captioner(copy.deepcopy(checkpoint), **variant).caption(images)
         assert len({caption.tokens for caption in wanted}) > 10
-        for batch_size in (1, 7):
-            captions = exported.caption(images, batch_size=batch_size)
+        for captions in batched:
             assert [c.tokens for c in captions] == [c.tokens for c in wanted]
             np.testing.assert_allclose(
                 [c.log_probability for c in captions],
@@ -177,14 +184,17 @@ def test_an_exported_captioner_looks_where_pytorch_does(
             np.testing.assert_allclose(one.attention, other.attention, atol=2e-3)
 
 
-def test_attention_in_8_bits(attention_checkpoint: Checkpoint, tmp_path: Path):
+def test_attention_in_8_bits(
+    attention_checkpoint: Checkpoint, attention_artifact: Path, tmp_path: Path
+):
     """The step graph alone: random weights of 50 convolutions leave little of an image."""
-    from capexport.export import cnn_lstm, int8
+    from capexport.export import int8
 
-    checkpoint = copy.copy(attention_checkpoint)
+    for name in ("decoder_step.onnx", "decoder.data"):
+        shutil.copy(attention_artifact / name, tmp_path)
+    state = json.loads((attention_artifact / "manifest.json").read_text())["state"]
     with torch.no_grad():
-        state = cnn_lstm._export_graphs(checkpoint, tmp_path)
-        features = checkpoint.model.start(torch.randn(4, 3, 224, 224))
+        features = attention_checkpoint.model.start(torch.randn(4, 3, 224, 224))
     feeds = {name: value.numpy() for name, value in features.items()}
     path = tmp_path / "decoder_step.onnx"
     tokens = np.array([1, 5, 9, 13])
@@ -235,14 +245,14 @@ def test_the_manifest_reports_parity_and_provenance(artifact: Path, checkpoint: 
 
 @pytest.mark.parametrize("broken", ["encoder", "decoder", "preprocessing"])
 def test_a_broken_export_leaves_nothing(
-    broken: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broken: str, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The graph of a slightly different model, or other pixels, must be found out."""
     from capexport.export import cnn_lstm
 
-    wrong = copy.deepcopy(checkpoint.model)
+    wrong = copy.deepcopy(tiny_checkpoint.model)
     if broken == "encoder":
-        wrong.encoder.backbone[3].conv[0][0].weight.data *= 1.05
+        wrong.encoder.linear.weight.data *= 1.05
     else:
         wrong.decoder.lstm.bias_hh_l0.data[5] += 0.05
     real = cnn_lstm.export_graph
@@ -259,7 +269,7 @@ def test_a_broken_export_leaves_nothing(
 
     monkeypatch.setattr(cnn_lstm, "export_graph", export_wrong_graph)
     with pytest.raises(ParityError, match=r"\.onnx: .* differs from PyTorch by"):
-        export_cnn_lstm(checkpoint, tmp_path / "out")
+        export_cnn_lstm(tiny_checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -420,7 +430,7 @@ def test_without_onnxruntime_nothing_is_begun(checkpoint, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kill_in_mid_export(checkpoint: Checkpoint, tmp_path: Path):
+def test_kill_in_mid_export(checkpoint: Checkpoint, tiny_checkpoint: Checkpoint, tmp_path: Path):
     out = tmp_path / "out"
     folder = checkpoint.training["folder"]
     command = [sys.executable, "-m", "capexport", "lstm", folder, "--out", str(out)]
@@ -431,10 +441,10 @@ def test_kill_in_mid_export(checkpoint: Checkpoint, tmp_path: Path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    export_cnn_lstm(checkpoint, out)
+    export_cnn_lstm(tiny_checkpoint, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(OutputExistsError):
-        export_cnn_lstm(checkpoint, out)
+        export_cnn_lstm(tiny_checkpoint, out)
 
 
 @pytest.fixture

@@ -167,6 +167,39 @@ def test_no_sequence_of_tokens_comes_twice():
         assert len(set(pairs)) == len(pairs)
 
 
+class Even(Chained):
+    """Every word is as likely as every other, and the last is named first."""
+
+    def logits(self, image: int, said: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(self.vocabulary, np.float32)
+
+    def likeliest(self, tokens: np.ndarray, state, excluded, count: int):
+        logits, state = self.step(tokens, state)
+        tokens = np.tile(np.arange(self.vocabulary)[:count][::-1], (len(logits), 1))
+        return (np.log(0 * tokens + 0.25).astype(np.float32), tokens), state
+
+
+@pytest.mark.parametrize("ngram", [0, 9], ids=["likeliest", "step"])
+def test_of_equals_the_lowest_go_on(ngram: int):
+    options = DecodingOptions(
+        (), max_tokens=3, num_beams=3, num_return_sequences=3, no_repeat_ngram_size=ngram
+    )
+    for hypotheses in beam_search(Even(), 2, options):
+        assert [h.tokens for h in hypotheses] == [[0, 0, 0], [0, 0, 1], [0, 0, 2]]
+
+
+@pytest.mark.parametrize("length", [0, 2])
+def test_logits_that_are_no_numbers(length: int):
+    class Broken(Chained):
+        def logits(self, image: int, said: tuple[int, ...]) -> np.ndarray:
+            logits = super().logits(image, said)
+            logits[image] = np.nan if len(said) == length else logits[image]
+            return logits
+
+    with pytest.raises(ArithmeticError, match="no numbers"):
+        beam_search(Broken(), 2, DecodingOptions((), max_tokens=5, num_beams=3))
+
+
 def test_a_captioner_equals_an_exhaustive_search(captioner: Captioner):
     """Over the real graphs, with three words left to say."""
     words = [4, 5, 6]
@@ -238,6 +271,51 @@ def test_beams_of_a_state_that_stays_on_its_device(
     wanted = captioner.caption(photos, num_beams=3)
     got = bound.caption(photos, num_beams=3)
     assert [c.tokens for c in got] == [c.tokens for c in wanted]
+
+
+class Stepping(Decoder):
+    """Of another decoder the single steps alone, whose logits all come to the host."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.constant = decoder.constant
+        self.start, self.step, self.select = decoder.start, decoder.step, decoder.select
+
+
+@pytest.mark.parametrize("family", ["captioner", "blip2"])
+def test_a_decoders_own_choice_is_that_of_its_logits(
+    family: str, captioner: Captioner, blip2_artifact: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import onnxruntime
+
+    if family == "blip2":
+        captioner = Captioner.load(blip2_artifact, threads=1)
+    pixels = np.stack([captioner.preprocess(draw_photo(seed, (60, 50))) for seed in range(5)])
+    features = captioner.encoder(pixels)
+    prompts = captioner.text.frame([*PROMPTS, "a", "b"] if family == "blip2" else None, 5, 12)
+    came, numpy = [], onnxruntime.OrtValue.numpy
+    monkeypatch.setattr(
+        onnxruntime.OrtValue, "numpy", lambda value: came.append(value.shape()) or numpy(value)
+    )
+    for changes in (
+        {},
+        {"min_tokens": 5, "suppress_tokens": (4, 7, 11), "early_stopping": True},
+        {"end_tokens": (2, 5, 9, 12), "length_penalty": -1.0},
+        {"end_tokens": (), "early_stopping": "never"},
+    ):
+        options = dataclasses.replace(
+            captioner.options, max_tokens=12, num_beams=4, num_return_sequences=4, **changes
+        )
+        wanted = beam_search(Stepping(captioner.decoder), features, options, prompts)
+        came.clear()
+        found = beam_search(captioner.decoder, features, options, prompts)
+        if family == "blip2":
+            logits = [shape for shape in came if shape[-1] == captioner.decoder.vocabulary_size]
+            assert logits == [[5, captioner.decoder.vocabulary_size]], "the first ones alone"
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert [h.tokens for h in ours] == [h.tokens for h in theirs]
+            np.testing.assert_allclose(
+                [h.score for h in ours], [h.score for h in theirs], rtol=1e-4
+            )
 
 
 def test_a_blip2s_beams_with_prompts_of_different_length(blip2_artifact: Path):

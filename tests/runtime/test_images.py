@@ -186,7 +186,11 @@ def test_damage_of_every_kind_is_named(content: bytes, tmp_path: Path):
             load_image(source)
 
 
-@pytest.mark.parametrize("source", [None, 5, {1}, int, io.StringIO("x"), ["a.jpg"]], ids=repr)
+@pytest.mark.parametrize(
+    "source",
+    [None, 5, {1}, int, io.StringIO("x"), ["a.jpg"]],
+    ids=lambda source: type(source).__name__,
+)
 def test_only_the_wrong_type_is_told_what_to_pass(source: Any):
     with pytest.raises(ImageError, match=r"pass a path, bytes|open the file in binary mode"):
         load_image(source)

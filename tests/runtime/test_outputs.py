@@ -529,6 +529,7 @@ def test_signals_end_a_run_that_can_be_gone_on_with(number, artifact, photos, wa
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
         assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number

@@ -141,6 +141,41 @@ def test_values_are_reordered_where_they_are(artifact: Path, monkeypatch: pytest
         assert value.numpy().dtype == arrays[name].dtype
 
 
+@pytest.mark.parametrize("bound", [False, True])
+def test_the_likeliest_tokens_are_taken_where_the_logits_are(artifact: Path, bound: bool):
+    import onnxruntime
+
+    graph = CPU.open(artifact / "decoder_step.onnx", bound=bound)
+    words = graph.outputs["logits"].shape[1]
+    logits = np.random.default_rng(0).normal(0, 4, (7, words)).astype(np.float32)
+    logits[1] = logits[1].round()  # many equals
+    logits[2] = 5
+    logits[3, 1::2] = -np.inf
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    there = onnxruntime.OrtValue.ortvalue_from_numpy(logits) if bound else logits
+    for excluded, count in (((), 6), ((0, 3, words - 1), 1), ((2,), words), ((5,), words + 1)):
+        wanted = exact.copy()
+        wanted[:, list(excluded)] = -np.inf
+        ranked = np.argsort(-wanted, axis=1, kind="stable")[:, :count]
+        values, tokens = graph.likeliest(there, excluded, count)
+        np.testing.assert_array_equal(tokens, ranked)
+        np.testing.assert_allclose(values, np.take_along_axis(wanted, ranked, 1), rtol=1e-5)
+        assert values.dtype == np.float32
+    with pytest.raises(ArtifactError, match=r"step\.onnx: logits came out in shape \(7, "):
+        graph.likeliest(logits[:, 1:], (), 3)
+
+
+def test_of_logits_that_are_no_numbers_none_is_the_likeliest(artifact: Path):
+    graph = CPU.open(artifact / "decoder_step.onnx")
+    words = graph.outputs["logits"].shape[1]
+    for place, value in ((0, np.nan), (words // 2, np.nan), (words - 1, np.nan), (3, np.inf)):
+        logits = np.random.default_rng(0).normal(0, 4, (3, words)).astype(np.float32)
+        logits[1, place] = value
+        values, _ = graph.likeliest(logits, (place,), 4)
+        np.testing.assert_array_equal(np.isnan(values).all(axis=1), [False, True, False])
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
 def test_threads_that_are_none(artifact: Path, threads):
     with pytest.raises(OptionError, match="threads must be at least 1"):

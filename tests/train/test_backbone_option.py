@@ -19,6 +19,8 @@ from train.__main__ import main
 from train.config import parse
 from train.features import load_backbone
 
+pytestmark = pytest.mark.usefixtures("no_java", "one_thread")
+
 
 @pytest.fixture(scope="module")
 def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:

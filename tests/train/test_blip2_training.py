@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,11 +30,7 @@ CAPTIONS = ["a dog runs", "two cats in the snow", "a red ball"]
 LANGUAGES = {"opt": OPT, "t5": T5}
 PARTS = ("query_tokens", "qformer.", "language_projection.")
 
-
-@pytest.fixture(autouse=True)
-def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """METEOR takes ten seconds to start; `test_metrics.py` has it."""
-    monkeypatch.setenv("PATH", os.devnull)
+pytestmark = pytest.mark.usefixtures("no_java", "one_thread")
 
 
 @pytest.fixture(scope="session")

@@ -23,13 +23,19 @@ POOR = {"1": "a cat", "2": "", "3": "two boys play football"}
 JAVA = shutil.which("java")
 
 
-def test_scores_with_and_without_java(monkeypatch):
-    outcomes = [score(PERFECT, REFERENCES), score(POOR, REFERENCES)]
+@pytest.fixture(scope="module")
+def outcomes() -> list[dict[str, float | str]]:
+    """The scores of `PERFECT` and `POOR`, with the Java that is here, and without one."""
+    with pytest.MonkeyPatch.context() as patch:
+        scores = [score(PERFECT, REFERENCES), score(POOR, REFERENCES)]
+        patch.setenv("PATH", os.devnull)
+        return [*scores, score(PERFECT, REFERENCES), score(POOR, REFERENCES)]
+
+
+def test_scores_with_and_without_java(outcomes):
     if JAVA:
         assert outcomes[0]["tokenizer"] == "Penn Treebank"
         assert outcomes[0]["METEOR"] == pytest.approx(100)
-    monkeypatch.setenv("PATH", os.devnull)
-    outcomes += [score(PERFECT, REFERENCES), score(POOR, REFERENCES)]
     assert "METEOR" not in outcomes[2]
     for good, bad in (outcomes[:2], outcomes[2:]):
         assert good["BLEU-4"] == pytest.approx(100)
@@ -75,16 +81,6 @@ def test_java_speaks_english_and_scores_as_pycocoevalcap(variable: str, publishe
     assert {name: scores[name] for name in wanted} == wanted
 
 
-@pytest.fixture(scope="module")
-def sound() -> dict[str, dict[str, float | str]]:
-    """The scores of `POOR` by the tokenizer, from a Java that runs, and without one."""
-    with pytest.MonkeyPatch.context() as patch:
-        scores = [score(POOR, REFERENCES)]
-        patch.setenv("PATH", os.devnull)
-        scores.append(score(POOR, REFERENCES))
-    return {some["tokenizer"]: some for some in scores}
-
-
 SCORE = """
 import json, logging, sys
 from capexport import metrics
@@ -111,7 +107,7 @@ ANSWERS = f'case "$*" in *-version*) exit 0;; *PTBTokenizer*) exec {JAVA} "$@";;
     ],
 )
 def test_a_java_that_fails_costs_meteor_alone(
-    stub, said, tokenizer, sound, tmp_path: Path, monkeypatch
+    stub, said, tokenizer, outcomes, tmp_path: Path, monkeypatch
 ):
     if tokenizer == "Penn" and not JAVA:
         pytest.skip("no Java here")
@@ -131,7 +127,7 @@ def test_a_java_that_fails_costs_meteor_alone(
     scores = json.loads(done.stdout.splitlines()[-1])
     assert "METEOR" not in scores
     assert scores["tokenizer"].startswith(tokenizer)
-    wanted = sound[scores["tokenizer"]]
+    [wanted] = [some for some in outcomes[1::2] if some["tokenizer"] == scores["tokenizer"]]
     assert scores == {name: value for name, value in wanted.items() if name != "METEOR"}
     if (child := tmp_path / "child").exists():
         with contextlib.suppress(psutil.NoSuchProcess):

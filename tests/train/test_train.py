@@ -34,6 +34,8 @@ from train.features import CachedFeatures, LiveFeatures, load_backbone
 from train.folder import run_folder
 from train.objective import CiderReward, _draw, batch_loss, self_critical_loss
 
+pytestmark = pytest.mark.usefixtures("no_java", "one_thread")
+
 
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -52,14 +54,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def options(data: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     cache = tmp_path_factory.getbasetemp() / "feature-cache"
-    common = f"--data {data} --backbone-weights {backbone} --cache {cache} --min-count 1"
+    common = f"--data {data} --backbone-weights {backbone} --cache {cache} --min-count 1 --crop 64"
     return [*common.split(), "--embed-size", "16", "--hidden-size", "24", "--batch-size", "8"]
-
-
-@pytest.fixture(autouse=True)
-def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """METEOR takes ten seconds to start; `test_metrics.py` has it."""
-    monkeypatch.setenv("PATH", os.devnull)
 
 
 def same_tensors(first: Path, second: Path) -> bool:
@@ -92,7 +88,7 @@ def test_a_run_from_photos_to_an_exported_captioner(options, tmp_path, capsys):
         scores = json.loads(capsys.readouterr().out.splitlines()[-1])
         stored = checkpoint.metrics["test"]
         assert scores == {key: value for key, value in stored.items() if key != "photos"}
-    assert Captioner.load(tmp_path / "artifact").image == ImageSpec()
+    assert Captioner.load(tmp_path / "artifact").image == ImageSpec(crop=64)
 
 
 def test_initial_loss_is_that_of_guessing_and_a_toy_batch_is_learnt():
@@ -223,7 +219,6 @@ def test_the_loss_is_a_mean_over_tokens_not_over_batches(decoder):
 def test_resuming_a_killed_run_gives_the_unbroken_result(options, tmp_path, capsys):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     steps = ["--epochs", "3", "--patience", "9", "--threads", "1", "--batch-size", "2"]
-    threads = torch.get_num_threads()
     assert main([*options, *steps, "--out", str(unbroken)]) == 0
     command = [sys.executable, "-m", "train", *options, *steps, "--out", str(killed)]
     root = Path(__file__).parents[2]
@@ -247,7 +242,6 @@ def test_resuming_a_killed_run_gives_the_unbroken_result(options, tmp_path, caps
         json.loads((run / "test.json").read_text())["captions"] for run in (unbroken, killed)
     )
     assert first == second
-    torch.set_num_threads(threads)
 
 
 def test_a_kill_between_the_state_and_the_history_loses_no_epoch(options, tmp_path):
@@ -659,7 +653,6 @@ def test_an_averaged_run_goes_on_as_if_it_had_not_stopped(options, tmp_path, mon
     stopped = tmp_path / "stopped"
     assert main([*options, *flags, "--out", str(stopped)]) == 130
     monkeypatch.undo()
-    monkeypatch.setenv("PATH", os.devnull)
     assert main(["--resume", str(stopped)]) == 0
     assert same_tensors(stopped / "last.safetensors", tmp_path / "whole" / "last.safetensors")
 
