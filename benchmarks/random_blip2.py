@@ -4,6 +4,7 @@ one at a time is in memory. The tests use small ones, `blip2_full_size.py` those
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,29 @@ IMAGE = 330  # the id of <image>, the tokenizer's last
 
 
 def processor(
-    language: str, image_size: int, num_query_tokens: int | None, padding_side: str = "left"
+    language: str,
+    image_size: int,
+    num_query_tokens: int | None,
+    padding_side: str = "left",
+    texts: Iterable[str] = TEXT * 3,
+    image_token: int = IMAGE,
 ) -> Blip2Processor:
-    """A byte-level BPE that frames text as OPT's (`</s>` first) or T5's does (`</s>` last)."""
+    """A byte-level BPE of `texts` that frames text as OPT's (`</s>` first) or T5's does (`</s>`
+    last); `image_token` is the id of its last, `<image>`."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     specials = ["<pad>", "</s>", "<unk>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=IMAGE, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(TEXT * 3, trainer)
+        vocab_size=image_token, special_tokens=specials, initial_alphabet=alphabet,
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(texts, trainer)
     frame = "</s> $A" if language == "opt" else "$A </s>"
     bpe.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("</s>", END)])
     bpe.add_special_tokens([AddedToken("<image>", normalized=False)])
-    assert bpe.token_to_id("<image>") == IMAGE
+    assert bpe.token_to_id("<image>") == image_token
     kind = GPT2TokenizerFast if language == "opt" else PreTrainedTokenizerFast
     tokenizer = kind(
         tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", unk_token="<unk>",
@@ -61,6 +69,7 @@ def blip2_config(
     qformer: dict[str, Any],
     text: dict[str, Any],
     queries: int,
+    image_token: int = IMAGE,
 ) -> Blip2Config:
     tokens = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": PAD}
     if language == "t5":
@@ -70,7 +79,7 @@ def blip2_config(
         qformer_config={**qformer, "encoder_hidden_size": vision["hidden_size"]},
         text_config={"model_type": language, **tokens, **text},
         num_query_tokens=queries,
-        image_token_index=IMAGE,
+        image_token_index=image_token,
         architectures=["Blip2ForConditionalGeneration"],
     )
 

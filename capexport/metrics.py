@@ -93,7 +93,20 @@ def score(
 
 
 def cider(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
-    """CIDEr-D, times 100, with words split by the regular expression of `score`.
+    """The mean of `ciders`.
+
+    Raises:
+        MissingExtraError: pycocoevalcap is not installed.
+    """
+    values = ciders(captions, references).values()
+    return sum(values) / len(values)
+
+
+def ciders(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """CIDEr-D of each image's caption, times 100, with words split by the regular expression of
+    `score`.
 
     Raises:
         MissingExtraError: pycocoevalcap is not installed.
@@ -101,7 +114,8 @@ def cider(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) 
     _, _, Cider = scorers()  # noqa: N806
     generated = _by_regular_expression({name: [caption] for name, caption in captions.items()})
     human = _by_regular_expression({name: list(references[name]) for name in captions})
-    return 100 * float(Cider().compute_score(human, generated)[0])
+    _, values = Cider().compute_score(human, generated)
+    return {name: 100 * float(value) for name, value in zip(captions, values, strict=True)}
 
 
 def _tokenized(generated: Texts, human: Texts) -> tuple[Texts, Texts, str | None]:

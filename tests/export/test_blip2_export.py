@@ -19,6 +19,7 @@ import pytest
 import torch
 from blip2_models import POSITIONS, QUERIES, TEXTS, VISION
 from conftest import draw_photo, every_mode, shapes
+from onnx import helper
 from optimum.exporters.onnx import convert
 from safetensors.torch import load_file, save_file
 from transformers import Blip2Processor
@@ -308,11 +309,14 @@ def test_quantised_graphs_hold_what_their_precision_says(blip2_export: Make):
         assert "MatMulIntegerToFloat" in kinds["vision_encoder"]
         assert "MatMulNBits" not in kinds["vision_encoder"]
         widths = {
-            node.output[0]: {a.name: a.i for a in node.attribute}["bits"]
+            node.input[1].removesuffix(".packed"): helper.get_node_attr_value(node, "bits")
             for node in nodes["decoder_model_merged"]
             if node.op_type == "MatMulNBits"
         }
-        assert widths.pop("logits") == 8
+        assert widths.pop("lm_head.weight") == 8
+        first = {name for name in widths if name.startswith("decoder.layers.0.")}
+        assert len(first) == 4  # two products of the attention, two behind it
+        assert {widths.pop(name) for name in first} == {8}
         assert set(widths.values()) == {bits}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from capexport.metrics import score
+from capexport.metrics import ciders, score
 
 REFERENCES = {
     "1": ["A dog runs on the grass .", "a brown dog is running"],
@@ -44,6 +44,14 @@ def test_scores_with_and_without_java(outcomes):
         assert bad["CIDEr-D"] < good["CIDEr-D"]
     for name in ("BLEU-1", "ROUGE-L", "CIDEr-D"):
         assert outcomes[0][name] == pytest.approx(outcomes[2][name], abs=0.5)
+
+
+def test_cider_of_each_image_is_by_its_name(monkeypatch):
+    monkeypatch.setenv("PATH", os.devnull)
+    each = ciders(POOR, REFERENCES)
+    assert each["3"] > each["1"] == each["2"] == 0
+    assert sum(each.values()) / 3 == pytest.approx(score(POOR, REFERENCES)["CIDEr-D"])
+    assert ciders(dict(reversed(POOR.items())), REFERENCES) == pytest.approx(each)
 
 
 @pytest.fixture(scope="module")
