@@ -115,7 +115,9 @@ class _OpenVinoTarget(Target):
         kind = _ParallelSession if self.parallel and path.name == self.images else _Session
         model = self.replaced.get(path.name)
 
-        def session(file: Path | bytes) -> _Session:
+        def session(file: Path | bytes, threads: int | None = None) -> Any:
+            if isinstance(file, bytes):  # what a beam search has of its own
+                return self._session(file, threads, mapped=False)
             return kind(file if model is None else model, self.threads)
 
         return Graph(path, None, session)
