@@ -14,12 +14,14 @@ for, greedy or with beams.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import external_data_helper, helper, numpy_helper
 
 from capexport.artifact import Decoding, Manifest
 from capexport.export.beam_loop import beam_graph
@@ -32,7 +34,7 @@ _SHARED = 1024  # bytes from which equal weights of encoder and decoder are stor
 
 def single_graph(folder: Path, manifest: Manifest) -> onnx.ModelProto:
     """The artifact in `folder` as one graph."""
-    encoder, step = (onnx.load(folder / name) for name in ("encoder.onnx", "decoder_step.onnx"))
+    encoder, step = (read_graph(folder / name) for name in ("encoder.onnx", "decoder_step.onnx"))
     opset = next(item.version for item in step.opset_import if not item.domain)
     vocabulary = read_vocabulary(folder / "vocabulary.json")
     decode = beam_graph if manifest.decoding.num_beams > 1 else _greedy_graph
@@ -52,6 +54,21 @@ def single_graph(folder: Path, manifest: Manifest) -> onnx.ModelProto:
     return helper.make_model(
         graph, opset_imports=list(step.opset_import), ir_version=step.ir_version
     )
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The graph of an artifact, with its weights.
+
+    Those may lie in links, as installers and the hub's client make them of what is in their caches;
+    onnx wants files of their own.
+    """
+    model = onnx.load(path, load_external_data=False)
+    places = [place for tensor in model.graph.initializer for place in tensor.external_data]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in {place.value for place in places if place.key == "location"}:
+            shutil.copyfile(path.parent / name, Path(folder, name))
+        external_data_helper.load_external_data_for_model(model, folder)
+    return model
 
 
 def _value(name: str, kind: type, *axes: str | int) -> onnx.ValueInfoProto:

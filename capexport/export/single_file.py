@@ -163,7 +163,7 @@ def _write_w8(folder: Path, target: Path, manifest: Manifest) -> Manifest:
     """An int8 artifact's graphs as "w8" ones, and the manifest that they want."""
     target.mkdir()
     for name in ("encoder.onnx", "decoder_step.onnx"):
-        model = onnx.load(folder / name)
+        model = single.read_graph(folder / name)
         keep_weight_bytes(model)
         onnx.save(model, target / name)
     words = (folder / "vocabulary.json").read_bytes()

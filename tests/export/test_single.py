@@ -17,11 +17,13 @@ from conftest import COMMITTED, draw_photo
 from PIL import Image
 
 from capexport import Captioner
+from capexport.artifact import Manifest
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import main
 from capexport.errors import OptionError, ParityError
 from capexport.export import single_file
 from capexport.export.head import image_head
+from capexport.export.single import single_graph
 from capexport.export.single_file import export_file
 from capexport.preprocessing import ImageSpec, preprocess
 
@@ -246,6 +248,18 @@ def test_a_file_that_differs_never_appears(fault: str, tmp_path: Path, monkeypat
     with pytest.raises(ParityError, match="captioned" if fault == "words" else "other values"):
         export_file(COMMITTED / "cnn-lstm", tmp_path / "captioner.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_an_artifact_of_links_is_read(link, artifact: Path, tmp_path: Path):
+    """As the hub's cache holds artifacts, and as uv installs packages."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "linked").mkdir()
+    for file in artifact.iterdir():
+        shutil.copy(file, tmp_path / "cache")
+        link(tmp_path / "cache" / file.name, tmp_path / "linked" / file.name)
+    own, linked = (single_graph(p, Manifest.read(p)) for p in (artifact, tmp_path / "linked"))
+    assert linked.SerializeToString() == own.SerializeToString()
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (5, 5, 4), (5, 5), (1, 20000, 3)])

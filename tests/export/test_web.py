@@ -563,6 +563,8 @@ def test_the_keyboard_is_enough(page, tmp_path: Path):
     assert focused(driver) == "copy"
     press(driver, Keys.ENTER)
     wait(driver, lambda: status(driver) == "Copied")
+    button = driver.find_element("class name", "copy")
+    assert button.get_attribute("aria-label") == f"{button.text}: {text}" == f"Copied: {text}"
     assert driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == text
 
 

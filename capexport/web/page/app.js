@@ -108,7 +108,7 @@ function show(photo, { text, width, height, milliseconds, note }) {
   item.querySelector(".details").textContent = facts.join(", ");
   showThumbnail(photo, item.querySelector("canvas"));
   const copy = item.querySelector(".copy");
-  copy.setAttribute("aria-label", `Copy: ${text}`);
+  label(copy, "Copy", text);
   copy.hidden = !navigator.clipboard; // on plain http
   copy.addEventListener("click", () => copyText(text, copy));
 }
@@ -141,12 +141,19 @@ async function showThumbnail(photo, canvas) {
 }
 
 async function copyText(text, button) {
+  let outcome = "Copied";
   try {
     await navigator.clipboard.writeText(text);
-    button.textContent = "Copied";
   } catch {
-    button.textContent = "Not allowed";
+    outcome = "Not allowed";
   }
-  status.textContent = button.textContent;
-  setTimeout(() => (button.textContent = "Copy"), 2000);
+  label(button, outcome, text);
+  status.textContent = outcome;
+  setTimeout(() => label(button, "Copy", text), 2000);
+}
+
+/** What a button shows, and what those hear who don't see beside which caption it stands. */
+function label(button, word, text) {
+  button.textContent = word;
+  button.setAttribute("aria-label", `${word}: ${text}`);
 }
