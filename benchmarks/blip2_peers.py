@@ -32,7 +32,7 @@ from capexport.captioner import Caption, Captioner, Timing
 from capexport.decoding import changed, greedy
 from capexport.export.pairs import AnyCaptioner, open_pair
 from capexport.preprocessing import load_image
-from capexport.sessions import CPU, Target, available_cores
+from capexport.sessions import CPU, available_cores
 
 TOKENS = 10  # a caption: as many as one of COCO has words
 PRECISIONS = ("fp32", "int8")
@@ -49,7 +49,7 @@ class TextOnly:
     def __init__(self, folder: Path, threads: int) -> None:
         self._captioner = Captioner.load(folder, threads=threads)
         embed = Manifest.read(folder).file(folder, "embed_tokens.onnx")
-        self._embed = Target(CPU.device, threads=1).open(embed)
+        self._embed = CPU.open(embed, threads=1)
 
     def caption(
         self, images: Sequence[NDArray[np.int64]], *, batch_size: int, **options: Any

@@ -200,12 +200,14 @@ def bulk() -> str:
 def full_size() -> str:
     """The rows of BLIP-2's table that most readers look for, those below them included."""
     title, *lines = (FOLDER / "blip2_full_size.md").read_text(encoding="utf-8").splitlines()
-    rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in lines if "|" in line]
-    kept, wanted = rows[:1], False
-    for line, row in zip([line for line in lines if "|" in line][2:], rows[2:], strict=True):
-        wanted = row[0] in FULL_SIZE or (wanted and line.startswith("|   "))
-        kept += [row] if wanted else []
-    return f"{title}:\n\n{table(kept)}"
+    head, _, *body = [line for line in lines if "|" in line]
+    wanted, kept = False, [head]
+    for line in body:
+        below = line.startswith("|   ")
+        wanted = wanted if below else line.split("|")[1].strip() in FULL_SIZE
+        kept += [line] if wanted else []
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in kept]
+    return f"{title}:\n\n{table(rows)}"
 
 
 def quality() -> str:

@@ -80,14 +80,12 @@ def quantize_graph(source: Path, target: Path, bits: int, many_rows: bool = Fals
         graph.initializer.extend(
             numpy_helper.from_array(np.asarray(value), name) for name, value in _ROWS.items()
         )
-    nodes, quantised = [], set[str]()
-    for node in graph.node:
-        if many_rows and node.op_type == "FusedMatMul" and node.input[0] not in quantised:
-            quantised.add(node.input[0])
-            nodes += _quantised_rows(node.input[0])
-        nodes += replaced.get(node.output[0], [node])
+    # By their outputs, since products of the same rows bring the same nodes.
+    nodes = {
+        new.output[0]: new for node in graph.node for new in replaced.get(node.output[0], [node])
+    }
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(nodes.values())
     onnx.save(model, target)
 
 
@@ -123,7 +121,7 @@ def _product_of_blocks(
 def _product_of_rows(
     node: onnx.NodeProto, weight: np.ndarray
 ) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
-    """As `_product_of_blocks`, behind `_quantised_rows`."""
+    """As `_product_of_blocks`."""
     [rows, name], [product] = node.input, node.output
     scales = np.abs(weight).max(1).clip(_ROWS["rows.smallest"]) / np.float32(127)
     parts = {
@@ -133,6 +131,7 @@ def _product_of_rows(
     operands = [f"{rows}.int8", f"{name}.int8", "rows.step", f"{name}.scales", "rows.zero"]
     shares = f"{product}.of_shares"
     return [
+        *_quantised_rows(rows),
         helper.make_node("MatMulIntegerToFloat", operands, [shares], domain="com.microsoft"),
         helper.make_node("Mul", [shares, f"{rows}.largest"], [product]),
     ], parts

@@ -10,6 +10,7 @@ from capexport.bench.openvino import nncf_captioners, openvino_captioners
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner
 from capexport.cli import bundled_checkpoint
 from capexport.export.cnn_lstm import export_cnn_lstm
+from capexport.export.parity import relative_error
 from capexport.models.checkpoint import load_checkpoint
 from capexport.preprocessing import load_image
 
@@ -34,11 +35,6 @@ def test_ctranslate2_says_the_same(blip2_checkpoint, blip2_export, tmp_path: Pat
     assert sum(len(c.tokens) for c in ours) > 60
 
 
-def error(wanted: np.ndarray, got: np.ndarray) -> float:
-    """Root mean square of the difference, as a share of that of `wanted`."""
-    return float(np.sqrt(np.square(got - wanted).mean() / np.square(wanted).mean()))
-
-
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("int8", 0.1)])
 def test_openvino_runs_blip2(blip2_export, photos: list[Path], precision: str, bound: float):
     """In int8 it rounds other values than onnxruntime: captions may differ, numbers little."""
@@ -50,13 +46,13 @@ def test_openvino_runs_blip2(blip2_export, photos: list[Path], precision: str, b
     framed = wanted.text.frame(None, 5, 3)
     tokens = np.arange(5) + 40
     for captioner in openvino_captioners(folder, "cpu", 2).values():
-        assert error(features, captioner.encoder(pixels)) < bound
+        assert relative_error(features, captioner.encoder(pixels)) < bound
         states = []
         for decoder in (wanted.decoder, captioner.decoder):
             first, state = decoder.start(features, framed)
             states.append((first, decoder.step(tokens, state)[0]))
         for logits, got in zip(*states, strict=True):
-            assert error(logits, got) < bound
+            assert relative_error(logits, got) < bound
 
 
 def test_openvino_and_nncf_on_the_encoder(tmp_path: Path):
@@ -75,4 +71,4 @@ def test_openvino_and_nncf_on_the_encoder(tmp_path: Path):
     for captioners, least, most in ((whole, 0, 1e-3), (small, 1e-2, 0.3)):
         for captioner in captioners.values():
             found = captioner.encoder(pixels)
-            assert all(least <= error(wanted[name], found[name]) < most for name in wanted)
+            assert all(least <= relative_error(wanted[name], found[name]) < most for name in wanted)
