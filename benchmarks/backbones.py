@@ -23,7 +23,7 @@ from torch import nn
 from capexport import Captioner
 from capexport.bench.cli import sample_photos
 from capexport.cli import run_command, teaching
-from capexport.errors import ParityError
+from capexport.errors import OptionError, ParityError
 from capexport.export.cnn_lstm import export_cnn_lstm
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.backbones import BACKBONES
@@ -49,13 +49,15 @@ def main(argv: list[str] | None = None) -> int:
             "python benchmarks/backbones.py resnet18 efficientnet_b0",
         ),
     )
-    parser.add_argument("names", nargs="*", choices=tuple(BACKBONES), metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BACKBONES))
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
     options = parser.parse_args(argv)
     return run_command("backbones.py", lambda: _table(options.names or BACKBONES, options.threads))
 
 
 def _table(names: Any, threads: int) -> int:
+    if unknown := set(names) - set(BACKBONES):
+        raise OptionError(f"unknown: {', '.join(unknown)}; there are {', '.join(BACKBONES)}")
     torch.set_num_threads(threads)
     for row in (HEAD, ("---",) * len(HEAD)):
         print("|", " | ".join(row), "|", flush=True)

@@ -1,9 +1,10 @@
 """BLIP-2 beside other runtimes, in one process: `python benchmarks/blip2_peers.py`.
 
 The weights are random, of blip2-opt-2.7b's width but with few layers, so that all contenders fit
-into memory together (16 GB for 4 layers) and take turns. Two tables are printed: the language
-model alone beside CTranslate2, each with its own int8 of the same weights; and whole captions of
-10 tokens beside PyTorch and OpenVINO, with captions a second by batch size.
+into memory together (16 GB for 4 layers) and take turns. Three tables are printed: the language
+model alone beside CTranslate2, each with its own int8 of the same weights; whole captions of
+10 tokens beside PyTorch and OpenVINO, with captions a second by batch size; and captions of 5 beams
+beside `generate(num_beams=5)`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from capexport.preprocessing import load_image
 from capexport.sessions import CPU, available_cores
 
 TOKENS = 10  # a caption: as many as one of COCO has words
+BEAMS = 5
 PRECISIONS = ("fp32", "int8")
 _REPEATS = 15  # of the language model alone
 
@@ -162,6 +164,41 @@ def whole_captions(
     return "\n".join([table(rows), "", *failed])
 
 
+def beams(checkpoint: Path, exports: Mapping[str, Path], options: argparse.Namespace) -> str:
+    """Captions of one photo with beams, and what a step of them costs."""
+    [torch] = open_pair(str(checkpoint), "cpu", options.threads).variants().values()
+    contenders: dict[str, AnyCaptioner] = {"PyTorch fp32": torch}
+    for name, folder in exports.items():
+        contenders[f"ONNX {name}"] = Captioner.load(folder, threads=options.threads)
+    photos = [np.asarray(load_image(path)) for path in sample_photos()]
+    rows = [(f"captions of {TOKENS} tokens", *contenders)]
+    steps = {}
+    for title, size, kept in (
+        ("greedy", 1, 1), (f"greedy, batch {BEAMS}", BEAMS, 1), (f"{BEAMS} beams", 1, BEAMS)
+    ):  # fmt: skip
+        first, whole = (
+            _alternate(contenders, photos, size, options.repeats, tokens, num_beams=kept)
+            for tokens in (1, TOKENS)
+        )
+        total = {name: path.milliseconds["total"].p50 for name, path in whole.items()}
+        steps[title] = {
+            name: (path.milliseconds["decode"].p50 - first[name].milliseconds["decode"].p50)
+            / (TOKENS - 1)
+            for name, path in whole.items()
+        }
+        agreed = (f"{path.identical_captions:.0%}" for path in whole.values())
+        rows += [
+            (f"{title} (ms)", *(f"{value:.1f}" for value in total.values())),
+            _ratios(total, "PyTorch"),
+            ("  captions identical to PyTorch's", *agreed),
+            ("  a token (ms)", *(f"{value:.2f}" for value in steps[title].values())),
+        ]
+    _, batch, searched = steps.values()
+    cost = (f"{searched[name] / batch[name]:.2f}" for name in contenders)
+    rows.append((f"a token: {BEAMS} beams, over greedy's at batch {BEAMS}", *cost))
+    return table(rows)
+
+
 def _captioners(
     checkpoint: Path, exports: Mapping[str, Path], options: argparse.Namespace
 ) -> tuple[dict[str, AnyCaptioner], list[str]]:
@@ -269,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
 
 
-PARTS = {"language": language_model, "captions": whole_captions}
+PARTS = {"language": language_model, "captions": whole_captions, "beams": beams}
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks.blip2_full_size

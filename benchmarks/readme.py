@@ -118,7 +118,8 @@ SECTIONS = (
         "python benchmarks/blip2_peers.py",
         "Few layers of blip2-opt-2.7b's width, random weights, so that all contenders take turns "
         "in one process. The language model alone is given 32 tokens and the start token on both "
-        "sides. Whole captions have 10 tokens; a row's best PyTorch is 1.00x.",
+        "sides. Whole captions have 10 tokens; a row's best PyTorch is 1.00x. With beams, PyTorch "
+        "is `generate(num_beams=5)`.",
         "blip2_peers.md",
     ),
     (

@@ -114,6 +114,8 @@ class Service:
         """
         own = self.captioner.options
         given: Any = {name: value for name, value in options.items() if value is not None}
+        if not given:
+            return given  # type: ignore[no-any-return]
         for name, most in (("max_tokens", MOST_TOKENS), ("num_beams", MOST_BEAMS)):
             if given.get(name, 0) > (most := max(most, getattr(own, name))):
                 raise OptionError(f"{name} must be at most {most} here, got {given[name]}")
