@@ -61,12 +61,13 @@ def beam_search(
         kept = [(number, beams) for number, beams in kept if beams]
         if not kept:
             break
+        images = [number for number, _ in kept]
         rows = [n * width + beam.parent for n, beams in kept for beam in beams]
         tokens = np.array([beam.token for _, beams in kept for beam in beams], np.int64)
         sums = np.array([beam.total for _, beams in kept for beam in beams], np.float32)
-        aligned = len(rows) == len(said) and len(kept) == len(running)
-        running, width = [running[number] for number, _ in kept], len(rows) // len(kept)
-        state = _select(decoder, state, rows, aligned)
+        left, widened = len(kept) < len(running), len(rows) != len(said)
+        state = _select(decoder, state, rows, images if left else None, widened)
+        running, width = [running[number] for number in images], len(rows) // len(kept)
         said = np.concatenate([said[rows], tokens[:, None]], axis=1)
         found, state = _step(decoder, tokens, state, said, options, length + 1)
     return [search.best() for search in searches]
@@ -197,12 +198,18 @@ def _candidates(
         yield [_Beam(total[place], place // each, token[place]) for place in places]
 
 
-def _select(decoder: Decoder, state: State, rows: list[int], aligned: bool) -> State:
-    """The state of `rows`. Where they are `aligned`, each is one of the same image as before, and
-    what an image's rows have in common stays where it is."""
-    if not aligned:
-        return decoder.select(state, np.array(rows, np.intp))
-    if rows == list(range(len(rows))):
+def _select(
+    decoder: Decoder, state: State, rows: list[int], images: list[int] | None, widened: bool
+) -> State:
+    """The state of `rows`, where some `images` alone go on, of these images. What beams of an image
+    have in common stays where it is, unless images leave or are `widened` to more beams."""
+    aligned = images is None and not widened
+    if aligned and rows == list(range(len(rows))):
         return state
-    changing = {name: value for name, value in state.items() if name not in decoder.constant}
-    return {**state, **decoder.select(changing, np.array(rows, np.intp))}
+    same = decoder.constant if aligned else decoder.shared
+    chosen = {name: value for name, value in state.items() if name not in same}
+    after = {**state, **decoder.select(chosen, np.array(rows, np.intp))}
+    if images is not None:
+        shared = {name: value for name, value in state.items() if name in decoder.shared}
+        after |= decoder.select(shared, np.array(images, np.intp))
+    return after

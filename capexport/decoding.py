@@ -71,10 +71,12 @@ class Decoder(Protocol):
 
     Attributes:
         constant: the names in its state that stay as they are from step to step.
+        shared: those of them that have a row for each image, however many beams it has.
         regions: those of an image that it looks at before each word, where it does.
     """
 
     constant: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
     regions: Regions | None = None
 
     def start(self, features: Features, prompts: Prompts | None) -> tuple[FloatArray, State]:
@@ -84,7 +86,10 @@ class Decoder(Protocol):
         """
 
     def step(self, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
-        """Feed one token a row, int64 (batch,); return the next logits and the next state."""
+        """Feed one token a row, int64 (batch,); return the next logits and the next state.
+
+        An image may have several rows, one after the other, and all images as many.
+        """
 
     def likeliest(
         self, tokens: TokenArray, state: State, excluded: Sequence[int], count: int

@@ -187,11 +187,13 @@ def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:
     encoder = _EncoderGraph(_folded(model))
     export_graph(encoder, [example], ["images"], names, draft / "encoder.onnx")
     log.info("exporting decoder_step.onnx and decoder_loop.onnx")
+    shared = getattr(model.decoder, "shared", ())
     following = {name: f"next_{name}" for name in names if name not in model.decoder.constant}
     looks = [ATTENTION] if regions_of(checkpoint) else []
+    beams = {n: v if n in shared else v.repeat_interleave(2, 0) for n, v in state.items()}
     export_graph(
         _StepGraph(model),
-        [torch.zeros(2, dtype=torch.int64), state],
+        [torch.zeros(4, dtype=torch.int64), beams],
         ["tokens", *names],
         ["logits", *following.values(), *looks],
         draft / "decoder_step.onnx",
@@ -263,7 +265,9 @@ def _compare_graphs(
         difference = compare_outputs("encoder.onnx", wanted, exported.encoder(pixels[:batch]))
         worst["encoder.onnx"] = max(worst["encoder.onnx"], difference)
         # Both steps start from PyTorch's state, so the second graph is judged alone.
-        tokens = rng.integers(len(reference.text), size=batch)
+        tokens = rng.integers(len(reference.text), size=2 * batch)  # two beams of each image
+        shared = reference.decoder.shared
+        wanted = {n: v if n in shared else np.repeat(v, 2, axis=0) for n, v in wanted.items()}
         tensors = {name: torch.from_numpy(value) for name, value in wanted.items()}
         logits, following = reference.decoder.step(tokens, tensors)
         actual, state = exported.decoder.step(tokens, wanted)

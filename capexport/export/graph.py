@@ -46,8 +46,10 @@ def export_graph(
     `input_names` and `output_names` count the tensors in a dict one by one.
     `inputs` are examples with a batch of two or more: the exporter would take a batch of one for a
     constant (torch.export documentation, "0/1 specialization").
+    Those of a smaller batch than the first have a batch size of their own, which divides its.
     """
-    batch = {0: torch.export.Dim("batch")}
+    rows = len(inputs[0])
+    batch, images = ({0: torch.export.Dim(name)} for name in ("batch", "images"))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,7 +59,9 @@ def export_graph(
             input_names=list(input_names),
             output_names=list(output_names),
             dynamic_shapes=[
-                batch if isinstance(value, Tensor) else dict.fromkeys(value, batch)
+                batch
+                if isinstance(value, Tensor)
+                else {k: batch if len(v) == rows else images for k, v in value.items()}
                 for value in inputs
             ],
             opset_version=OPSET,

@@ -184,6 +184,13 @@ class OnnxDecoder(Decoder):
             graph.expect_shape(ATTENTION, None, self.regions[0] * self.regions[1])
         return graph
 
+    @property
+    def shared(self) -> frozenset[str]:  # type: ignore[override]
+        """All that is constant, but of graphs that were exported to take it once a row."""
+        inputs = self.step_graph.inputs
+        rows = inputs["tokens"].shape
+        return frozenset(name for name in self.constant if inputs[name].shape[:1] != rows)
+
     @cached_property
     def loop(self) -> Graph:
         graph = self._target.open(self._loop_path)

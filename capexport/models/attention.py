@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 class AttentionDecoder(nn.Module):
     """Soft attention over regions, word embedding, one LSTM layer, and the deep output.
 
-    `constant` are the names in its state that stay as they are from step to step: the regions'
-    `keys`, float32 (batch, heads, width, regions), and `values`, (batch, heads, regions, width).
+    `constant` are the names in its state that stay as they are from step to step, and `shared` by
+    all rows of a photo, its captions or beams, of which all photos have as many: the regions'
+    `keys`, float32 (photos, heads, width, regions), and `values`, (photos, heads, regions, width).
     """
 
     attends = True
-    constant = frozenset({"keys", "values"})
+    constant = shared = frozenset({"keys", "values"})
 
     def __init__(self, config: CnnLstmConfig) -> None:
         super().__init__()

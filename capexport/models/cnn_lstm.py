@@ -91,7 +91,8 @@ class ImageEncoder(nn.Module):
 class CaptionDecoder(nn.Module):
     """Word embedding, one LSTM layer, and the projection to the vocabulary.
 
-    `constant` are the names in its state that stay as they are from step to step.
+    `constant` are the names in its state that stay as they are from step to step, `shared` those of
+    them that have a row for each photo, however many captions or beams it has.
     `step_by_module` takes single steps through `nn.LSTM` instead of the call behind
     `nn.LSTMCell`: the same arithmetic, and on some machines and batch sizes the faster one.
     """
@@ -99,6 +100,7 @@ class CaptionDecoder(nn.Module):
     step_by_module = False
     attends = False
     constant: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
 
     def __init__(self, config: CnnLstmConfig) -> None:
         super().__init__()

@@ -61,6 +61,7 @@ class TorchDecoder(Decoder):
         self._model = model
         self._device = device
         self.constant = model.decoder.constant
+        self.shared = getattr(model.decoder, "shared", frozenset())
         self.regions = regions
 
     def start(

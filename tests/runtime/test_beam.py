@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_photo, edit_manifest
+from conftest import COMMITTED, draw_photo, edit_manifest
 
 from capexport import ArtifactError, Captioner, OptionError
 from capexport.artifact import Manifest
@@ -130,6 +130,50 @@ def test_constant_parts_are_copied_once_and_when_images_leave():
     found = beam_search(decoder, 2, options, prompts)
     assert [len(hypotheses[0].tokens) for hypotheses in found] == [3, 6]
     assert decoder.constants_copied == [6, 6, 3]
+
+
+class Shared(Chained):
+    """The same, with an image once for all its beams."""
+
+    shared = Chained.constant
+
+    def _logits(self, state) -> np.ndarray:
+        each = len(state["said"]) // len(state["image"])
+        return super()._logits({**state, "image": state["image"].repeat(each)})
+
+
+def test_shared_parts_are_copied_when_images_leave_alone():
+    left = []
+    for early_stopping, beams in itertools.product((True, False, "never"), (2, 3)):
+        decoder = Shared(12)
+        options = DecodingOptions(
+            (END, 5), max_tokens=9, num_beams=beams, early_stopping=early_stopping
+        )
+        assert beam_search(decoder, 8, options) == beam_search(Chained(12), 8, options)
+        images = [8, *decoder.constants_copied]
+        assert images == sorted({*images}, reverse=True)
+        left += images[1:]
+    assert left
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_regions_are_kept_once_an_image(
+    attention_artifact: Path, photos, shared: bool, monkeypatch
+):
+    captioner = Captioner.load(attention_artifact if shared else COMMITTED / "attention", threads=1)
+    graph, seen = captioner.decoder.step_graph, set()
+    run = graph.run
+
+    def spy(feeds, *arguments):
+        seen.add((len(feeds["keys"]), len(feeds["tokens"])))
+        return run(feeds, *arguments)
+
+    monkeypatch.setattr(graph, "run", spy)
+    images = photos[:5]
+    together = captioner.caption(images, num_beams=3, min_tokens=3)
+    assert (5, 15) in seen if captioner.decoder.shared else (15, 15) in seen
+    alone = [captioner.caption(image, num_beams=3, min_tokens=3) for image in images]
+    assert [c.tokens for c in together] == [c.tokens for c in alone]
 
 
 def test_no_end_before_min_tokens_and_nothing_suppressed():
