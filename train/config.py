@@ -59,7 +59,7 @@ class RunOptions:
 class TrainConfig(RunOptions):
     """The options of one training run, as `config.json` in the run folder keeps them."""
 
-    data: Path = option("folder of Flickr8k, Flickr30k, COCO or another data set (README.md)")
+    data: Path = option("folder of Flickr8k, Flickr30k, COCO or another data set (train/README.md)")
     out: Path = option("run folder to create", default=Path("runs/cnn-lstm"))
     keep_articles: bool = option(
         'keep single letters, so that captions say "a dog"; the published cleaning drops them '
