@@ -156,14 +156,17 @@ class DecodingOptions:
     end_tokens: tuple[int, ...]
     max_tokens: int = _option(30, "longest caption, in tokens")
     min_tokens: int = _option(0, "shortest caption, in tokens")
-    repetition_penalty: float = _option(1.0, "above 1: words said before become less likely")
+    repetition_penalty: float = _option(1.0, "above 1: tokens that came before become less likely")
     suppress_tokens: tuple[int, ...] = ()
-    num_beams: int = _option(1, "how many captions are followed at once, 1 being greedy")
-    length_penalty: float = _option(1.0, "of beams: above 0 long captions win, below 0 short ones")
+    num_beams: int = _option(1, "how many captions are followed at once; 1 is greedy decoding")
+    length_penalty: float = _option(1.0, "with beams: above 0 favours long captions, below 0 short")
     early_stopping: EarlyStopping = _option(
-        False, "of beams: true ends at the first num_beams captions, never where none can be better"
+        False,
+        "with beams, when to stop: true: at num_beams captions; never: when none can be better",
     )
-    num_return_sequences: int = _option(1, "of beams: how many captions of an image are returned")
+    num_return_sequences: int = _option(
+        1, "with beams: how many of an image's captions are returned"
+    )
     no_repeat_ngram_size: int = _option(0, "no sequence of so many tokens comes twice; 0: any may")
 
     def __post_init__(self) -> None:

@@ -220,8 +220,8 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
         argv,
         prog="python -m train",
         **teaching(
-            "Train the CNN-LSTM captioner (frozen backbone, LSTM) on Flickr8k. The defaults "
-            "are the published recipe.",
+            "Train a CNN-LSTM captioner. The defaults are the published recipe: a frozen backbone "
+            "and an LSTM.",
             "python -m train --data flickr8k --out runs/first --keep-articles",
             "python -m train --resume runs/first",
             "capexport lstm runs/first --out artifacts/first   # then, to use the result",

@@ -32,13 +32,12 @@ class Settings:
     """
 
     model: str | None = _setting(
-        None, "DIR", "exported folder, or its id on the hub (default: the Flickr8k captioner that "
-        "comes with capexport)",
+        None, "DIR", "exported folder, or its id on the hub (default: the bundled captioner)",
     )  # fmt: skip
     name: str = _setting("capexport", "NAME", "what clients call the model (default: capexport)")
     prompts: bool = _setting(
         False, None, "take the text of Ollama's and OpenAI's requests as the prompt that captions "
-        "go on from (BLIP-2); without this it is ignored",
+        "continue (BLIP-2); without this it is ignored",
     )  # fmt: skip
     device: str = _setting(
         "cpu", "NAME", "cpu (default), cuda, cuda:1, or auto: the first that works"
@@ -65,14 +64,14 @@ class Settings:
         (), "ORIGIN", "let pages of this origin (https://photos.example) ask; may be repeated"
     )
     allow_host: tuple[str, ...] = _setting(
-        (), "NAME", "on a loopback address without a key: answer to this host name, too, as a "
-        "proxy may pass it on; may be repeated",
+        (), "NAME", "where only this machine may ask and no key is set: answer to this host name, "
+        "too, which a proxy may pass on; may be repeated",
     )  # fmt: skip
     root_path: str = _setting(
-        "", "PATH", "answer below this path, too, for a proxy that passes it on"
+        "", "PATH", "answer below this path, too, for a proxy that does not strip it"
     )
     site: str | None = _setting(
-        None, "DIR", "folder of static files to show at /, to everybody, key or not"
+        None, "DIR", "folder of static files to serve at /, to everybody, with a key or without"
     )
     decoding: DecodingKeywords = field(default_factory=DecodingKeywords)
     loopback: bool = False
