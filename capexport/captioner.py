@@ -29,7 +29,7 @@ from capexport.decoding import (
 )
 from capexport.errors import ArtifactError, CapexportError, OptionError
 from capexport.families import MISFIT, find_family
-from capexport.preprocessing import FloatArray, ImageSource, ImageSpec, preprocess
+from capexport.preprocessing import MAX_PIXELS, FloatArray, ImageSource, ImageSpec, preprocess
 from capexport.reading import ImageReader, is_one_image
 from capexport.sessions import Providers, Target, available_cores, targets
 
@@ -140,7 +140,7 @@ class Captioner:
         self._title = title
         self.truncated = False
         self.full_size = False
-        self._reader = ImageReader(image, self.threads)
+        self._reader = ImageReader(self.threads)
 
     def __repr__(self) -> str:
         return f"<Captioner: {self._title} on {self.device}, {self.threads} threads>"
@@ -344,7 +344,7 @@ class Captioner:
         while batch := list(islice(pairs, batch_size)):
             began = time.perf_counter()
             sources = [image for image, _ in batch]
-            pixels, errors = self._reader.read(sources, self.truncated, self.full_size)
+            pixels, errors = self._reader.read(sources, self.image.crop, self.preprocess)
             failed = next((error for error in errors if error), None)
             if failed:
                 kept = [row for row, error in enumerate(errors) if not error]
@@ -367,13 +367,24 @@ class Captioner:
             if failed and on_error == "raise":
                 raise failed
 
-    def preprocess(self, image: ImageSource, out: FloatArray | None = None) -> FloatArray:
-        """One image, made ready for `caption_pixels`: float32 (3, height, width).
+    def preprocess(
+        self, image: ImageSource, out: FloatArray | None = None, *, max_pixels: int = MAX_PIXELS
+    ) -> FloatArray:
+        """Make one image ready for `caption_pixels`: float32 (3, height, width).
 
-        `out`, an array like it, is filled and returned where given.
+        Args:
+            out: an array like the result, which is then written there and returned.
+            max_pixels: as of `capexport.preprocessing.load_image`.
+        Raises:
+            ImageNotFoundError, ImageError: the image cannot be read.
         """
         return preprocess(
-            image, self.image, out, truncated=self.truncated, full_size=self.full_size
+            image,
+            self.image,
+            out,
+            max_pixels=max_pixels,
+            truncated=self.truncated,
+            full_size=self.full_size,
         )
 
     def caption_pixels(

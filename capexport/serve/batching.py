@@ -17,7 +17,7 @@ import numpy as np
 from capexport.captioner import Caption, Captioner
 from capexport.decoding import DecodingKeywords
 from capexport.errors import CapexportError
-from capexport.preprocessing import FloatArray, preprocess
+from capexport.preprocessing import FloatArray
 from capexport.serve.metrics import Metrics
 
 # An encoded image, or what gives one: it is called where it keeps nobody waiting.
@@ -162,13 +162,7 @@ class Batcher:
         if not item.future.cancelled():  # its client may have gone
             try:
                 data = item.source if isinstance(item.source, bytes) else item.source()
-                item.pixels = preprocess(
-                    data,
-                    self.captioner.image,
-                    max_pixels=self._max_pixels,
-                    truncated=self.captioner.truncated,
-                    full_size=self.captioner.full_size,
-                )
+                item.pixels = self.captioner.preprocess(data, max_pixels=self._max_pixels)
             except Exception as failure:
                 error = failure
         item.source, item.ready = b"", time.monotonic()
