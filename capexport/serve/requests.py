@@ -32,7 +32,7 @@ D = TypeVar("D")
 
 
 class Json(Response):
-    """A JSON answer in ASCII, whatever a client made us repeat."""
+    """A JSON answer in ASCII, whatever text of the client it repeats."""
 
     media_type = "application/json"
 
@@ -45,7 +45,7 @@ def refuse(reason: str, status: int = 400, headers: Mapping[str, str] | None = N
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The object in the body, whatever type the client says that it has."""
+    """The JSON object in the body, whatever content type the client declares."""
     body = await request.body()
     try:
         large = len(body) > _LARGE
@@ -104,9 +104,9 @@ def data_uri(uri: str) -> Source:
 
 
 def from_base64(text: str) -> Source:
-    """An image that is decoded where it keeps nobody waiting.
+    """An image in base64, which is decoded later, in a thread of the batcher.
 
-    What is no base64 is refused at once where it is short, and else then, as an `ImageError`.
+    If it is not base64, that raises an `ImageError`.
     """
     return partial(_decode, text)
 
@@ -121,8 +121,8 @@ def _decode(text: str) -> bytes:
 
 
 def in_format(wanted: Any, where: str = "format") -> Callable[[str], str]:
-    """What makes of a caption the JSON that was asked for: `{"caption": ...}`, or of a JSON schema
-    the object with its one text field."""
+    """A function from a caption to the JSON that was asked for: `{"caption": ...}`, or for a JSON
+    schema the object with its one text field."""
     if wanted in (None, ""):
         return str
     if wanted == "json":
@@ -142,7 +142,7 @@ def _as_object(name: str, caption: str) -> str:
 
 
 def until(stops: Sequence[str], caption: str) -> str:
-    """A caption up to the first of `stops`, of which there may be none."""
+    """A caption up to the first of `stops` in it; the whole caption, if there is none."""
     for stop in filter(None, stops):
         caption = caption.partition(stop)[0]
     return caption

@@ -1,4 +1,4 @@
-"""What a server can be told, listed once: flags of `capexport serve`, and environment variables."""
+"""The settings of a server, listed once for `capexport serve` and for environment variables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Settings:
     Attributes:
         decoding: options of decoding in place of the artifact's own.
         loopback: whether the server listens on an address of this machine alone.
-        The others: as their help says.
+        The others: see their help.
     Raises:
         OptionError: a value is out of range, or cannot be sent in a header.
     """
@@ -78,7 +78,7 @@ class Settings:
 
     @property
     def guarded(self) -> bool:
-        """Is reaching this machine's own addresses all that protects it?"""
+        """Is listening on this machine's own addresses its only protection?"""
         return self.loopback and not self.api_key
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """Those that `CAPEXPORT_MODEL`, `CAPEXPORT_API_KEY` and so on say; empty ones say nothing.
+        """The settings in `CAPEXPORT_MODEL`, `CAPEXPORT_API_KEY` and so on; empty ones don't count.
 
         Raises:
             OptionError: a value is of another type, or out of range.
@@ -155,7 +155,7 @@ def add_flags(group: Any) -> None:
 
 
 def given_settings(options: Any, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """What flags say, or else the environment; `options` are parsed arguments."""
+    """The settings in parsed arguments, or else in the environment."""
     values = environment_values(environment)
     for item in flags():
         value = getattr(options, item.name)
