@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, default=50, metavar="N", help="batches of each size (default: 50)"
     )
     parser.add_argument(
-        "--num-beams", type=int, metavar="N", help="for every captioner (default: the model's own)"
+        "--num-beams", type=int, metavar="N", help="of every captioner (default: the model's own)"
     )
     _add_outputs(parser)
     return parser
