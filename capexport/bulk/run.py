@@ -84,20 +84,8 @@ def caption_files(
             return [], errors
         prompts = None if prompt is None else [prompt] * len(readable)
         captions = captioner.caption_pixels(pixels, prompts=prompts, **options)
+        row = partial(_row, prefix=prefix, suffix=suffix, columns=columns)
         return list(map(row, readable, captions)), errors
-
-    def row(path: Path, caption: Caption) -> Captioned:
-        text, number = f"{prefix}{caption.text}{suffix}", caption.log_probability
-        if columns == 2:
-            return path, text
-        if columns == 3:
-            return path, text, number
-        alternatives = [
-            {"text": f"{prefix}{one.text}{suffix}", "log_probability": one.log_probability,
-             "score": one.score}
-            for one in caption.alternatives
-        ]  # fmt: skip
-        return path, text, number, alternatives
 
     read = partial(_read, captioner, content or {})
     starts = range(0, len(paths), batch_size)
@@ -115,6 +103,20 @@ def caption_files(
     finally:
         pool.shutdown(cancel_futures=True)
     output.finish()
+
+
+def _row(path: Path, caption: Caption, prefix: str, suffix: str, columns: int) -> Captioned:
+    text, number = f"{prefix}{caption.text}{suffix}", caption.log_probability
+    if columns == 2:
+        return path, text
+    if columns == 3:
+        return path, text, number
+    alternatives = [
+        {"text": f"{prefix}{one.text}{suffix}", "log_probability": one.log_probability,
+         "score": one.score}
+        for one in caption.alternatives
+    ]  # fmt: skip
+    return path, text, number, alternatives
 
 
 def _read(captioner: Captioner, content: Mapping[Path, bytes], batch: Sequence[Path]) -> _Batch:

@@ -10,7 +10,7 @@ from typing import Any
 from capexport.artifact import refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
-from capexport.cli.comparing import given_references
+from capexport.cli.comparing import add_references, given_references
 from capexport.errors import OptionError, importing
 from capexport.metrics import format_scores
 
@@ -52,13 +52,7 @@ def add_parser(commands: Any) -> None:
         metavar="PATH",
         help="photos to compare captions on (default: seeded colour fields)",
     )
-    parser.add_argument(
-        "--references",
-        type=Path,
-        metavar="FILE",
-        help="human captions of --photos, in a file as `capexport lstm --references` takes it, to "
-        "report BLEU, METEOR and CIDEr too, of PyTorch in float32 and of the artifact",
-    )
+    add_references(parser)
     parser.set_defaults(run=_run)
 
 

@@ -11,7 +11,7 @@ from capexport.artifact import local_folder, refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli.command import teaching
-from capexport.cli.comparing import add_photos, given_references
+from capexport.cli.comparing import add_photos, add_references, given_references
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import importing
 from capexport.metrics import format_scores
@@ -49,13 +49,7 @@ def add_parser(commands: Any) -> None:
         help="as-is: the artifact's own (default); w8: the 8-bit weights of an int8 artifact, but "
         "computed in float32, which is faster in WebAssembly",
     )
-    parser.add_argument(
-        "--references",
-        type=Path,
-        metavar="FILE",
-        help="human captions of --photos, in a file as `capexport lstm --references` takes it, to "
-        "report BLEU and CIDEr too",
-    )
+    add_references(parser)
     add_decoding(parser.add_argument_group("how the file decodes"))
     parser.set_defaults(run=_run)
 

@@ -10,7 +10,7 @@ from typing import Any
 from capexport.artifact import Manifest, refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
-from capexport.cli.comparing import add_photos, given_references
+from capexport.cli.comparing import add_photos, add_references, given_references
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import CheckpointError, OptionError, importing
 from capexport.metrics import format_scores
@@ -56,14 +56,7 @@ def add_parser(commands: Any) -> None:
         help="photos that show int8 the range of values: about a hundred, like those that the "
         "model was trained on",
     )
-    parser.add_argument(
-        "--references",
-        type=Path,
-        metavar="FILE",
-        help="human captions of --photos, to report BLEU and CIDEr too: Flickr8k's or Flickr30k's "
-        "file (columns image,caption or image_name,comment_number,comment; Flickr8k.token.txt), "
-        "COCO's captions_*.json, Karpathy's dataset_*.json, or metadata.jsonl",
-    )
+    add_references(parser)
     add_decoding(parser.add_argument_group("how the artifact decodes by default"))
     parser.set_defaults(run=_run)
 
