@@ -104,9 +104,9 @@ def data_uri(uri: str) -> Source:
 
 
 def from_base64(text: str) -> Source:
-    """An image in base64, which is decoded later, in a thread of the batcher.
+    """An image that is decoded where it keeps nobody waiting.
 
-    If it is not base64, that raises an `ImageError`.
+    What is no base64 is refused at once where it is short, and else then, as an `ImageError`.
     """
     return partial(_decode, text)
 
