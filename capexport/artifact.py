@@ -389,10 +389,10 @@ def local_folder(folder: str | os.PathLike[str], revision: str | None = None) ->
     Args:
         revision: branch, tag or commit of a repository; its main branch by default.
     Raises:
-        ArtifactNotFoundError: there is no such folder, and no repository that holds an export.
+        ArtifactNotFoundError: neither a folder, nor a repository that holds an export.
         ArtifactError: the repository's manifest is damaged.
         DownloadError: it is an id, but cannot be downloaded.
-        OptionError: `revision` is given for a folder.
+        OptionError: a revision of a folder.
     """
     path = Path(folder)
     name = os.fspath(folder)

@@ -24,7 +24,7 @@ from capexport.preprocessing import image_suffixes
 STDIN = Path("-")
 # Folders that systems keep beside people's photos: thumbnails, parts of files, deleted files.
 _NOT_SEARCHED = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"})
-# Suffixes of image formats that need another program, and how to get it.
+# Images by their suffix, but of formats that need another program.
 READERS = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
     ".jxl": "djxl converts them to PNG",
@@ -33,7 +33,7 @@ READERS = {
         "dcraw converts them to TIFF",
     ),
 }
-# Files that lie beside images and have no Internet media type of their own.
+# What lies beside images and has no type of its own among Internet media types.
 _SIDE_CARS = re.compile(
     r"\.(captions?|tags|jsonl|ndjson|np[yz]|safetensors|parquet|arrow|md|ya?ml|toml|ini|cfg|log|db|"
     r"lnk|url|aae|xmp|journal|partial)"

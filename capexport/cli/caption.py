@@ -112,7 +112,7 @@ def _add_outputs(group: Any) -> None:
     )
     group.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
     group.add_argument(
-        "--out-dir", type=Path, metavar="DIR", help="txt: write here, in the same subfolders"
+        "--out-dir", type=Path, metavar="DIR", help="txt: folder for the files, in subfolders alike"
     )
     group.add_argument(
         "--extension", metavar=".EXT", help="txt: of the files' names (default: .txt)"
