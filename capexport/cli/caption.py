@@ -166,9 +166,7 @@ def _run(options: argparse.Namespace) -> int:
     columns = (
         4 if own.num_return_sequences > 1 and options.format == "jsonl" else 2 + options.scores
     )
-    key = f"{sha256_of(model / FILE_NAME)} {changes} prompt={options.prompt!r}"
-    key += " full size" if options.full_size else ""
-    with closing(_output(options, found, key, columns)) as output:
+    with closing(_output(options, found, _key(options, model, changes), columns)) as output:
         missing = [path for path in found.paths if not output.done(path)]
         todo = missing[: options.limit]
         results = caption_files(
@@ -257,8 +255,17 @@ def _checked_extension(extension: str) -> str:
     return suffix
 
 
+def _key(options: argparse.Namespace, model: Path, changes: Any) -> str:
+    """What captions depend on beside the images; a run is resumed only with the same key."""
+    key = f"{sha256_of(model / FILE_NAME)} {changes} prompt={options.prompt!r}"
+    key += " full size" if options.full_size else ""
+    if options.prefix or options.suffix:
+        key += f" prefix={options.prefix!r} suffix={options.suffix!r}"
+    return key
+
+
 def _output(options: argparse.Namespace, found: Found, key: str, columns: int) -> Output:
-    """Where captions go; `key` says what else a journal was begun with."""
+    """Where captions go."""
     paths, resume = found.paths, options.resume
     if options.format == "txt":
         if found.content:
@@ -274,8 +281,6 @@ def _output(options: argparse.Namespace, found: Found, key: str, columns: int) -
         return StreamOutput(options.format, sys.stdout, paths, columns)
     if options.out in paths:
         raise OptionError(f"{options.out}: is one of the images; --out takes another name")
-    if options.prefix or options.suffix:
-        key += f" prefix={options.prefix!r} suffix={options.suffix!r}"
     return FileOutput(
         options.out,
         options.format,
