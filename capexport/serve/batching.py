@@ -145,7 +145,7 @@ class Batcher:
                 self._changed.wait(pause)
 
     def _fair_share(self) -> int:
-        """How many images make a batch, so that each thread has about as much to do."""
+        """How many images make a batch: so many that each thread has as much to do."""
         return min(self._batch_size, math.ceil(self.held / self._at_once))
 
     def _take_batch(self) -> list[_Item]:
