@@ -28,7 +28,7 @@ from capexport.bench import measure
 from capexport.bench.cli import sample_photos
 from capexport.bench.openvino import openvino_captioners
 from capexport.bench.report import cpu_model, load, table
-from capexport.bench.results import Path as PathResult
+from capexport.bench.results import PathResult
 from capexport.captioner import Caption, Captioner, Timing
 from capexport.decoding import changed, greedy
 from capexport.export.pairs import AnyCaptioner, open_pair

@@ -132,9 +132,41 @@ SECTIONS = (
 )
 
 
+def results() -> Any:
+    """What the last capbench wrote."""
+    return json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+
+
+def opening() -> str:
+    """What a caption takes in PyTorch and here, as this machine measured it."""
+    result = results()
+    machine, run, metrics = result["environment"], result["runs"][0], result["metrics"]
+    largest = max(run["batch_size"] for run in result["runs"])  # that memory was measured with
+    rows = [
+        (
+            name.replace("ONNX", "capexport,"),
+            f"{run['paths'][name]['milliseconds']['total']['p50']:.1f}",
+            f"{costs['load_seconds']:.2f}",
+            f"{costs['peak_memory_mb']:.0f}",
+            f"{costs['disk_mb']:.1f}",
+            f"{metrics[name]['CIDEr-D']:.1f}",
+        )
+        for name, costs in result["footprint"].items()
+    ]
+    head = (
+        "", "a caption (ms)", "import and load (s)", f"peak memory, batch {largest} (MB)",
+        "on disk (MB)", "CIDEr-D",
+    )  # fmt: skip
+    title = f"{machine['threads']} threads of {machine['cpu']}, load {machine['load']:.1f}"
+    return (
+        f"The bundled captioner, a photo at a time ({title}; PyTorch at its best):\n\n"
+        f"{table([head, *rows])}"
+    )
+
+
 def compared() -> str:
     """capbench's ratios."""
-    result = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+    result = results()
     machine, runs = result["environment"], result["runs"]
     names = [name for name in runs[0]["paths"] if name.startswith("ONNX")]
 
@@ -241,7 +273,10 @@ def main() -> None:
     replace_file(FOLDER / "README.md", "\n\n".join(parts) + "\n")
     readme = FOLDER.parent / "README.md"
     text = readme.read_text(encoding="utf-8")
-    figures = {"capbench": compared, "bulk": bulk, "full size": full_size, "quality": quality}
+    figures = {
+        "opening": opening, "capbench": compared, "bulk": bulk, "full size": full_size,
+        "quality": quality,
+    }  # fmt: skip
     for name, written in figures.items():
         text = put(text, name, written())
     replace_file(readme, text)

@@ -1,4 +1,4 @@
-"""The exported folder: a manifest, and files that are held to it by their hashes."""
+"""The exported folder: a manifest, and files that must match the hashes in it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _LONGEST_MANIFEST = 10 * 10**6  # bytes
 _LARGEST_IMAGE = 2048  # pixels of an edge
 _MOST_REGIONS = 256  # along an edge
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
-# Fields of manifests written before, which nothing reads any more.
+# Fields of older manifests, which nothing reads any more.
 _RETIRED = {"PromptSpec": {"padding_side"}}
 
 T = TypeVar("T")
@@ -77,10 +77,10 @@ class Decoding(DecodingOptions):
         return DecodingOptions(**{name: getattr(self, name) for name in names})
 
     def check(self, path: Path, vocabulary_size: int, *more: int) -> None:
-        """Hold all tokens, and `more`, to the vocabulary.
+        """Check that all tokens, and `more`, lie within the vocabulary.
 
         Raises:
-            ArtifactError: one lies outside of it, or none is left for captions.
+            ArtifactError: one does not, or none is left for captions.
         """
         start = () if self.start_token is None else (self.start_token,)
         for token in (*start, *self.end_tokens, *self.suppress_tokens, *more):
@@ -99,8 +99,8 @@ class PromptSpec:
 
     Attributes:
         image_token: the id whose places the image's features take.
-        query_tokens: how many places those are, before everything else.
-        bos_token: what follows them where there is no prompt.
+        query_tokens: how many such places come before everything else.
+        bos_token: what follows them if there is no prompt.
         pad_token: what brings the prompts of a batch to one length.
         start_token: the first id of an encoder-decoder's caption; None for a decoder alone.
         max_positions: the longest prompt and caption together, where the model has a limit.
@@ -128,12 +128,12 @@ class Provenance:
     """What the artifact was made of and with.
 
     Attributes:
-        checkpoint_sha256: of the checkpoint's weights, by file name where there are several.
+        checkpoint_sha256: of the checkpoint's weights, by file name if there are several.
         versions: of the packages that took part.
         training, metrics: how the checkpoint was trained and what it scored, as far as it says.
-        source, revision, licence: where it was downloaded.
-        assumed: what the checkpoint's files leave open or say otherwise, and how it was read.
-        calibration_photos: how many photos the ranges of int8 were seen on.
+        source, revision, licence: where it was downloaded, and its licence.
+        assumed: what the checkpoint's files leave open or contradict, and how they were read.
+        calibration_photos: how many photos showed int8 its ranges.
     """
 
     checkpoint_sha256: str | dict[str, str]
@@ -151,8 +151,8 @@ class Provenance:
 
 @dataclass(frozen=True)
 class CaptionParity:
-    """How captions compare with PyTorch's: of `images` or `compared` ones, how many are
-    identical, and how many of PyTorch's are distinct."""
+    """How captions compare with PyTorch's: how many of them (`images`, or `compared` for a BLIP-2)
+    are identical, and how many of PyTorch's are distinct."""
 
     identical: int
     distinct: int
@@ -168,12 +168,12 @@ class Parity:
     """What the comparison with PyTorch in float32 found before the artifact was written.
 
     Attributes:
-        inputs: what it was compared on.
-        yardstick: whose values and captions those are that it was compared with.
+        inputs: the images that were compared.
+        yardstick: what the artifact was compared with.
         tolerance: the largest difference of a graph that passes.
-        max_difference, relative_error: each graph's: the largest of a value, or the root mean
-            square as a share of the output's own.
-        int8: what 8 bits lose: errors by graph, shares of captions and tokens that stay.
+        max_difference: each graph's largest difference of a value.
+        relative_error: each graph's root mean square error, as a share of the output's own.
+        int8: what 8 bits lose: errors by graph, and the shares of captions and tokens that stay.
         metrics: caption metrics by captioner, where human captions were given.
     """
 
@@ -189,10 +189,10 @@ class Parity:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`, field by field as artifacts/README.md describes it.
+    """`manifest.json`; artifacts/README.md describes it field by field.
 
-    `regions` are rows and columns of what an attention decoder looks at. `parity` is missing from
-    a draft alone.
+    `regions` are the rows and columns of what an attention decoder looks at. Only a draft has no
+    `parity`.
     """
 
     family: str
@@ -231,13 +231,13 @@ class Manifest:
     def read(cls, folder: Path, *, thorough: bool = False) -> Manifest:
         """Read the manifest and check each file's presence, size and hash.
 
-        Files of more than 256 MB are not hashed unless `thorough`: that would read gigabytes of
-        weights, which are otherwise mapped and read when they are used.
+        Files of more than 256 MB are hashed only if `thorough`: that reads gigabytes of weights,
+        which are otherwise mapped, and read when they are used.
 
         Raises:
             ArtifactNotFoundError: no manifest, or a file is missing.
-            ArtifactError: a schema that this version doesn't know, a field that is missing or of
-                another type or range, or a file that was altered.
+            ArtifactError: the schema is unknown to this version, a field is missing or of a wrong
+                type or range, or a file was altered.
         """
         path = folder / FILE_NAME
         if not _is(Path.is_file, path):
@@ -250,10 +250,10 @@ class Manifest:
 
     @classmethod
     def parse(cls, path: Path) -> Manifest:
-        """Read `path` alone, and none of the files that it lists.
+        """Read the manifest at `path`, and none of the files that it lists.
 
         Raises:
-            ArtifactError: as `read`.
+            ArtifactError: as for `read`.
         """
         try:
             if path.stat().st_size > _LONGEST_MANIFEST:
@@ -272,13 +272,13 @@ class Manifest:
             raise ArtifactError(f"{path}: damaged manifest: {error}; export again") from error
 
     def file(self, folder: Path, name: str) -> Path:
-        """The path of a file that the manifest vouches for."""
+        """The path of a file that the manifest lists."""
         if name not in self.files:
             raise ArtifactError(f"{folder / FILE_NAME}: lists no {name}; export again")
         return folder / name
 
     def check_files(self, folder: Path, thorough: bool) -> None:
-        """Hold the files to their records, and what graphs read to the files."""
+        """Check the files against their records, and that graphs read no other file."""
         for name, record in self.files.items():
             file = folder / name
             if not _is(Path.is_file, file):
@@ -298,7 +298,7 @@ class Manifest:
 
 
 def _is(kind: Callable[[Path], bool], path: Path) -> bool:
-    """`path.is_file()` or `path.exists()`, and no error for a name that no file can have."""
+    """`path.is_file()` or `path.exists()`, without an error for a name that no file can have."""
     try:
         return kind(path)
     except (OSError, ValueError):
@@ -306,10 +306,10 @@ def _is(kind: Callable[[Path], bool], path: Path) -> bool:
 
 
 def typed(kind: type[T], value: Any, name: str = "") -> T:
-    """`value`, as JSON gives it, as a `kind`: a dataclass, or one of the types in its fields.
+    """Turn a value from JSON into a `kind`: a dataclass, or one of the types in its fields.
 
     Raises:
-        ValueError: a field is missing, unknown, of another type or out of range; it is named.
+        ValueError: it names a field that is missing, unknown, of another type or out of range.
     """
     return _typed(kind, value, name)  # type: ignore[no-any-return]
 
@@ -361,7 +361,7 @@ def _dataclass(kind: Any, values: dict[str, Any], name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What `typed` reads back: dataclasses as dicts, without fields that say nothing."""
+    """What `typed` reads back: dataclasses as dicts, without optional fields that are None."""
     if not dataclasses.is_dataclass(value):
         return value
     fields = {item.name: (item, getattr(value, item.name)) for item in dataclasses.fields(value)}
@@ -377,14 +377,14 @@ def _no_number(constant: str) -> float:
 
 
 def is_hub_id(name: str) -> bool:
-    """Can this be `owner/name` on the Hugging Face hub, and not a slip in a path?"""
+    """Is this `owner/name` on the Hugging Face hub, rather than a mistyped path?"""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)) and not Path(name).parent.exists()
 
 
 def local_folder(folder: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """`folder`, or the local copy of what it names on the Hugging Face hub.
+    """`folder`, or the local copy of the repository that it names on the Hugging Face hub.
 
-    Of a repository, the manifest is downloaded, and then the files that it lists.
+    From a repository only the manifest is downloaded, and then the files that it lists.
 
     Args:
         revision: branch, tag or commit of a repository; its main branch by default.
@@ -447,7 +447,7 @@ def _holds_pytorch_blip2(name: str, revision: str | None, **how: bool) -> bool:
 
 @contextmanager
 def new_artifact(out: Path) -> Iterator[Path]:
-    """A draft folder that becomes `out` when the block ends well, and vanishes when it doesn't.
+    """A draft folder that becomes `out` when the block ends well, and vanishes if it fails.
 
     Raises:
         OutputExistsError: `out` is there already, or another export is making it.
@@ -467,17 +467,17 @@ def new_artifact(out: Path) -> Iterator[Path]:
 def refuse_existing(out: Path) -> None:
     """
     Raises:
-        OutputExistsError: there is something at `out`, and it is no empty folder.
+        OutputExistsError: there is something at `out` other than an empty folder.
     """
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise OutputExistsError(f"{out}: already there; remove it, or pick another --out")
 
 
 def require_writable(path: Path) -> None:
-    """Refuse a place where nothing can be made, before anything is computed for it.
+    """Check that `path` can be created, before anything is computed for it.
 
     Raises:
-        OSError: `path`, or the folders above it, could not be made.
+        OSError: `path`, or the folders above it, cannot be created.
     """
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     with _draft(above / path.name, folder=True):
@@ -539,15 +539,15 @@ _DRAFT = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
 
 
 def _target_of(draft: str) -> str | None:
-    """What a draft of this name is to become, as far as its name says."""
+    """The name that a draft of this name is to get, as far as it says; None for other names."""
     match = _DRAFT.fullmatch(draft)
     return match and match[1]
 
 
 @contextmanager
 def _draft(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
-    """A new file (or folder) beside `path`, locked, and its open descriptor, which is the caller's
-    to close where it is a file; whatever is left of it goes when the block ends."""
+    """A new file (or folder) beside `path`, locked, and its open descriptor; the caller closes that
+    of a file. What is left of the draft at the end of the block is removed."""
     stem = os.fsencode(path.name)[:100].decode("utf-8", "ignore") or "file"
     draft, number = path, -1
     try:
@@ -560,7 +560,7 @@ def _draft(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK | getattr(os, "O_BINARY", 0)
                 number = os.open(draft, flags, 0o666)
             if number and (lock(number) is False or not is_at(number, draft)):
-                os.close(number)  # taken for a dead one before it was locked
+                os.close(number)  # another process took it for a dead one before it was locked
                 number = -1
         yield draft, number
     except OSError as error:
@@ -576,7 +576,7 @@ def _draft(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
 
 
 def remove_dead_drafts(folder: Path) -> set[str]:
-    """Remove the drafts of writers that were killed; the names of those that are being written."""
+    """Remove the drafts of writers that were killed; return the names of those still in use."""
     alive = set()
     for entry in os.scandir(folder):
         if not _target_of(entry.name) or entry.is_symlink():
@@ -597,15 +597,15 @@ def remove_dead_drafts(folder: Path) -> set[str]:
 
 
 def lock(number: int) -> bool | None:
-    """Lock an open file, or POSIX folder, until it is closed or its process ends, however.
+    """Lock an open file (or folder, on POSIX) until it is closed or the process ends in any way.
 
     Returns:
-        False where another one holds it, None where the file system knows no locks.
+        True; False if another process holds it; None if the file system has no locks.
     """
     if sys.platform == "win32":
         import msvcrt
 
-        try:  # one byte far behind the end, since nobody else can read what is locked
+        try:  # one byte far beyond the end, since nobody else can read what is locked
             os.lseek(number, 1 << 30, os.SEEK_SET)
             msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
         except OSError:
@@ -631,7 +631,8 @@ def is_at(number: int, path: Path) -> bool:
 
 
 def _with_name(error: OSError, path: Path) -> OSError:
-    """A full disk is reported without the file that met it, other errors with a draft's name."""
+    """The same error with the name of `path`: the system names no file when a disk is full, and the
+    draft in other errors."""
     name = error.filename
     ours = isinstance(name, str | os.PathLike) and _target_of(Path(name).name) is not None
     if error.errno is None or (name and not ours):

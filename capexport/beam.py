@@ -1,7 +1,6 @@
-"""Beam search, as `generate(num_beams=...)` of Transformers searches: of each image the likeliest
-captions so far, side by side.
+"""Beam search: follow the likeliest captions of each image side by side.
 
-Source: `GenerationMixin._beam_search` of Transformers 4.57, whose captions these are.
+Source: `GenerationMixin._beam_search` of Transformers 4.57, and the captions are the same.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ def beam_search(
     options: DecodingOptions,
     prompts: Prompts | None = None,
 ) -> list[list[Hypothesis]]:
-    """Of each image the `num_return_sequences` best captions, the best first; fewer where the
+    """The `num_return_sequences` best captions of each image, the best first; fewer where the
     options allow no more.
 
-    Log-probabilities are what `generate()` adds up: where the options forbid tokens or make them
-    less likely, those of the others are as before.
+    Log-probabilities are those that `generate()` adds up: options that forbid a token, or make it
+    less likely, do not change those of the other tokens.
 
     Raises:
         OptionError: the options leave an image no caption.
@@ -74,8 +73,8 @@ def beam_search(
 
 
 class _Beam(NamedTuple):
-    """A caption so far: the log-probability of the whole, the beam before that it goes on from,
-    and its last token."""
+    """A caption so far: the log-probability of the whole, the beam that it continues, and its last
+    token."""
 
     total: float
     parent: int
@@ -93,8 +92,8 @@ class _Search:
         self._ended: list[tuple[float, Hypothesis]] = []
 
     def advance(self, candidates: list[_Beam], length: int) -> list[_Beam]:
-        """Of the likeliest continuations, the likeliest first, those that end and those that go on
-        as beams: none where the search is over. `length` counts their tokens, end tokens too."""
+        """Keep those of the `candidates` (the likeliest first) that end, and return the next beams:
+        none once the search is over. `length` counts a candidate's tokens, end token included."""
         options = self._options
         going: list[_Beam] = []
         over: list[_Beam] = []
@@ -107,7 +106,7 @@ class _Search:
             if rank < options.num_beams and beam.total > -math.inf:
                 caption = self._captions[beam.parent]
                 self._end(caption if end else [*caption, beam.token], beam.total, length)
-        # Images have equally many beams: where too few go on, some that are over stay among them.
+        # Every image keeps as many beams: where too few go on, some that are over fill the places.
         going = (going + over)[: options.num_beams]
         if not self._may_improve(going[0].total, length):
             return []
@@ -121,8 +120,8 @@ class _Search:
         del self._ended[self._options.num_beams :]
 
     def _may_improve(self, total: float, length: int) -> bool:
-        """Whether the likeliest beam may yet become one of the best captions, as far as
-        `early_stopping` wants to know."""
+        """Whether the likeliest beam, of log-probability `total`, may yet become one of the best
+        captions, as `early_stopping` judges it."""
         options = self._options
         if length == self._limit or total == -math.inf:
             return False
@@ -141,7 +140,7 @@ class _Search:
 
 
 def _score(total: float, length: int, options: DecodingOptions) -> float:
-    """In float32, as it is compared with others."""
+    """What captions are ranked by, in float32 as in Transformers."""
     return float(np.float32(total) / np.float32(length**options.length_penalty))
 
 
@@ -153,7 +152,7 @@ def _step(
     options: DecodingOptions,
     length: int,
 ) -> tuple[Likeliest, State]:
-    """The likeliest of each row's tokens number `length`, and the state behind `tokens`."""
+    """The likeliest tokens number `length` of each row, and the state after `tokens`."""
     if options.repetition_penalty == 1 and not options.no_repeat_ngram_size:
         never = excluded(options, length)
         chosen = decoder.likeliest(tokens, state, never, _continuations(options))
@@ -164,14 +163,14 @@ def _step(
 
 
 def _continuations(options: DecodingOptions) -> int:
-    """So many of an image that `num_beams` go on whichever of them end."""
+    """How many candidates an image needs so that `num_beams` go on, whichever of them end."""
     return (1 + max(1, len(options.end_tokens))) * options.num_beams
 
 
 def _likeliest(
     logits: FloatArray, said: TokenArray, options: DecodingOptions, length: int
 ) -> Likeliest:
-    """Of each row the likeliest continuations, in any order. Changes `logits`."""
+    """The likeliest continuations of each row, in any order. Overwrites `logits`."""
     logits -= logits.max(axis=1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
     adjust(logits, said, options, length)
@@ -183,8 +182,8 @@ def _likeliest(
 def _candidates(
     found: Likeliest, sums: FloatArray, images: int, options: DecodingOptions
 ) -> Iterator[list[_Beam]]:
-    """Of each image the likeliest continuations of all its beams, the likeliest first; of equals,
-    that of the earlier beam, then the lower token. `sums` are the beams' log-probabilities so far,
+    """The likeliest continuations of all beams of each image, the likeliest first; of equals, that
+    of the earlier beam, then the lower token. `sums` are the beams' log-probabilities so far,
     float32 (rows,)."""
     logs, tokens = found
     if np.isnan(logs).any():
@@ -201,8 +200,8 @@ def _candidates(
 def _select(
     decoder: Decoder, state: State, rows: list[int], images: list[int] | None, widened: bool
 ) -> State:
-    """The state of `rows`, where some `images` alone go on, of these images. What beams of an image
-    have in common stays where it is, unless images leave or are `widened` to more beams."""
+    """The state of `rows`. What all rows of an image have in common stays where it is, unless only
+    some `images` go on, or each is `widened` to more beams."""
     aligned = images is None and not widened
     if aligned and rows == list(range(len(rows))):
         return state

@@ -29,7 +29,7 @@ from capexport.decoding import (
 )
 from capexport.errors import ArtifactError, CapexportError, OptionError
 from capexport.families import MISFIT, find_family
-from capexport.preprocessing import FloatArray, ImageSource, ImageSpec, preprocess
+from capexport.preprocessing import MAX_PIXELS, FloatArray, ImageSource, ImageSpec, preprocess
 from capexport.reading import ImageReader, is_one_image
 from capexport.sessions import Providers, Target, available_cores, targets
 
@@ -58,8 +58,8 @@ class Alternative:
 
     Attributes:
         text, tokens, log_probability: as of `Caption`.
-        score: what it is ranked by: with beams, `log_probability` over the length, the end token
-            counted, to the power of `length_penalty`; else `log_probability`.
+        score: what the captions are ranked by. With beams, `log_probability` divided by the
+            length (end token included) to the power of `length_penalty`; else `log_probability`.
     """
 
     text: str
@@ -79,9 +79,9 @@ class Caption:
         timing: of the whole batch that the image was captioned in.
         alternatives: the `num_return_sequences` best captions, this one first; fewer where the
             options allow no more.
-        attention: where the decoder looked before each token, if that was asked for: weights of
-            regions, float32 (tokens, rows, columns), which sum to 1 for each token. The regions
-            divide what `preprocess` leaves of the image evenly.
+        attention: where the decoder looked before each token, if you asked for it: weights of the
+            image's regions, float32 (tokens, rows, columns), which sum to 1 for each token. The
+            regions are an even grid over what `preprocess` leaves of the image.
     """
 
     text: str
@@ -93,21 +93,21 @@ class Caption:
 
 
 class Captioner:
-    """An encoder, a decoder, their words, and the image preprocessing they were trained with.
+    """An encoder, a decoder, their text, and the image preprocessing they were trained with.
 
     ONNX graphs (`Captioner.load`) and PyTorch modules (`capexport.models.torch_captioner`) go
     through this same class.
 
-    Several threads may use one captioner at once; where many requests come together, one loaded
-    with `threads=1` serves most for its CPU time. It goes on in a forked process (not on a GPU,
-    which no fork can share), and pickles as what it was loaded from.
+    Several threads may use one captioner at once; to answer many requests, load it with
+    `threads=1`. It keeps working in a forked process (not on a GPU, which a fork cannot share), and
+    pickles as the folder or id that it was loaded from.
 
     Attributes:
         device: where it runs, such as "cpu" or "cuda:1".
         threads: CPU threads of preprocessing.
         batch_size: how many images of a list go through the model together by default.
-        truncated: whether of an image file that breaks off, what there is is taken.
-        full_size: whether large JPEG files are decoded whole; see `preprocess`.
+        truncated: whether an image file that breaks off is captioned by what there is of it.
+        full_size: whether large JPEG files are decoded whole; see `capexport.preprocessing`.
         folder: the artifact that it was opened from, if any.
     """
 
@@ -140,14 +140,14 @@ class Captioner:
         self._title = title
         self.truncated = False
         self.full_size = False
-        self._reader = ImageReader(image, self.threads)
+        self._reader = ImageReader(self.threads)
 
     def __repr__(self) -> str:
         return f"<Captioner: {self._title} on {self.device}, {self.threads} threads>"
 
     @property
     def vocabulary(self) -> Text:
-        """`text`, by the name that it had first."""
+        """The old name of `text`."""
         return self.text
 
     @classmethod
@@ -173,7 +173,7 @@ class Captioner:
             threads: CPU threads for preprocessing and the graphs; all cores by default.
             providers: onnxruntime's execution providers in place of a device, as
                 `onnxruntime.InferenceSession` takes them; the first one must start.
-            session_options: an `onnxruntime.SessionOptions` for all graphs, as it is.
+            session_options: an `onnxruntime.SessionOptions`, which every graph gets unchanged.
         Raises:
             ArtifactNotFoundError, ArtifactError: the folder is incomplete or altered.
             DeviceError: the device, or its execution provider, is not available.
@@ -210,8 +210,8 @@ class Captioner:
         self.close()
 
     def close(self) -> None:
-        """End the threads and free the graphs, as the end of a `with` block does; from then on,
-        captions are refused."""
+        """End the threads and free the graphs, as the end of a `with` block does. A closed
+        captioner raises `OptionError` when it is asked for a caption."""
         self._closed = True
         self._reader.close()
         vars(self).pop("encoder", None)
@@ -248,24 +248,24 @@ class Captioner:
         attention: bool = False,
         **options: Unpack[DecodingKeywords],
     ) -> Caption | list[Caption]:
-        """Caption one image, or several: a list, a generator, or whatever else gives them.
+        """Caption one image, or any number of them from a list or another iterable.
 
         Args:
             images: paths, encoded bytes, binary files, PIL images, or uint8 arrays of shape
                 (height, width[, 1, 3 or 4]).
-            prompt: what the caption goes on from, such as "Question: how many cats are there?
-                Answer:": one for all images, or a list with one for each; only a model that
-                was trained with prompts takes any.
-            batch_size: how many images of a list go through the graphs together; what suits the
-                model by default. A caption doesn't depend on it.
-            attention: also find out where the decoder looked, `Caption.attention`: it says its
-                captions a second time for that.
+            prompt: text that the caption continues, such as "Question: how many cats are there?
+                Answer:". One for all images, or a list with one for each; only a model that was
+                trained with prompts takes any.
+            batch_size: how many images go through the graphs together; by default what suits the
+                model. A caption doesn't depend on it.
+            attention: also find out where the decoder looked (`Caption.attention`). For that, it
+                goes through its captions a second time.
             options: fields of `DecodingOptions` in place of the artifact's own, such as
                 `max_tokens` or `num_beams`.
         Returns:
-            One `Caption`, or as many as images, in their order.
+            One `Caption` for one image, else a list with one for each image, in order.
         Raises:
-            ImageNotFoundError, ImageError: an image cannot be read; `stream` can go on.
+            ImageNotFoundError, ImageError: an image cannot be read; `stream` can skip it.
             OptionError: an argument is out of range, or doesn't suit the model.
         """
         size = self._checked(batch_size)
@@ -295,14 +295,14 @@ class Captioner:
         attention: bool = False,
         **options: Unpack[DecodingKeywords],
     ) -> Iterator[tuple[ImageSource, Caption]]:
-        """Caption any number of images, a batch whenever the next caption is asked for.
+        """Caption images one batch at a time, as the captions are asked for.
 
-        No more of them are held than a batch, and `images` may go on for ever.
+        It holds no more than a batch of them, so `images` may be endless.
 
         Args:
-            on_error: what an image that cannot be read does: "raise" its `ImageError`, after the
-                captions of those before it, or "skip" it, with a warning in the log.
-            images, batch_size, attention, options: as of `caption`; `prompt` is one for all.
+            on_error: what to do with an image that cannot be read: "raise" its `ImageError`, after
+                the captions of the images before it, or "skip" it, with a warning in the log.
+            images, batch_size, attention, options: as for `caption`; `prompt` is one for all.
         Yields:
             Each image, as it was given, and its `Caption`, in order.
         """
@@ -325,7 +325,7 @@ class Captioner:
     def check_attention(self, wanted: bool = True) -> None:
         """
         Raises:
-            OptionError: attention is wanted, and the decoder looks at no regions.
+            OptionError: attention is wanted, but the decoder has none.
         """
         if wanted and self.decoder.regions is None:
             raise OptionError(
@@ -344,7 +344,7 @@ class Captioner:
         while batch := list(islice(pairs, batch_size)):
             began = time.perf_counter()
             sources = [image for image, _ in batch]
-            pixels, errors = self._reader.read(sources, self.truncated, self.full_size)
+            pixels, errors = self._reader.read(sources, self.image.crop, self.preprocess)
             failed = next((error for error in errors if error), None)
             if failed:
                 kept = [row for row, error in enumerate(errors) if not error]
@@ -367,13 +367,24 @@ class Captioner:
             if failed and on_error == "raise":
                 raise failed
 
-    def preprocess(self, image: ImageSource, out: FloatArray | None = None) -> FloatArray:
-        """One image, made ready for `caption_pixels`: float32 (3, height, width).
+    def preprocess(
+        self, image: ImageSource, out: FloatArray | None = None, *, max_pixels: int = MAX_PIXELS
+    ) -> FloatArray:
+        """Make one image ready for `caption_pixels`: float32 (3, height, width).
 
-        `out`, an array like it, is filled and returned where given.
+        Args:
+            out: an array like the result, which is then written there and returned.
+            max_pixels: as of `capexport.preprocessing.load_image`.
+        Raises:
+            ImageNotFoundError, ImageError: the image cannot be read.
         """
         return preprocess(
-            image, self.image, out, truncated=self.truncated, full_size=self.full_size
+            image,
+            self.image,
+            out,
+            max_pixels=max_pixels,
+            truncated=self.truncated,
+            full_size=self.full_size,
         )
 
     def caption_pixels(
@@ -390,13 +401,13 @@ class Captioner:
         Args:
             pixels: float32 (batch, 3, height, width).
             prompts: one for each image.
-            preprocess_seconds: what preprocessing took, for `Timing`.
-            attention, options: as of `caption`.
+            preprocess_seconds: how long preprocessing took, for `Timing`.
+            attention, options: as for `caption`.
         """
         self._checked(None)
         self.check_attention(attention)
         own = changed(self.options, options)
-        # A bound that was asked for must fit behind the prompt; the default one yields.
+        # The prompt must leave room for the `max_tokens` that were asked for; the default yields.
         needed = max(1, options.get("max_tokens") or 1, own.min_tokens)
         framed = self.text.frame(prompts, len(pixels), needed)
         try:
@@ -438,8 +449,8 @@ class Captioner:
 
 
 def open_artifact(path: Path, manifest: Manifest, *candidates: Target) -> Captioner:
-    """What `Captioner.load` does once the manifest has been read, and with it every file hashed:
-    open the artifact on the first of `candidates` that works."""
+    """Open an artifact on the first of `candidates` that works: what `Captioner.load` does once the
+    manifest has been read and the files have been checked."""
     family = find_family(manifest.family)
     parts, target = family.open_on_first(path, manifest, candidates)
     captioner = Captioner(

@@ -1,8 +1,8 @@
-"""The greedy loop that every captioner shares, the protocols that it runs on, and the options of
-decoding; the other loop is `capexport.beam`.
+"""Greedy decoding, the protocols that it runs on, and the options of decoding. Beam search is in
+`capexport.beam`.
 
-ONNX and PyTorch both implement `Encoder` and `Decoder`; a difference between their captions, or
-their times, can therefore only come from the graphs.
+ONNX and PyTorch both implement `Encoder` and `Decoder`, and share these loops. So a difference
+between their captions, or their times, can only come from the graphs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ NOTHING_LEFT = (
     "the options leave no token to go on with: lower min_tokens or max_tokens, or allow more "
     "(suppress_tokens, no_repeat_ngram_size)"
 )
-STEEPEST_PENALTY = 10  # a longest caption's length to this power is a float32 still
+STEEPEST_PENALTY = 10  # LONGEST_CAPTION to this power still fits a float32
 
 TokenArray: TypeAlias = NDArray[np.int64]
-# What a decoder carries from step to step: tensors by name, batch on axis 0 of each. They are
-# arrays, torch tensors, or values that stay on a device; their owner alone looks inside.
+# What a decoder carries from step to step: tensors by name, with the batch on axis 0. They are
+# arrays, torch tensors, or values that stay on a device; only their decoder looks inside.
 State: TypeAlias = Mapping[str, Any]
 Features: TypeAlias = Any
-# Of each row some tokens' log-probabilities, float32, and the tokens, int64: (batch, count).
+# Some tokens of each row: their log-probabilities, float32, and their ids, int64, (batch, count).
 Likeliest: TypeAlias = tuple[FloatArray, TokenArray]
-Regions: TypeAlias = tuple[int, int]  # rows and columns of the parts that an image falls into
+Regions: TypeAlias = tuple[int, int]  # rows and columns of the grid that attention looks at
 EarlyStopping: TypeAlias = bool | Literal["never"]
 
 
@@ -49,15 +49,15 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the captions of a batch go on from, as token ids.
+    """The prompts of a batch, as token ids.
 
     Attributes:
         tokens: int64 (batch, length), with a place for each of the image's features.
         mask: int64 (batch, length), 0 for padding.
-        context: int64 (batch, n), the ids that count as said already: for the repetition penalty,
-            and for word sequences that must not come again.
-        room: int64 (batch,), how many tokens the model has positions for behind each row's own
-            prompt; None where it has no limit.
+        context: int64 (batch, n), the ids that count as said before the caption begins, for the
+            repetition penalty and for sequences that must not come twice.
+        room: int64 (batch,), how many tokens the model has positions for after each prompt; None
+            if it has no limit.
     """
 
     tokens: TokenArray
@@ -70,9 +70,9 @@ class Decoder(Protocol):
     """Runs once for every token.
 
     Attributes:
-        constant: the names in its state that stay as they are from step to step.
-        shared: those of them that have a row for each image, however many beams it has.
-        regions: those of an image that it looks at before each word, where it does.
+        constant: the names of what no step changes in its state.
+        shared: of these, the names of what has one row for each image, however many beams it has.
+        regions: of a decoder with attention, the grid that it looks at before each token.
     """
 
     constant: frozenset[str] = frozenset()
@@ -80,50 +80,50 @@ class Decoder(Protocol):
     regions: Regions | None = None
 
     def start(self, features: Features, prompts: Prompts | None) -> tuple[FloatArray, State]:
-        """Logits of the first word, float32 (batch, vocabulary), and the state behind them.
+        """Logits of the first token, float32 (batch, vocabulary), and the state after them.
 
-        The logits are the caller's to overwrite.
+        The caller may overwrite the logits.
         """
 
     def step(self, tokens: TokenArray, state: State) -> tuple[FloatArray, State]:
-        """Feed one token a row, int64 (batch,); return the next logits and the next state.
+        """Feed one token for each row, int64 (batch,); return the next logits and state.
 
-        An image may have several rows, one after the other, and all images as many.
+        An image may have several rows, one after the other, and all images have equally many.
         """
 
     def likeliest(
         self, tokens: TokenArray, state: State, excluded: Sequence[int], count: int
     ) -> tuple[Likeliest, State] | None:
-        """As `step`, but in place of logits the `count` likeliest tokens of each row, or as many as
-        there are, in any order; those `excluded` have minus infinity. None where the decoder has no
-        faster way than `step`."""
+        """As `step`, but instead of logits return the `count` likeliest tokens of each row (or as
+        many as there are, in any order). `excluded` tokens have minus infinity. None if the decoder
+        has no faster way than `step`."""
         return None
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
-        """The state of `rows` alone, in that order: finished rows leave, beams are reordered.
+        """The state of these `rows`, in this order: to drop finished rows, and to reorder beams.
 
-        Of a state, any part may be passed; of rows, any may come several times.
+        `state` may be a part of a state, and a row may come several times.
         """
 
     def attention(self, features: Features, captions: Sequence[Sequence[int]]) -> list[FloatArray]:
-        """Where it looked before each token of `captions`, one for each image of the batch: the
+        """Where it looked before each token of `captions`, which has one for each image: the
         weights of the regions, which sum to 1, float32 (tokens, rows, columns)."""
         raise OptionError("this decoder looks at no regions of an image")
 
     def greedy(self, features: Features, options: DecodingOptions) -> list[Hypothesis] | None:
-        """Whole captions in one go, where the decoder holds the loop; None where it must step."""
+        """Whole captions in one call, if the decoder holds the loop; None if it must step."""
         return None
 
 
 class Text(Protocol):
-    """Prompts to token ids, and token ids to captions; its length is the number of ids."""
+    """Prompts to token ids, and token ids to captions; `len` is the number of ids."""
 
     def __len__(self) -> int: ...
 
     def frame(self, prompts: Sequence[str] | None, batch: int, needed: int) -> Prompts | None:
-        """One prompt for each image of a batch, or none for any, as the decoder takes them.
+        """Make ready for the decoder a prompt for each image of a batch, or for none.
 
-        `needed` tokens at least must have room behind each.
+        Each prompt must leave room for at least `needed` tokens.
 
         Raises:
             OptionError: a prompt doesn't suit the model.
@@ -141,19 +141,23 @@ def _option(default: Any, help: str) -> Any:
 class DecodingOptions:
     """How captions are decoded; the artifact's manifest holds the defaults.
 
-    All mean what they mean in Transformers' `generate()`. `max_tokens` (there
-    `max_new_tokens`) bounds a caption, the end token not counted; before `min_tokens` no end token
-    is chosen; `repetition_penalty` above 1 makes words less likely that were said before (Keskar et
-    al. 2019, section 4.1); no sequence of `no_repeat_ngram_size` tokens comes twice, 0 allowing
-    all. A caption ends with one of `end_tokens`; `suppress_tokens` are never chosen (padding, start
-    and unknown words: nothing that a reader should see).
+    All options mean what they mean in Transformers' `generate()`.
 
-    With `num_beams` above 1 so many captions are followed at once, and the `num_return_sequences`
-    best ones kept: by log-probability, divided by the length (the end token counted) to the power
-    of `length_penalty`, above 0 in favour of long ones. `early_stopping` ends the search at
-    `num_beams` captions; False, where none of their length is likely to be better any more;
-    "never", where none of any length can be. These three do nothing without beams.
-
+    Attributes:
+        end_tokens: a caption ends with one of these.
+        max_tokens: the longest caption, end token not counted (`max_new_tokens` there).
+        min_tokens: before this many tokens, no end token is chosen.
+        repetition_penalty: above 1, tokens that were said before become less likely (Keskar et al.
+            2019, section 4.1).
+        suppress_tokens: never chosen: padding, start and unknown words, which no reader should see.
+        num_beams: how many captions are followed at once; 1 is greedy decoding.
+        length_penalty: beams are ranked by log-probability divided by the length (end token
+            counted) to this power: above 0, long captions gain.
+        early_stopping: when a search with beams ends. True: at `num_beams` finished captions.
+            False: when no caption of the present length is likely to be better. "never": when no
+            caption of any length can be better.
+        num_return_sequences: how many of the best captions are returned.
+        no_repeat_ngram_size: no sequence of so many tokens comes twice; 0 allows all.
     Raises:
         OptionError: a value is of another type, or out of range.
     """
@@ -161,14 +165,17 @@ class DecodingOptions:
     end_tokens: tuple[int, ...]
     max_tokens: int = _option(30, "longest caption, in tokens")
     min_tokens: int = _option(0, "shortest caption, in tokens")
-    repetition_penalty: float = _option(1.0, "above 1: words said before become less likely")
+    repetition_penalty: float = _option(1.0, "above 1: tokens that came before become less likely")
     suppress_tokens: tuple[int, ...] = ()
-    num_beams: int = _option(1, "how many captions are followed at once, 1 being greedy")
-    length_penalty: float = _option(1.0, "of beams: above 0 long captions win, below 0 short ones")
+    num_beams: int = _option(1, "how many captions are followed at once; 1 is greedy decoding")
+    length_penalty: float = _option(1.0, "with beams: above 0 favours long captions, below 0 short")
     early_stopping: EarlyStopping = _option(
-        False, "of beams: true ends at the first num_beams captions, never where none can be better"
+        False,
+        "with beams, when to stop: true: at num_beams captions; never: when none can be better",
     )
-    num_return_sequences: int = _option(1, "of beams: how many captions of an image are returned")
+    num_return_sequences: int = _option(
+        1, "with beams: how many of an image's captions are returned"
+    )
     no_repeat_ngram_size: int = _option(0, "no sequence of so many tokens comes twice; 0: any may")
 
     def __post_init__(self) -> None:
@@ -220,7 +227,7 @@ class DecodingOptions:
 
 
 class DecodingKeywords(TypedDict, total=False):
-    """The fields of `DecodingOptions` as keywords of a call; None stands for the default."""
+    """The fields of `DecodingOptions` as keyword arguments; None stands for the default."""
 
     end_tokens: tuple[int, ...] | None
     max_tokens: int | None
@@ -235,7 +242,7 @@ class DecodingKeywords(TypedDict, total=False):
 
 
 def changed(options: DecodingOptions, given: DecodingKeywords) -> DecodingOptions:
-    """`options`, but for what is given."""
+    """`options` with what is given in place of their own."""
     values = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(options, **values) if values else options  # type: ignore[arg-type]
 
@@ -247,9 +254,9 @@ def _require(name: str, value: object, kind: type, what: str) -> None:
 
 @dataclass
 class Hypothesis:
-    """A decoded caption: its token ids without the end token, and the natural logarithm of its
-    probability, the end token's included where it was reached; of a beam search also what it was
-    ranked by."""
+    """A decoded caption: its token ids without the end token, the natural logarithm of its
+    probability (including that of the end token, if it was reached), and from a beam search the
+    score that it was ranked by."""
 
     tokens: list[int]
     log_probability: float = 0.0
@@ -262,7 +269,7 @@ def greedy(
     options: DecodingOptions,
     prompts: Prompts | None = None,
 ) -> list[Hypothesis]:
-    """Take the likeliest token at every step, in one go where the decoder can."""
+    """Take the likeliest token at every step; in one call, if the decoder can."""
     whole = decoder.greedy(features, options)
     return greedy_by_steps(decoder, features, options, prompts) if whole is None else whole
 
@@ -273,7 +280,7 @@ def greedy_by_steps(
     options: DecodingOptions,
     prompts: Prompts | None = None,
 ) -> list[Hypothesis]:
-    """`greedy` in the decoder's single steps; rows that have ended leave the batch."""
+    """`greedy`, one step of the decoder at a time; rows that have ended leave the batch."""
     logits, state = decoder.start(features, prompts)
     said, limits = begin(logits, options, prompts)
     hypotheses = [Hypothesis([]) for _ in range(len(logits))]
@@ -303,8 +310,8 @@ def greedy_by_steps(
 def begin(
     logits: FloatArray, options: DecodingOptions, prompts: Prompts | None
 ) -> tuple[TokenArray, TokenArray]:
-    """Of each row, the ids that count as said, int64 (batch, n), and how many tokens it may have,
-    int64 (batch,).
+    """What counts as said in each row, token ids int64 (batch, n), and how many tokens each row may
+    have, int64 (batch,).
 
     Raises:
         OptionError: the options name tokens that have no logits.
@@ -320,8 +327,8 @@ def begin(
 
 
 def adjust(logits: FloatArray, said: TokenArray, options: DecodingOptions, length: int) -> None:
-    """Change the logits, or log-probabilities, of a caption's token number `length` as the options
-    say: those of tokens that must not follow become minus infinity."""
+    """Change the logits (or log-probabilities) of token number `length` as the options say: tokens
+    that must not follow get minus infinity."""
     if options.repetition_penalty != 1:
         scores = np.take_along_axis(logits, said, 1)
         penalty = np.float32(options.repetition_penalty)
@@ -337,13 +344,13 @@ def adjust(logits: FloatArray, said: TokenArray, options: DecodingOptions, lengt
 
 
 def excluded(options: DecodingOptions, length: int) -> tuple[int, ...]:
-    """What must not be token number `length` of any caption."""
+    """The tokens that no caption may have as its token number `length`."""
     early = length <= options.min_tokens
     return options.suppress_tokens + (options.end_tokens if early else ())
 
 
 def _likeliest(logits: FloatArray) -> tuple[TokenArray, FloatArray]:
-    """The best token of each row, the first of equals, and its log-probability."""
+    """The likeliest token of each row (the first of equals) and its log-probability."""
     tokens: TokenArray = logits.argmax(axis=1)
     best = logits[np.arange(len(logits)), tokens]
     if np.isneginf(best).any():

@@ -1,4 +1,4 @@
-"""Every error that capexport raises on purpose; each message says what to do."""
+"""Every error that capexport raises on purpose. Each message says what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,11 +58,11 @@ class DownloadError(CapexportError, ConnectionError):
 
 @contextmanager
 def importing(remedy: str) -> Iterator[None]:
-    """Import what an extra installs; `remedy` says what needs it, and how to get it.
+    """A block that imports what an extra installs; `remedy` says what needs it, and how to get it.
 
     Raises:
-        MissingExtraError: it is not installed, or it is and fails in itself.
-        KeyboardInterrupt: Ctrl-C, also where an extension module made an ImportError of it.
+        MissingExtraError: it is not installed, or it is installed and fails.
+        KeyboardInterrupt: Ctrl-C, even if an extension module turned it into an ImportError.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""What stands around the pixels in the bytes of an image file, read leniently.
+"""The metadata of an image file, read leniently from its bytes.
 
-Metadata are written by every program that a photo has passed through, and Pillow refuses or stops
-at much that is odd in them. So what the photo needs of them is found here, and the rest left out.
+Every program that a photo passes through writes metadata, and Pillow refuses or stops at much that
+is odd in them. So this module finds what the photo needs of them, and leaves out the rest.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 _ORIENTATION = 274
-# Not those that stand within a JPEG's coded pixels, nor the escaped 255s there.
+# Not the markers within a JPEG's coded pixels, nor the escaped 255s there.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
-# Of a TIFF's tags, those that say where its pixels are and what they mean.
+# The TIFF tags that say where the pixels are and what they mean.
 _TIFF_TAGS = {
     256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325,
     332, 338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532,
@@ -23,7 +23,7 @@ _TIFF_TAGS = {
 
 
 def exif_orientation(exif: bytes) -> int | None:
-    """The orientation that EXIF data give, in whatever state the rest of them is."""
+    """The orientation in EXIF data, even if the rest of them is damaged."""
     exif = exif.removeprefix(b"Exif\0\0")
     order: Literal["little", "big"] = "little" if exif[:2] == b"II" else "big"
     for tag, start, _ in _tiff_entries(exif):
@@ -33,7 +33,7 @@ def exif_orientation(exif: bytes) -> int | None:
 
 
 def jpeg_scans(data: bytes, enough: int) -> int:
-    """How many scans a JPEG has; where they are not more than `enough`, at least as many."""
+    """How many scans a JPEG has; up to `enough`, the count may be too high."""
     scans = data.count(b"\xff\xda")  # with those of thumbnails, and in what follows the image
     if scans <= enough:
         return scans
@@ -41,7 +41,7 @@ def jpeg_scans(data: bytes, enough: int) -> int:
 
 
 def without_metadata(data: bytes, keep_orientation: bool) -> bytes:
-    """An encoded image without what only describes it; as it is where its format has no such.
+    """An encoded image without its metadata; unchanged, if its format is not known here.
 
     Args:
         keep_orientation: leave what holds its orientation: EXIF and XMP.

@@ -63,11 +63,12 @@ def scorers() -> tuple[Any, Any, Any]:
 def score(
     captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> dict[str, float | str]:
-    """BLEU-1..4, ROUGE-L and CIDEr-D, times 100, of one caption an image against its references.
+    """BLEU-1..4, ROUGE-L and CIDEr-D, times 100, of one caption for each image against its
+    references.
 
-    Where Java runs, METEOR comes along and captions are split by the Penn Treebank tokenizer, as in
-    published figures; else by a regular expression that comes close. A Java that is there and fails
-    is reported by a warning, and costs nothing else.
+    If Java runs, METEOR is computed too, and the Penn Treebank tokenizer splits the captions, as
+    for published figures; otherwise a regular expression that comes close does. If Java is there
+    but fails, a warning says so, and the other metrics are still computed.
 
     Raises:
         MissingExtraError: pycocoevalcap is not installed.
@@ -93,7 +94,7 @@ def score(
 
 
 def cider(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
-    """The mean of `ciders`.
+    """The mean of `ciders` over all images.
 
     Raises:
         MissingExtraError: pycocoevalcap is not installed.
@@ -119,7 +120,7 @@ def ciders(
 
 
 def _tokenized(generated: Texts, human: Texts) -> tuple[Texts, Texts, str | None]:
-    """Both in words with spaces between, and the Java that made them so, if one did."""
+    """Both as words separated by spaces, and the Java program that split them, if one did."""
     java = shutil.which("java")
     if java and not (fault := _fault_of(java)):
         try:
@@ -133,7 +134,7 @@ def _tokenized(generated: Texts, human: Texts) -> tuple[Texts, Texts, str | None
 
 @functools.cache
 def _fault_of(java: str) -> str:
-    """Why this Java doesn't run, in one line; empty where it does."""
+    """Why this Java doesn't run, in one line; empty if it does."""
     try:
         with _java(java, ["-version"], _SECONDS_TO_START) as process:
             answer = process.communicate()[0].decode(errors="replace")
@@ -145,7 +146,8 @@ def _fault_of(java: str) -> str:
 
 
 def _by_treebank(java: str, texts: Texts) -> Texts:
-    """As pycocoevalcap's PTBTokenizer, which writes into its own folder and waits for ever."""
+    """As pycocoevalcap's PTBTokenizer, which itself writes into its own folder and may wait for
+    ever."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     # The Java program drops empty lines and so would shift captions: a lone period is kept, and
@@ -195,8 +197,8 @@ def _meteor(java: str, human: Texts, generated: Texts) -> float:
 
 @contextlib.contextmanager
 def _java(java: str, arguments: list[str], seconds: float) -> Iterator[subprocess.Popen[bytes]]:
-    """A Java program, in English and UTF-8 whatever the environment says, for `seconds` at most;
-    when the block ends so does the program, with all that it started.
+    """A running Java program, in English and UTF-8 whatever the environment says, for `seconds` at
+    most. It ends with the block, and so does all that it started.
 
     Raises:
         _JavaError: it doesn't start, or the block raised one, OSError or ValueError.

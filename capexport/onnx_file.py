@@ -1,8 +1,8 @@
-"""ONNX files without the package onnx: what one names before onnxruntime acts on it, other files
-and loops, and those that are small enough to be written here.
+"""ONNX files without the package onnx: check which files and loops a graph names before onnxruntime
+acts on it, and write a few small graphs.
 
-Read from the file itself, of which nothing but messages on the way to those is unpacked. Source:
-onnx.proto (onnx/onnx), and "Protocol Buffers: Encoding" (protobuf.dev).
+The check unpacks only the messages that lead to those names. Source: onnx.proto (onnx/onnx), and
+"Protocol Buffers: Encoding" (protobuf.dev).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _FLOAT32, _UINT8, _INT8, _INT32, _INT64 = 1, 2, 3, 6, 7  # element types
 
 
 def check_graph(path: Path, files: Collection[str], bound: str = "max_tokens") -> None:
-    """Hold a graph to its artifact: weights outside of it lie in `files`, and what repeats itself
-    is a loop of the main graph that counts to the graph's input `bound`.
+    """Hold a graph to its artifact: external weights lie in `files`, and every loop is one of the
+    main graph that counts to the graph's input `bound`.
 
     Raises:
-        ArtifactError: it names another file, loops without that bound, or is no ONNX graph.
+        ArtifactError: it names another file, loops without that bound, or is not an ONNX graph.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -67,7 +67,7 @@ def _troubles(data: mmap.mmap, files: Collection[str], bound: bytes) -> Iterator
 
 
 def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, beginning and end of a message's fields of some length, the others passed over."""
+    """Number, start and end of a message's length-delimited fields; the others are skipped."""
     while at < end:
         tag, at = _varint(data, at)
         wire = tag & 7
@@ -99,9 +99,9 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
 
 
 def gather_graph(kinds: Sequence[tuple[int, int]]) -> bytes:
-    """An ONNX file that takes `rows`, int64 (n,), of several tensors at once, on axis 0: of `in0`
-    to `out0`, and so on. `kinds` are the tensors' element types, as onnx.proto numbers them, and
-    how many axes they have."""
+    """An ONNX file that gathers `rows`, int64 (n,), from several tensors at once, along axis 0:
+    from `in0` to `out0`, and so on. `kinds` are the tensors' element types, as onnx.proto numbers
+    them, and how many axes they have."""
     graph = _value(11, "rows", (_INT64, 1))
     for number, kind in enumerate(kinds):
         before, after = f"in{number}", f"out{number}"
@@ -111,9 +111,9 @@ def gather_graph(kinds: Sequence[tuple[int, int]]) -> bytes:
 
 
 def likeliest_graph() -> bytes:
-    """An ONNX file that takes the `count`, int64 (1,), likeliest of each row of `logits`, float32
-    (rows, n): to `values` their log-probabilities, to which `bias`, float32 (n,), has been added,
-    and to `places` where in the row they are."""
+    """An ONNX file that finds the `count`, int64 (1,), likeliest of each row of `logits`, float32
+    (rows, n). `values` are their log-probabilities, to which `bias`, float32 (n,), has been added;
+    `places` are their places in the row."""
     graph = _value(11, "logits", (_FLOAT32, 2)) + _value(11, "bias", (_FLOAT32, 1))
     graph += _value(11, "count", (_INT64, 1))
     graph += _node("LogSoftmax", ["logits"], ["logs"])

@@ -1,4 +1,4 @@
-"""From a decoded image, in whatever mode and orientation, to upright RGB."""
+"""From a decoded image, of any mode and orientation, to upright RGB."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from capexport.errors import ImageError
 
-# A decoded image without metadata, its EXIF orientation, and what makes its parts RGB.
+# A decoded image without metadata, its EXIF orientation, and a function that makes parts of it RGB.
 Loaded: TypeAlias = tuple[Image.Image, int, Callable[[Image.Image], Image.Image]]
 
 # Larger images are turned and converted in pieces of this many pixels, never held twice.
@@ -81,9 +81,9 @@ def rgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
 
 
 def _scaling(image: Image.Image, tags: Any) -> Callable[[NDArray[Any]], NDArray[np.uint8]]:
-    """How grey of more than 8 bits becomes 0..255, judged by its range in all of `image`.
+    """A function that turns grey of more than 8 bits into 0..255, judged by its range in `image`.
 
-    Files seldom say which part of their 16 or 32 bits is used. A photo that reaches but a
+    Files seldom say which part of their 16 or 32 bits they use. A photo that reaches only a
     sixteenth of full white would be captioned as a black one, so that is never assumed.
     """
     ranges = [(part.min(), part.max()) for part in map(np.asarray, _upright_strips(image, 1))]

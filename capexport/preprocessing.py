@@ -1,6 +1,6 @@
-"""From an image, in whatever form it comes, to the float array that an encoder takes.
+"""From an image in any form to the float array that an encoder takes.
 
-Training uses these same functions, so a captioner never sees other pixels than its model did.
+Training uses these same functions, so a captioner sees the same pixels as its model did.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ FloatArray: TypeAlias = NDArray[np.float32]
 
 # Resizing a 1 x 20000 strip by its shorter edge would take gigabytes.
 _MAX_ASPECT_RATIO = 100
-# How many times the size that it is resized to a reduced JPEG has at least, as Pillow's thumbnail.
+# A reduced JPEG keeps at least this many times the size that it is resized to, as Pillow's
+# thumbnail does.
 _KEPT = 2
 
 
@@ -47,9 +48,11 @@ _KEPT = 2
 class ImageSpec:
     """What `preprocess` does; the defaults are torchvision's ImageNet recipe.
 
-    `resize` is the length of the shorter edge and `crop` the side of the central square, both in
-    pixels; `mean` and `std` normalise each RGB channel of an image scaled to 0..1. Where
-    `keep_aspect` is off, both edges become `resize` long. `resample` is "bilinear" or "bicubic".
+    Attributes:
+        resize: length of the shorter edge, in pixels; of both edges, if `keep_aspect` is off.
+        crop: side of the central square, in pixels.
+        mean, std: normalise each RGB channel of an image scaled to 0..1.
+        resample: "bilinear" or "bicubic".
     """
 
     resize: int = 256
@@ -79,21 +82,22 @@ def preprocess(
 ) -> FloatArray:
     """Load an image, resize the shorter edge, crop the centre, scale to 0..1 and normalise.
 
-    Of a large JPEG file a half, a quarter or an eighth of the width and height is decoded, as long
-    as each edge keeps twice the length that it is resized to (`Image.draft` of Pillow): several
-    times as fast, and other pixels than those of the whole by a little. From the loaded image on,
-    equal to torchvision's `Resize` (on the PIL image), `CenterCrop`,
-    `ToTensor` and `Normalize` in that order, and to Transformers' `BlipImageProcessor` where the
-    aspect ratio is not kept.
+    A large JPEG file is decoded at a half, a quarter or an eighth of its width and height, as long
+    as each edge keeps twice the length that it is resized to (`Image.draft` of Pillow). That is
+    several times as fast, and changes pixels a little.
+
+    From the loaded image on, the result equals that of torchvision's `Resize` (on the PIL image),
+    `CenterCrop`, `ToTensor` and `Normalize`, in that order; without `keep_aspect`, that of
+    Transformers' `BlipImageProcessor`.
 
     Args:
-        out: where to put the result, of the same shape and type: a batch's row, say.
-        max_pixels, truncated: as `load_image`.
+        out: where to put the result, of the same shape and type, such as a row of a batch.
+        max_pixels, truncated: as for `load_image`.
         full_size: decode large JPEG files whole.
     Returns:
         float32 (3, spec.crop, spec.crop), channels in RGB order.
     Raises:
-        ImageNotFoundError, ImageError: as `load_image`.
+        ImageNotFoundError, ImageError: as for `load_image`.
     """
     with naming(source):
         enough = None if full_size else _KEPT * spec.resize
@@ -126,8 +130,8 @@ def _resized_centre(loaded: Loaded, spec: ImageSpec) -> Image.Image:
     resample = Image.Resampling[spec.resample.upper()]
     left, top = (round((edge - spec.crop) / 2) for edge in size)
     box = (left, top, left + spec.crop, top + spec.crop)
-    # Pillow resizes one axis after the other, the rows first unless the image is that tall; so a
-    # large image can be narrowed in strips, which are never all held as RGB.
+    # Pillow resizes one axis after the other, and narrows the rows first unless the image is much
+    # taller than wide. So a large image can be narrowed in strips, which are never all held as RGB.
     rows_first = height <= size[1] or height - size[1] <= 2 * (width - size[0])
     if rows_first and width * height > STRIP_PIXELS and (loaded[0].mode, loaded[1]) != ("RGB", 1):
         narrow = upright_rgb(loaded, lambda strip: strip.resize((size[0], strip.height), resample))
@@ -135,8 +139,8 @@ def _resized_centre(loaded: Loaded, spec: ImageSpec) -> Image.Image:
     image = upright_rgb(loaded)
     if not rows_first:  # as of Pillow 13; those before it take the rows first in any case
         image = image.resize((width, size[1]), resample)
-    # Only the pixels that remain are computed where that changes no bit: where Pillow's float32
-    # holds the corners exactly, and where it has no reason to take the axes in another order.
+    # Compute only the pixels that remain, if that changes no bit: if Pillow's float32 holds the
+    # corners exactly, and if Pillow has no reason to take the axes in another order.
     if width == height < 1 << 16 and width * 256 % spec.resize == 0:
         x0, y0, x1, y1 = (edge * width / spec.resize for edge in box)
         return image.resize((spec.crop, spec.crop), resample, (x0, y0, x1, y1))

@@ -73,12 +73,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 @dataclass(frozen=True)
 class Job:
-    """What a job has come to, in files.
+    """What a job has done, counted in files.
 
     Attributes:
-        captioned: those that have a caption since this run.
-        failed: those that cannot be read; each has its row, with an error.
-        left_out: those that had a caption before.
+        captioned: files that this run has captioned.
+        failed: files that cannot be read; each has a row with an error.
+        left_out: files that had a caption before.
     """
 
     captioned: int
@@ -118,8 +118,8 @@ def caption_files(
             bundled captioner.
         filesystem: where `photos` and `out` are, for access that a URI cannot tell.
         format: "parquet", or "jsonl": a JSON object a line.
-        resume: go on with what is in `out`: files that have no caption there, as those that are
-            new or could not be read, are captioned, and the other rows stay.
+        resume: keep the rows that are in `out`, and caption the files that have no caption there,
+            because they are new or could not be read.
         device, workers, threads: as of `caption_dataset`.
         prompt, truncated, options: as of `Captioner`.
     Raises:
@@ -269,10 +269,10 @@ def _actors(device: str, workers: int | None, threads: int | None, small: bool) 
 
 
 class _Captioning:
-    """What an actor does: images through a captioner, those to come being read meanwhile.
+    """What an actor does: it captions images, and reads the next ones meanwhile.
 
-    Where an actor was lost, an image may have ended it, as some do to decoders written in C. The
-    one that takes its place, and its images, reads them in a process apart.
+    If an actor was lost, an image may have crashed it, since decoders are written in C. The actor
+    that takes over its images reads them in a separate process.
     """
 
     def __init__(self, work: _Work, filesystem: FileSystem | None) -> None:
@@ -371,7 +371,7 @@ def _write_parts(
     """Caption files; how many have a caption now, and how many cannot be read.
 
     A part is what an actor does in one piece, and what an interruption costs: a sixteenth of its
-    work, so that at the end none works while all the others wait.
+    work, so that in the end no actor works while all others wait.
     """
     each = min(-(-len(names) // (work.workers * _PARTS_AN_ACTOR)), _LARGEST_PART)
     each = -(-each // work.batch_size) * work.batch_size

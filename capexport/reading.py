@@ -1,59 +1,57 @@
-"""Several images at once: read by threads, and one that cannot be read costs no other."""
+"""Several images at once: threads read them, and one that cannot be read costs no other."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from capexport.errors import ImageError
-from capexport.preprocessing import FloatArray, ImageSource, ImageSpec, preprocess
+from capexport.preprocessing import FloatArray, ImageSource
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
 class ImageReader:
-    """Reads batches of images with `threads` threads; several may be read at the same time."""
+    """Reads batches of images with `threads` threads; several batches may be read at once."""
 
-    def __init__(self, spec: ImageSpec, threads: int) -> None:
-        self.spec = spec
-        self.threads = threads
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
         self._pools: dict[int, ThreadPoolExecutor] = {}  # by process: a fork takes no thread along
 
     def read(
-        self, images: Sequence[ImageSource], truncated: bool = False, full_size: bool = False
+        self,
+        images: Sequence[ImageSource],
+        side: int,
+        preprocess: Callable[[ImageSource, FloatArray], object],
     ) -> tuple[FloatArray, list[ImageError | None]]:
         """
         Args:
-            truncated, full_size: as of `preprocess`.
+            preprocess: writes an image's pixels, float32 (3, side, side), into its second argument.
         Returns:
-            Pixels, float32 (images, 3, height, width), and for each image what is wrong with it;
-            its pixels then mean nothing.
+            The pixels of all images, float32 (images, 3, side, side), and for each image its error
+            or None; after an error, its pixels mean nothing.
         """
-        pixels = np.empty((len(images), 3, self.spec.crop, self.spec.crop), np.float32)
+        pixels = np.empty((len(images), 3, side, side), np.float32)
+
+        def read(image: ImageSource, out: FloatArray) -> ImageError | None:
+            try:
+                preprocess(image, out)
+            except ImageError as error:
+                return error
+            return None
+
         if len(images) == 1:  # not worth a thread
-            return pixels, [self._read(images[0], pixels[0], truncated, full_size)]
+            return pixels, [read(images[0], pixels[0])]
         process = os.getpid()
         if process not in self._pools:
-            self._pools.setdefault(process, ThreadPoolExecutor(self.threads))
-        options = repeat(truncated), repeat(full_size)
-        read = self._pools[process].map(self._read, images, pixels, *options)
-        return pixels, list(read)
-
-    def _read(
-        self, image: ImageSource, out: FloatArray, truncated: bool, full_size: bool
-    ) -> ImageError | None:
-        try:
-            preprocess(image, self.spec, out, truncated=truncated, full_size=full_size)
-        except ImageError as error:
-            return error
-        return None
+            self._pools.setdefault(process, ThreadPoolExecutor(self._threads))
+        return pixels, list(self._pools[process].map(read, images, pixels))
 
     def close(self) -> None:
         """End this process's threads; a later `read` starts others."""

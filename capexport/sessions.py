@@ -1,4 +1,4 @@
-"""ONNX graphs on a device: the only file that imports onnxruntime."""
+"""ONNX graphs on a device. No other file imports onnxruntime."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 # reporting thread hangs the exit of a forked process. What is set already stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_SILENT = 4  # what onnxruntime logs as an error, it raises, too
+_SILENT = 4  # onnxruntime raises what it logs as an error, too
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -45,11 +45,11 @@ class Device:
 
     Attributes:
         name: what `device=` calls it.
-        provider, options: its execution provider, and what that is told.
-        extra: what installs the provider: the extra of capexport.
+        provider, options: its execution provider, and the options of that.
+        extra: the extra of capexport that installs the provider.
         memory: where values stay between graphs, as onnxruntime names it.
-        images_per_core: how many images of a batch a core takes at once through a small encoder,
-            beside the others; None where all take the whole batch together.
+        images_per_core: how many images of a batch each core takes through a small encoder at once;
+            None if all cores take the whole batch together.
         core_batches: whether each core may take a batch of its own through a small model.
     """
 
@@ -64,8 +64,8 @@ class Device:
 
 # In the order that "auto" tries them in.
 DEVICES = (
-    # TensorFloat-32, CUDA's default, would be faster than float32 but not the same; an exhaustive
-    # search for convolutions, another, takes seconds for every new batch size.
+    # CUDA's defaults: TensorFloat-32 is faster than float32, but not the same; an exhaustive search
+    # for convolutions takes seconds for every new batch size.
     Device(
         "cuda",
         "CUDAExecutionProvider",
@@ -73,7 +73,7 @@ DEVICES = (
         options={"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
         memory="cuda",
     ),
-    # The activations of more images than two spill from a core's cache.
+    # The activations of more than two images spill from a core's cache.
     Device(
         "cpu", "CPUExecutionProvider", extra="cpu", images_per_core=2, core_batches=True
     ),
@@ -87,7 +87,7 @@ def _import_onnxruntime() -> Any:
         "`pip install 'capexport[gpu]'` for CUDA (never both)"
     ):
         import onnxruntime
-    if first:  # whoever imported it before may have set this
+    if first:  # otherwise somebody else may have set it
         onnxruntime.set_default_logger_severity(_SILENT)
     return onnxruntime
 
@@ -98,15 +98,15 @@ def runtime_version() -> str:
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use, a container's quota counted."""
+    """CPU cores that this process may use, within a container's quota."""
     affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     return min(cores, cpu_quota() or cores)
 
 
 def cpu_quota(root: Path = Path("/")) -> int | None:
-    """CPUs that control groups (version 1 or 2) grant this process, as containers set them:
-    the least of its own group and those around it, rounded up. None where nothing is set.
+    """CPUs that control groups (version 1 or 2), such as a container's, grant this process: the
+    least of its own group and those around it, rounded up. None if nothing is set.
 
     Source: "CPU Interface Files" in Linux' cgroup-v2.rst, and sched-bwc.rst.
     """
@@ -125,7 +125,7 @@ def cpu_quota(root: Path = Path("/")) -> int | None:
 
 
 def _quota_of(group: Path) -> int | None:
-    """CPUs, of one control group."""
+    """CPUs that one control group grants."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()
@@ -139,9 +139,9 @@ def _quota_of(group: Path) -> int | None:
 
 @cache
 def cuts_off_sums() -> bool:
-    """Whether onnxruntime's fastest products of 8-bit matrices are wrong here: x86 processors
-    without VNNI add two products in 16 bits, and what doesn't fit is lost. The others, which are
-    slower, caption as any other machine does."""
+    """Whether onnxruntime's fastest products of 8-bit matrices are wrong here. x86 processors
+    without VNNI add two products in 16 bits, and what doesn't fit is lost. onnxruntime's slower
+    products are right there, too."""
     onnxruntime = _import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -153,7 +153,8 @@ def cuts_off_sums() -> bool:
 
 @cache
 def _load_cuda_libraries() -> str:
-    """Load what NVIDIA's packages of the gpu extra brought; returns what could not be loaded."""
+    """Load the libraries in NVIDIA's packages, from the extra `gpu`; return what could not be
+    loaded, in words."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         getattr(_import_onnxruntime(), "preload_dlls", lambda **_: None)(directory="")
@@ -161,7 +162,7 @@ def _load_cuda_libraries() -> str:
 
 
 def _cuda_trouble(index: int) -> str | None:
-    """What keeps CUDA from computing on a GPU, as far as its driver can tell."""
+    """Why CUDA cannot compute on a GPU, as far as the driver can tell; None if it can."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
@@ -179,11 +180,11 @@ class Target:
     """Where graphs run, and how they are opened.
 
     Attributes:
-        device: the kind of hardware; `index` counts several of a kind.
+        device: the kind of hardware; `index` says which one of several.
         threads: CPU threads of each graph; all cores by default.
-        providers, session_options: the caller's own, in place of what the device's row says.
-        folded: a CPU computes float16 in float32: whether the weights are converted once, into
-            twice their size, or whenever they are used.
+        providers, session_options: the caller's own, in place of those in the device's row.
+        folded: a CPU computes float16 in float32. If folded, weights are converted once, into twice
+            their size; otherwise whenever they are used.
     """
 
     device: Device
@@ -224,11 +225,12 @@ class Target:
 
         Args:
             threads: in place of the target's own.
-            mapped: leave external weights where they are mapped, instead of repacking them into
-                memory of this process: twice the weights are not to be had everywhere.
-            bound: leave what the graph computes with onnxruntime, even in the host's memory.
+            mapped: leave external weights mapped from their file, instead of repacking them into
+                this process's memory, which not every machine has twice.
+            bound: leave the outputs with onnxruntime, even if they are in the host's memory.
         Raises:
-            MissingExtraError, DeviceError: as `require_provider`, or the provider does not start.
+            MissingExtraError, DeviceError: as for `require_provider`; or the provider does not
+                start.
             ArtifactError: onnxruntime cannot load the graph.
         """
         self.require_provider()
@@ -242,7 +244,7 @@ class Target:
         providers = list(self.providers) or [(self.device.provider, self._provider_options())]
         options = self.session_options or self._session_options(threads or self.threads, mapped)
         try:
-            # Its fallback to the CPU, which prints, is of no use where that failed.
+            # The fallback to the CPU prints, and is of no use if the CPU itself failed.
             session = _import_onnxruntime().InferenceSession(
                 model, options, providers, enable_fallback=cuda or bool(self.providers)
             )
@@ -273,7 +275,7 @@ class Target:
     def _session_options(self, threads: int | None, mapped: bool) -> onnxruntime.SessionOptions:
         onnxruntime = _import_onnxruntime()
         options = onnxruntime.SessionOptions()
-        # Of a quota onnxruntime knows nothing.
+        # onnxruntime does not know of a container's quota.
         options.intra_op_num_threads = threads or (available_cores() if cpu_quota() else 0)
         options.log_severity_level = _SILENT
         if cuts_off_sums():
@@ -299,7 +301,7 @@ def targets(
     providers: Providers | None = None,
     session_options: onnxruntime.SessionOptions | None = None,
 ) -> list[Target]:
-    """What to try in turn: one target, or for "auto" each device whose provider is installed.
+    """The targets to try in turn: one, or for "auto" each device whose provider is installed.
 
     Raises:
         DeviceError: there is no such device.
@@ -322,7 +324,7 @@ def targets(
 
 
 def _target_of_providers(providers: Providers, options: Any) -> Target:
-    """The first of the caller's providers is the one that must start."""
+    """A target for the caller's providers, of which the first must start."""
     first = providers[0]
     name, settings = (first, {}) if isinstance(first, str) else first
     row = next((row for row in DEVICES if row.provider == name), None)
@@ -336,8 +338,8 @@ _reopening = threading.Lock()
 
 
 def _leave_sessions_to_the_parent() -> None:
-    """In a forked process: of a session there are no threads but its memory, which would be waited
-    for. Sessions are opened anew where they are needed, and those that came along never freed."""
+    """In a forked process, a session's memory is there but its threads are not, and freeing it
+    would wait for them. So inherited sessions are never freed, and new ones opened when needed."""
     global _reopening
     _reopening = threading.Lock()
     for graph in _graphs:
@@ -351,7 +353,7 @@ if hasattr(os, "register_at_fork"):
 class Graph:
     """An opened graph, whose outputs come back as arrays, or stay where they were computed.
 
-    It may be used by several threads at once, and goes on in a forked process.
+    Several threads may use it at once, and it keeps working in a forked process.
 
     Attributes:
         inputs, outputs: shape and element type of each, by name.
@@ -367,8 +369,8 @@ class Graph:
         """
         Args:
             memory: the device on which values stay, and its index; None if all are arrays.
-            open_session: opens a session of a file or its content; anew in a forked process.
-            content: in place of the file at `path`.
+            open_session: opens a session from a file or its content; again in a forked process.
+            content: the graph's bytes, in place of the file at `path`.
         """
         self.path = path
         self._open = partial(open_session, content or path)
@@ -390,7 +392,7 @@ class Graph:
         return self._session
 
     def abandon_session(self) -> None:
-        """Forget the session, but keep it in memory for ever."""
+        """Forget the session, but never free its memory."""
         if self._session is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
             self._session = None
@@ -408,7 +410,7 @@ class Graph:
             )
 
     def expect_shape(self, name: str, *sizes: int | None) -> None:
-        """Hold an input or output to a shape; None stands for any size.
+        """Check the shape of an input or output; None stands for any size.
 
         Raises:
             ArtifactError: it has another one.
@@ -424,7 +426,7 @@ class Graph:
     def run(
         self, feeds: Mapping[str, Value], outputs: Collection[str], host: Collection[str] = ()
     ) -> dict[str, Value]:
-        """Compute `outputs`, those in `host` as arrays, and the others wherever values stay.
+        """Compute `outputs`: those in `host` as arrays, the others left where values stay.
 
         Raises:
             ArtifactError: onnxruntime fails in the graph, or its outputs are not as declared.
@@ -446,7 +448,7 @@ class Graph:
         fits = len(shape) == len(declared)
         for size, expected in zip(shape, declared, strict=False):
             fits = fits and (size == expected or not isinstance(expected, int))
-        if not fits:  # onnxruntime does not hold them to it
+        if not fits:  # onnxruntime does not check this
             raise ArtifactError(
                 f"{self.path}: {name} came out in shape {_shown(shape)}, declared "
                 f"{_shown(declared)}; export again"
@@ -468,7 +470,7 @@ class Graph:
         return [v.numpy() if n in host else v for n, v in zip(outputs, values, strict=True)]
 
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
-        """The values of `rows` alone, in that order; those on a device stay there."""
+        """The values of these `rows`, in this order; values on a device stay there."""
         arrays = {name: v[rows] for name, v in state.items() if isinstance(v, np.ndarray)}
         others = tuple(name for name in state if name not in arrays)
         if not others:
@@ -482,10 +484,10 @@ class Graph:
         return {**arrays, **dict(zip(others, values.values(), strict=True))}
 
     def likeliest(self, logits: Value, excluded: Sequence[int], count: int) -> Likeliest:
-        """As of `Decoder.likeliest`, chosen where this graph's output `logits` is."""
+        """As `Decoder.likeliest`, computed where this graph's output `logits` is."""
         shape = _shape(logits)
         self._check_output("logits", shape)
-        # Its passes over the logits are too short for a thread to be woken.
+        # Its passes over the logits are too short to wake a thread for.
         self._ranking = self._ranking or self._beside(likeliest_graph(), threads=1)
         bias = np.zeros(shape[1], np.float32)
         bias[list(excluded)] = -np.inf
@@ -495,11 +497,11 @@ class Graph:
         return values["values"], values["places"]
 
     def _beside(self, content: bytes, **how: Any) -> Graph:
-        """A graph where this one is."""
+        """Another graph on the same device as this one."""
         return Graph(self.path, self._memory, partial(self._open_session, **how), content)
 
     def empty(self, name: str, batch: int) -> Value:
-        """A first value for an input: its free axes, but for the batch, have length 0."""
+        """A first value for an input: its free axes, except the batch, have length 0."""
         node = self.inputs[name]
         shape = [size if isinstance(size, int) else 0 for size in node.shape]
         return self._stay(np.empty([batch, *shape[1:]], _NUMPY_TYPES[node.type]))

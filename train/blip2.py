@@ -20,7 +20,7 @@ class Blip2TrainConfig(RunOptions):
     et al. 2023, appendix; LAVIS, caption_coco_ft.yaml), with a warm-up that suits short runs too.
     """
 
-    data: Path = option("Flickr8k folder, in the Kaggle or the original layout")
+    data: Path = option("folder of Flickr8k, Flickr30k, COCO or another data set (README.md)")
     out: Path = option("run folder to create", default=Path("runs/blip2"))
     model: str = option(
         "Hugging Face id, or a local folder, of a BLIP-2 with OPT or Flan-T5",
@@ -28,34 +28,36 @@ class Blip2TrainConfig(RunOptions):
     )
     revision: str | None = option("branch, tag or commit of the id", default=None)
     prompt: str | None = option(
-        "text that stands before every caption and is not learnt, such as 'a photo of'; the result "
-        "is to be given the same one",
+        "text before every caption that is not learnt, such as 'a photo of'; give the result the "
+        "same prompt",
         default=None,
     )
     dtype: str = option(
-        "bf16: the frozen models in bfloat16, products too (half the memory); fp32: all in "
-        "float32. What is trained is kept in float32 either way",
+        "bf16: frozen models and products in bfloat16 (half the memory); fp32: all in float32. "
+        "What is trained is kept in float32 either way",
         default="bf16",
         choices=("bf16", "fp32"),
     )
     batch_size: int = option("captions in memory at once", default=16)
     gradient_accumulation_steps: int = option(
-        "batches whose gradients make one step: with as many, a smaller --batch-size learns the "
-        "same in less memory",
+        "batches whose gradients make one step: with more of them, a smaller --batch-size learns "
+        "the same in less memory",
         default=1,
     )
     learning_rate: float = option("AdamW's learning rate at its peak", default=1e-5)
     warmup_ratio: float = option(
-        "share of all steps in which the rate rises to its peak, to fall as a cosine to 0",
+        "share of all steps in which the rate rises to its peak; then it falls to 0 as a cosine",
         default=0.05,
     )
     weight_decay: float = option("AdamW's weight decay, of matrices alone", default=0.05)
-    epochs: int = option("epochs at the most", default=5)
+    epochs: int = option("number of epochs, at most", default=5)
     patience: int = option("epochs without a better validation loss before stopping", default=2)
     validation: float = option(
-        "share of photos for validation, where no split files are", default=0.1
+        "share of photos for validation, if the data set has no split of its own", default=0.1
     )
-    test: float = option("share of photos for the test, where no split files are", default=0.1)
+    test: float = option(
+        "share of photos for the test, if the data set has no split of its own", default=0.1
+    )
     seed: int = option("seed of the split, the order of captions and of dropout", default=0)
     device: str = option("torch device, such as cpu or cuda", default="cpu")
     threads: int | None = option("CPU threads; all cores by default", default=None)

@@ -59,7 +59,7 @@ class RunOptions:
 class TrainConfig(RunOptions):
     """The options of one training run, as `config.json` in the run folder keeps them."""
 
-    data: Path = option("folder of Flickr8k, Flickr30k, COCO or another data set (README.md)")
+    data: Path = option("folder of Flickr8k, Flickr30k, COCO or another data set (train/README.md)")
     out: Path = option("run folder to create", default=Path("runs/cnn-lstm"))
     keep_articles: bool = option(
         'keep single letters, so that captions say "a dog"; the published cleaning drops them '
@@ -68,9 +68,11 @@ class TrainConfig(RunOptions):
     )
     min_count: int = option("words that occur less often become <UNK>", default=5)
     validation: float = option(
-        "share of photos for validation, where no split files are", default=0.1
+        "share of photos for validation, if the data set has no split of its own", default=0.1
     )
-    test: float = option("share of photos for the test, where no split files are", default=0.1)
+    test: float = option(
+        "share of photos for the test, if the data set has no split of its own", default=0.1
+    )
     seed: int = option("seed of the split, the initial weights and the order of batches", default=0)
     backbone: str = option(
         "torchvision's image network", default="mobilenet_v2", choices=tuple(BACKBONES)
@@ -94,12 +96,12 @@ class TrainConfig(RunOptions):
         "make both edges --crop long instead, so that nothing of a photo is cut off", default=False
     )
     init: Path | None = option(
-        "checkpoint or run folder to begin with; network, vocabulary and image size are its own",
+        "checkpoint or run folder to start from, with its network, vocabulary and image size",
         default=None,
     )
     decoder: str = option(
-        "lstm: is given one feature of the image first; attention: looks at the regions of the "
-        "backbone's map before each word (Xu et al. 2015)",
+        "lstm: one feature of the image is its first input; attention: looks at the regions of "
+        "the backbone's map before each word (Xu et al. 2015)",
         default="lstm",
         choices=("lstm", "attention"),
     )
@@ -111,16 +113,16 @@ class TrainConfig(RunOptions):
         default=0.0,
     )
     attention_penalty: float = option(
-        "weight of the doubly stochastic regulariser, which has a caption look everywhere once",
+        "weight of the doubly stochastic regulariser: a caption looks at each region about once",
         default=0.0,
     )
     objective: str = option(
-        "likelihood: of the captions that people wrote; cider: the CIDEr-D of captions that the "
-        "model draws (self-critical training, Rennie et al. 2017), to be begun with --init",
+        "likelihood: that of human captions; cider: the CIDEr-D of captions that the model samples "
+        "(self-critical training, Rennie et al. 2017), which starts from --init",
         default="likelihood",
         choices=("likelihood", "cider"),
     )
-    label_smoothing: float = option("share of probability for all other words", default=0.0)
+    label_smoothing: float = option("share of probability that all other words get", default=0.0)
     batch_size: int = option(
         "captions a batch; with the attention decoder or --objective cider, photos a batch, each "
         "with all its captions",
@@ -129,19 +131,19 @@ class TrainConfig(RunOptions):
     learning_rate: float = option("AdamW's learning rate", default=1e-3)
     weight_decay: float = option("AdamW's weight decay", default=0.0)
     cosine: bool = option(
-        "warm the learning rate up over a twentieth of the training, and let it fall to nothing "
+        "warm the learning rate up over a twentieth of the training, then let it fall to zero "
         "along a cosine",
         default=False,
     )
     average: float = option(
-        "evaluate and keep a moving average of the weights, of which each batch leaves this share",
+        "evaluate and keep a moving average of the weights, of which each batch keeps this share",
         default=0.0,
     )
     bfloat16: bool = option("compute the decoder's products in bfloat16", default=False)
-    epochs: int = option("epochs at the most", default=10)
+    epochs: int = option("number of epochs, at most", default=10)
     patience: int = option("epochs without a better validation before stopping", default=2)
     best_by: str = option(
-        "what makes an epoch the best: the loss on the validation split, or CIDEr-D there",
+        "how to find the best epoch: by the loss or by CIDEr-D on the validation split",
         default="loss",
         choices=("loss", "cider"),
     )
@@ -153,19 +155,19 @@ class TrainConfig(RunOptions):
     views: int = option("with --augment: the photo, its mirror image, and random crops", default=6)
     train_backbone: bool = option("train the backbone too, from --train-from on", default=False)
     train_from: int = option(
-        "first block of the backbone that is trained; what those before it make of a photo can be "
-        "cached, if there are any",
+        "first block of the backbone that is trained; what the blocks before it make of a photo is "
+        "cached",
         default=0,
     )
     backbone_learning_rate: float | None = option(
         "of the backbone's blocks; --learning-rate by default", default=None
     )
     update_norms: bool = option(
-        "let the batch norms of trained blocks follow the photos; they stay as they were otherwise",
+        "let the batch norms of trained blocks update their statistics; otherwise they keep them",
         default=False,
     )
     no_feature_cache: bool = option(
-        "compute image features anew for every batch, to measure what the cache saves",
+        "compute image features again for every batch, to measure what the cache saves",
         default=False,
     )
     cache: Path = option("folder for cached image features", default=Path("~/.cache/capexport"))
@@ -220,8 +222,8 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, bool]:
         argv,
         prog="python -m train",
         **teaching(
-            "Train the CNN-LSTM captioner (frozen backbone, LSTM) on Flickr8k. The defaults "
-            "are the published recipe.",
+            "Train a CNN-LSTM captioner. The defaults are the published recipe: a frozen backbone "
+            "and an LSTM.",
             "python -m train --data flickr8k --out runs/first --keep-articles",
             "python -m train --resume runs/first",
             "capexport lstm runs/first --out artifacts/first   # then, to use the result",
@@ -242,8 +244,7 @@ def parse_options(
         type=Path,
         metavar="RUN",
         default=argparse.SUPPRESS,
-        help="go on with a run that was stopped, with the options that it began with; give no "
-        "other option",
+        help="continue a stopped run with the options that it began with; give no other option",
     )
     for item in dataclasses.fields(kind):
         flag = "--" + item.name.replace("_", "-")

@@ -56,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="capbench",
         **teaching(
-            "Measure a captioner's PyTorch and ONNX paths against each other: in turn, in one "
-            "process, on the same photos. The last line of standard output is JSON.",
+            "Measure a captioner in PyTorch and its ONNX exports against each other: in turn, in "
+            "one process, on the same photos. Prints a table; the last line is JSON.",
             "capbench --device cpu                            # the bundled Flickr8k model",
             "capbench --peers --picture ratios.png",
             "capbench runs/first --artifact artifacts/first --photos photos/ --markdown table.md",
@@ -77,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="its exports, one of each precision (default: one in fp32, made for this run, and of "
-        "the bundled checkpoint the bundled one in int8)",
+        help="its exports, one of each precision (default: one in fp32, made for this run; for the "
+        "bundled checkpoint also the bundled one in int8)",
     )
     parser.add_argument(
         "--peers",

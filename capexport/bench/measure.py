@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from capexport.bench.results import STAGES, Footprint, Run, Statistics
-from capexport.bench.results import Path as PathResult
+from capexport.bench.results import STAGES, Footprint, PathResult, Run, Statistics
 from capexport.captioner import Caption, Captioner
 from capexport.decoding import DecodingKeywords
 from capexport.export.pairs import AnyCaptioner, Photo, Variants, open_pair

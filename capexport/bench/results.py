@@ -21,7 +21,7 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Path:
+class PathResult:
     """One captioner's batches of one size.
 
     Attributes:
@@ -49,7 +49,7 @@ class Run:
     """All captioners at one batch size; `variants` says which of several was the fastest."""
 
     batch_size: int
-    paths: dict[str, Path]
+    paths: dict[str, PathResult]
     variants: dict[str, str] = dataclasses.field(default_factory=dict)
 
 

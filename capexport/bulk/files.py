@@ -1,4 +1,4 @@
-"""Which files are meant: paths, folders, patterns and lists."""
+"""Which files a user means by paths, folders, patterns and lists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from capexport.errors import ImageNotFoundError
 from capexport.preprocessing import image_suffixes
 
 STDIN = Path("-")
-# Folders that systems keep beside people's photos: thumbnails, halves of files. Hidden ones too.
+# Folders that systems keep beside people's photos: thumbnails, parts of files, deleted files.
 _NOT_SEARCHED = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"})
 # Images by their suffix, but of formats that need another program.
 READERS = {
@@ -42,14 +42,15 @@ _SIDE_CARS = re.compile(
 
 @dataclass
 class Found:
-    """What arguments mean.
+    """What a search has found.
 
     Attributes:
-        paths: the files, each once, in order; one that doesn't exist stays in: reading reports it.
+        paths: the files, each once, in order. A file that doesn't exist is among them, so that
+            reading it reports it.
         searched: the folders that were searched.
-        content: the image that standard input held, by the path that stands for it.
+        content: the image from standard input, by the path that stands for it.
         ignored: how many files and folders were left out, by lower-case suffix or kind.
-        problems: what could not be searched, a line each.
+        problems: what could not be searched, one line each.
     """
 
     paths: list[Path] = field(default_factory=list)
@@ -59,17 +60,17 @@ class Found:
     problems: list[str] = field(default_factory=list)
 
     def unreadable(self) -> Counter[str]:
-        """How many images were left out because nothing here reads them, by suffix."""
+        """How many images were left out because capexport does not read them, by suffix."""
         return Counter({suffix: n for suffix, n in self.ignored.items() if suffix in READERS})
 
     def below(self, path: Path) -> Path:
-        """`path` as seen from the folder that was searched for it, or its name alone."""
+        """`path` relative to the folder that was searched for it, or else its name."""
         folders = [folder for folder in path.parents if folder in self.searched]
         return path.relative_to(folders[-1] if folders else path.parent)
 
 
 def find_images(arguments: Sequence[str], stdin: TextIO | None) -> list[Path]:
-    """The files that `search` finds; for those who need no more than that."""
+    """The files that `search` finds, without what else it knows about them."""
     found = search(arguments, stdin)
     if found.content:
         raise ImageNotFoundError("-: an image, where a list of files is expected")
@@ -77,15 +78,15 @@ def find_images(arguments: Sequence[str], stdin: TextIO | None) -> list[Path]:
 
 
 def search(arguments: Sequence[str], stdin: TextIO | None, recursive: bool = True) -> Found:
-    """Find the files behind paths, folders (searched in depth), patterns and `-`.
+    """Find the files behind paths, folders (searched recursively), patterns and `-`.
 
-    A search takes the suffixes of readable images, follows links, enters each real folder once and
-    leaves out hidden files and folders. `-` is a list on standard input, a path a line or NUL
-    between them, or an image. Files that are named are taken whatever their suffix, but for those
-    of side-cars, documents and films, as `photos/*` names them. No file is opened.
+    In folders, the suffixes of readable images count. Links are followed, each real folder is
+    entered once, and hidden files and folders are left out. `-` is standard input: an image, or a
+    list of paths, one a line or separated by NUL. A named file is taken whatever its suffix, except
+    side-cars, documents and films, which a pattern such as `photos/*` names too. No file is opened.
 
     Raises:
-        ImageNotFoundError: an argument is empty, a pattern or list yields no image, or all do.
+        ImageNotFoundError: an argument is empty, or a pattern, a list or the whole has no image.
     """
     found = Found()
     seen: dict[str, Path] = {}
@@ -185,7 +186,7 @@ def _walk(folder: Path, recursive: bool, found: Found) -> Iterator[Path]:
 
 
 def is_searched(name: str) -> bool:
-    """Does a search take the file of this name below its folder, `/` between its parts?"""
+    """Does a search take the file of this name? It is relative to the folder, with `/`."""
     suffix = PurePosixPath(name).suffix.lower()
     return suffix in image_suffixes() and not any(map(_is_hidden, name.split("/")))
 
@@ -195,7 +196,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def file_type(path: Path) -> int:
-    """The type of what is at `path`, or behind the link there; 0 where nothing can be seen."""
+    """The type of what is at `path`, or behind a link there; 0 if nothing can be seen."""
     try:
         return stat.S_IFMT(path.stat().st_mode)
     except (OSError, ValueError):
@@ -203,7 +204,7 @@ def file_type(path: Path) -> int:
 
 
 def _from_stdin(stdin: TextIO | None, found: Found) -> list[Path]:
-    """The paths that a list on standard input names, or the one that stands for an image there."""
+    """The paths in a list on standard input, or the path that stands for an image there."""
     if stdin is None:
         raise ImageNotFoundError("-: standard input is closed")
     buffer = getattr(stdin, "buffer", None)

@@ -1,4 +1,4 @@
-"""Rows of an output in the making, kept line by line, so that no kill loses a caption."""
+"""The rows of an unfinished output, kept line by line, so that no kill loses a caption."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ _CAUTION: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class Journal:
-    """The rows of an output in the making, locked for as long as it is open.
+    """A file with the rows of an unfinished output, locked while it is open.
 
-    Its first line says that it is one, and what the rows are made with; each other is a row.
+    Its first line says that it is a journal, and what the rows are made with. Every other line is a
+    row.
 
     Attributes:
-        header: that line.
-        begun_anew: whether an output that is there already doesn't count.
+        header: the first line.
+        begun_anew: whether to disregard an output that is there already.
     """
 
     BEGINNING = b'{"captioner": '
 
     def __init__(self, path: Path, made_with: dict[str, Any], resume: bool, anew: bool) -> None:
-        """Open or begin it; where it is to begin `anew`, rows that are there are dropped.
+        """Open or create it. If it is to begin `anew`, drop the rows that are there.
 
         Raises:
-            OutputExistsError: it is in use, is no journal, is there and not to be gone on with, or
-                was begun with something else.
+            OutputExistsError: it is in use, is not a journal, is there although `resume` and `anew`
+                are off, or was begun with another model or other options.
         """
         self.path = path
         self.header, begun_anew = (
@@ -74,7 +75,7 @@ class Journal:
                 raise
 
     def append(self, line: bytes) -> int:
-        """Add a line; where it begins."""
+        """Add a line; return where it begins."""
         beginning = self._file.seek(0, os.SEEK_END)
         with naming(self.path):
             rest = memoryview(line)
@@ -83,11 +84,11 @@ class Journal:
         return beginning
 
     def add(self, rows: Sequence[Row]) -> int:
-        """Add rows; where the first begins."""
+        """Add rows; return where the first begins."""
         return self.append(b"".join(to_json(row).encode() + b"\n" for row in rows))
 
     def scan(self) -> dict[str, int]:
-        """Where each image's row begins, by its name; a line that was torn is cut off."""
+        """Where each image's row begins, by name. An incomplete last line is cut off."""
         found = {}
         with self._reading(0) as reader:
             end = len(reader.readline())
@@ -104,8 +105,8 @@ class Journal:
         return found
 
     def rows(self, names: Iterator[str], kept: Mapping[str, int], added: int) -> Iterator[Row]:
-        """Rows in the order of `names`: those that begin at `kept`, and those from `added` on,
-        which are in that order already, so that nothing needs to be known of them."""
+        """Rows in the order of `names`: those that begin at `kept`, and those from `added` on. The
+        latter are in that order already, so their places need not be known."""
         with self._reading(added) as reader:
             row = _read_row(reader)
             for name in names:
@@ -143,7 +144,7 @@ class Journal:
         return is_at(self._file.fileno(), self.path)
 
     def close(self, keep: bool) -> None:
-        """Close it and, if it is not to be kept or holds no row, remove it."""
+        """Close it, and remove it unless it is to be kept and holds rows."""
         if self._file.closed:
             return
         unlink = self.is_there and not (keep and self.holds_rows)
@@ -184,13 +185,13 @@ def journal_of(out: Path) -> Path:
 
 
 def record_of(out: Path) -> Path:
-    """What tells, beside a finished output, what it was made with: a hidden file of one line, since
-    no format of rows has a place for that; COCO's ids also need the names behind them."""
+    """The hidden file beside a finished output that says what made it, since no format of rows has
+    a place for that. For COCO it also holds the names behind the ids."""
     return out.with_name(f".{out.name}.capexport")
 
 
 def read_record(record: Path) -> list[str]:
-    """Its lines; one that is empty where there is none.
+    """The lines of a record; one empty line if there is no record.
 
     Raises:
         OutputExistsError: it is somebody else's file.
@@ -208,7 +209,7 @@ def read_record(record: Path) -> list[str]:
 
 @contextmanager
 def naming(name: str | Path) -> Iterator[None]:
-    """A full disk is reported without the file that met it."""
+    """Add a name to an `OSError`: the system names no file when a disk is full."""
     try:
         yield
     except BrokenPipeError:

@@ -1,6 +1,7 @@
-r"""File names as text: what is no UTF-8, or would act on a terminal, becomes `\xHH`, reversibly.
+r"""File names as text: bytes that are not UTF-8, or would act on a terminal, become `\xHH`,
+reversibly.
 
-Two names that differ stay two. In JSON, which has escapes of its own, control characters stay.
+Different names stay different. In JSON, which has escapes of its own, control characters stay.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 
-# Control characters, line and paragraph separators, what turns the direction of writing, and
-# surrogates, which stand for bytes that are no UTF-8.
+# Control characters, line and paragraph separators, characters that change the direction of
+# writing, and surrogates, which stand for bytes that are not UTF-8.
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # A backslash that would read as the beginning of such an escape.
 _AMBIGUOUS = re.compile(rb"\\(?=x[0-9a-f]{2})")
@@ -26,7 +27,7 @@ def original_name(readable: str) -> str:
 
 
 def shown(text: str) -> str:
-    r"""`text` on one line, without anything that a terminal would act on, as `\xHH`."""
+    r"""`text` on one line; what a terminal would act on is written `\xHH`."""
 
     def escape(match: re.Match[str]) -> str:
         character = match[0]
@@ -38,7 +39,7 @@ def shown(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """A caption as `shown`, so that `unescaped` gives it back."""
+    """A caption as `shown` writes it, so that `unescaped` gives it back."""
     return shown(re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", text))
 
 

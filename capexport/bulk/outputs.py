@@ -1,7 +1,7 @@
-"""What people's tools read, written so that an interruption loses nothing.
+"""Outputs that people's tools read, written so that an interruption loses nothing.
 
 Results first go line by line into a journal beside the output; the output itself appears in one
-piece at the end. Side-car files need no journal: each is whole or not there.
+piece at the end. Side-car files need no journal: each is either complete or not there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from capexport.errors import OptionError, OutputExistsError
 
 FORMATS = ("text", "jsonl", "csv", "coco", "txt")
 
-# A file, and what stands in a `Row` behind its name.
+# A file, and what follows its name in a `Row`.
 Captioned: TypeAlias = (
     tuple[Path, str] | tuple[Path, str, float] | tuple[Path, str, float, list[Any]]
 )
@@ -33,16 +33,16 @@ class Output(Protocol):
     """Where captions go."""
 
     def done(self, path: Path) -> bool:
-        """Was this image captioned before, so that it need not be again?"""
+        """Is there a caption of this image already?"""
 
     def write(self, rows: Sequence[Captioned]) -> None:
-        """Keep some images' captions, safe from now on."""
+        """Store captions, so that they are safe from now on."""
 
     def finish(self) -> None:
         """All images are done."""
 
     def close(self) -> None:
-        """Nothing follows, whether finished or not."""
+        """Release what is held, whether all images are done or not."""
 
 
 class StreamOutput:
@@ -76,9 +76,9 @@ class StreamOutput:
 class SideCars:
     """One UTF-8 text file for each image, as image-tagging and LoRA tools expect it.
 
-    Folders that side-cars go to are locked, the first 64 of them (a process may open a few hundred
-    files), so that a second run is told. That leaves no file behind, and so nothing says
-    with which options side-cars were made.
+    The folders that side-cars go to are locked (the first 64, since a process may open only a few
+    hundred files), so that a second run notices. No file is left behind, so nothing says with which
+    options side-cars were made.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class SideCars:
 
 
 def _lock_folders(folders: Sequence[str]) -> list[int]:
-    """Descriptors of those folders that are there, locked, without what killed runs left there."""
+    """Lock the folders that exist, and remove what killed runs left there; return descriptors."""
     opened = []
     for folder in folders:
         with suppress(OSError):  # as where folders cannot be opened
@@ -156,7 +156,7 @@ def _lock_folders(folders: Sequence[str]) -> list[int]:
 def refuse_existing(out: Path, accepted: bool) -> None:
     """
     Raises:
-        OutputExistsError: there is something at `out`, and it is no file, or none is `accepted`.
+        OutputExistsError: there is something at `out`, unless a file there is `accepted`.
     """
     if out.is_dir():
         raise OutputExistsError(f"{out}: a folder; --out takes the name of a file")
@@ -170,8 +170,8 @@ class FileOutput:
     """One file, written when all is done; until then its rows live in `<out>.journal`.
 
     Images below the file's folder are named relative to it, as `metadata.jsonl` wants, others by
-    their absolute path. Resumed, it holds what a new run would, in that order, but what is there
-    already, in the journal or in the finished file, is not captioned again.
+    their absolute path. A resumed run gives what a new run would, in the same order, but does not
+    caption again what is in the journal or in the finished file.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class FileOutput:
         overwrite: bool = False,
         columns: int = 2,
     ) -> None:
-        """`key` tells what else captions depend on; a run is only gone on with under its own."""
+        """`key` says what else captions depend on; a run can only be resumed with the same key."""
         self._out, self._style, self._columns = out, style, columns
         self._paths = paths
         self._folder = os.path.abspath(out.parent)
@@ -208,7 +208,7 @@ class FileOutput:
         self._added = self._journal.size()
 
     def _keep(self) -> dict[str, int]:
-        """Where the rows begin that stay: of images that are wanted today and still there."""
+        """Where the rows begin that stay: those of images that are wanted now and still exist."""
         rows = self._journal.scan()
         if self._out.exists() and not self._journal.begun_anew:
             for row in self._finished_rows():

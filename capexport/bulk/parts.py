@@ -1,4 +1,4 @@
-"""Captions in parts, in a folder that many machines write: each part is whole, or not there."""
+"""Captions in parts, in a folder that many machines write: each part is complete, or not there."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from capexport.bulk.rows import to_json
 from capexport.errors import OutputExistsError
 
 FORMATS = ("parquet", "jsonl")
-# Of an image that cannot be read there is an error, and neither of the two before it; what is not
-# there is null, in JSON an empty text.
+# A row has either `error`, for an image that cannot be read, or the two columns before it. The
+# others are null; in JSON, an empty text.
 SCHEMA = pa.schema(
     {
         "file_name": pa.string(),
@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         "error": pa.string(),
     }
 )
-# Hidden, so that what reads the folder as one table leaves it out.
+# Hidden, so that tools which read the folder as one table skip it.
 RECORD = ".capexport.json"
 _TEXTS = ("text", "error")
 _READERS = 16  # requests at a time, to an object store say
@@ -43,9 +43,9 @@ class Parts:
     """A folder of captions, as one run sees it.
 
     Attributes:
-        made_with: what must be the same for a later run to go on.
-        run: this run's own number. The last one to begin owns the folder: what is left of an
-            earlier one, on whatever machine, writes nothing more.
+        made_with: what must be the same for a later run to resume.
+        run: this run's own number. The last run to begin owns the folder: an earlier run that still
+            works, on any machine, writes nothing more.
     """
 
     filesystem: FileSystem
@@ -66,8 +66,8 @@ class Parts:
         """Take the folder over.
 
         Returns:
-            The parts, and the names of the files that have a caption there. Errors are taken out
-            of the parts, so that their files are tried again.
+            The parts, and the names of the files that have a caption there. Rows with errors are
+            removed from the parts, so that their files are tried again.
         Raises:
             OutputExistsError: something is there, and `resume` is off; or it was made with other
                 options, with another captioner, or by something else.
@@ -93,7 +93,7 @@ class Parts:
         return parts, set(parts._captioned(entries))
 
     def write(self, rows: pa.Table) -> None:
-        """Write a part, whose name says which files it holds: written twice, it is there once.
+        """Write a part. Its name depends on its files, so that a part written twice is there once.
 
         Raises:
             OutputExistsError: another run has taken over.
@@ -107,7 +107,7 @@ class Parts:
 
     def _encoded(self, rows: pa.Table) -> bytes:
         if self.format == "jsonl":
-            # Who reads JSON takes a column's type from its first rows: null would be none.
+            # Readers of JSON take a column's type from its first rows, and null has none.
             for name in _TEXTS:
                 rows = rows.set_column(
                     rows.column_names.index(name), name, pc.fill_null(rows[name], "")
@@ -124,7 +124,7 @@ class Parts:
                 yield from names
 
     def _without_errors(self, path: str) -> list[str]:
-        """The names in a part, whose errors are taken out."""
+        """Remove the errors from a part; return the names that are left."""
         try:
             with self.filesystem.open_input_file(path) as file:
                 if self.format == "parquet":
@@ -160,7 +160,7 @@ class Parts:
         return document if isinstance(document, dict) else {}
 
     def _replace(self, name: str, data: bytes) -> None:
-        """A file is there in one piece, or as it was; on any file system."""
+        """Write a file so that it has the old or the new content, on any file system."""
         if isinstance(self.filesystem, LocalFileSystem):
             with replacing_binary_file(Path(self.folder, name)) as local:
                 local.write(data)

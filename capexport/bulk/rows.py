@@ -16,7 +16,8 @@ from capexport.bulk.names import UNSAFE, escaped, original_name, readable_name, 
 Row: TypeAlias = tuple[str, str] | tuple[str, str, float] | tuple[str, str, float, list[Any]]
 
 COLUMNS = ("file_name", "text", "log_probability", "alternatives")
-# A spreadsheet runs what begins so. `./=1.jpg` is the same file; a caption gets an apostrophe.
+# A spreadsheet runs a cell that begins so. `./=1.jpg` is still the same file; a caption gets an
+# apostrophe.
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
@@ -64,10 +65,10 @@ class RowWriter:
 def read_rows(
     stream: TextIO, style: str, columns: int, names: Mapping[int | str, str]
 ) -> Iterator[Row]:
-    """What `RowWriter` wrote. `names` tells the files of COCO's ids; others than those are gone.
+    """The rows that `RowWriter` wrote. `names` are the files of COCO's ids; other ids are skipped.
 
     Raises:
-        ValueError, KeyError, TypeError: it is something else, or has been edited into that.
+        ValueError, KeyError, TypeError: it is something else, or was edited so that it is.
     """
     wanted = COLUMNS[:columns]
     if style == "coco":

@@ -1,4 +1,4 @@
-"""The pipeline: many files through one captioner, a batch a core or all cores for a batch."""
+"""The pipeline: many files through one captioner, with a batch on each core or one on all."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _Out = TypeVar("_Out")
 
 
 def open_captioner(model: Path, device: str = "cpu", threads: int | None = None) -> Captioner:
-    """`Captioner.load`, for `caption_files` with as many workers as `threads` says.
+    """`Captioner.load` for `caption_files`, with as many workers as `threads` says.
 
-    Where the device's row says so, a small model's graphs get one thread each: a core that takes a
-    batch of its own through all stages never waits for another one. A large model takes one batch
-    at a time, with all threads.
+    On a device with `core_batches`, the graphs of a small model get one thread each: a core that
+    takes a batch of its own through all stages never waits for another core. A large model takes
+    one batch at a time, with all threads.
     """
     manifest = Manifest.read(model)
     small = find_family(manifest.family).small
@@ -65,19 +65,17 @@ def caption_files(
 ) -> Iterator[tuple[int, list[ImageError]]]:
     """Caption `paths` into `output`, in their order, batch by batch.
 
-    `workers` threads read a batch each and, where the captioner is of one thread, caption it too;
-    a captioner of several threads takes their batches in turn, the next ones being read
-    meanwhile. However many files there are, no more than `2 * workers` batches are read and not
-    yet written.
+    Each of the `workers` threads reads a batch. A captioner with one thread also captions it there;
+    a captioner with several threads captions the batches in turn, while the next ones are read. At
+    any time, no more than `2 * workers` batches are read and not yet written.
 
     Args:
         prompt, options: as for `Captioner.caption`.
-        prefix, suffix: what every caption gets in front and behind, such as a style's name.
-        columns: how many a row has: with 3 the caption's log-probability too, with 4 its
-            alternatives.
-        content: encoded images that are no files, by the path that stands for them.
+        prefix, suffix: what to put before and after every caption, such as a style's name.
+        columns: of a row: 3 for the caption's log-probability too, 4 for its alternatives as well.
+        content: encoded images that are not files, by the path that stands for them.
     Yields:
-        After each batch, how many files it took, and the errors of those that cannot be read.
+        After each batch, how many files it had, and the errors of those that cannot be read.
     """
 
     def caption(batch: _Batch) -> _Rows:
@@ -86,20 +84,8 @@ def caption_files(
             return [], errors
         prompts = None if prompt is None else [prompt] * len(readable)
         captions = captioner.caption_pixels(pixels, prompts=prompts, **options)
+        row = partial(_row, prefix=prefix, suffix=suffix, columns=columns)
         return list(map(row, readable, captions)), errors
-
-    def row(path: Path, caption: Caption) -> Captioned:
-        text, number = f"{prefix}{caption.text}{suffix}", caption.log_probability
-        if columns == 2:
-            return path, text
-        if columns == 3:
-            return path, text, number
-        alternatives = [
-            {"text": f"{prefix}{one.text}{suffix}", "log_probability": one.log_probability,
-             "score": one.score}
-            for one in caption.alternatives
-        ]  # fmt: skip
-        return path, text, number, alternatives
 
     read = partial(_read, captioner, content or {})
     starts = range(0, len(paths), batch_size)
@@ -119,6 +105,20 @@ def caption_files(
     output.finish()
 
 
+def _row(path: Path, caption: Caption, prefix: str, suffix: str, columns: int) -> Captioned:
+    text, number = f"{prefix}{caption.text}{suffix}", caption.log_probability
+    if columns == 2:
+        return path, text
+    if columns == 3:
+        return path, text, number
+    alternatives = [
+        {"text": f"{prefix}{one.text}{suffix}", "log_probability": one.log_probability,
+         "score": one.score}
+        for one in caption.alternatives
+    ]  # fmt: skip
+    return path, text, number, alternatives
+
+
 def _read(captioner: Captioner, content: Mapping[Path, bytes], batch: Sequence[Path]) -> _Batch:
     side = captioner.image.crop
     pixels = np.empty((len(batch), 3, side, side), np.float32)
@@ -136,7 +136,7 @@ def _read(captioner: Captioner, content: Mapping[Path, bytes], batch: Sequence[P
 def map_ahead(
     pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterator[_In], ahead: int
 ) -> Iterator[_Out]:
-    """`pool.map`, in order, but with no more than `ahead` results begun and not yet taken."""
+    """`pool.map`, in order, but no more than `ahead` items are begun and not yet taken."""
     waiting: deque[Future[_Out]] = deque()
     for item in items:
         if len(waiting) == ahead:

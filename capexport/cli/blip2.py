@@ -10,7 +10,7 @@ from typing import Any
 from capexport.artifact import refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
-from capexport.cli.comparing import given_references
+from capexport.cli.comparing import add_references, given_references
 from capexport.errors import OptionError, importing
 from capexport.metrics import format_scores
 
@@ -20,11 +20,11 @@ def add_parser(commands: Any) -> None:
         "blip2",
         help="export a BLIP-2 checkpoint to ONNX",
         **teaching(
-            "Export a BLIP-2 checkpoint of Hugging Face, with OPT or Flan-T5 as its language "
+            "Export a Hugging Face checkpoint of BLIP-2, with OPT or Flan-T5 as its language "
             "model, through Optimum: vision_encoder.onnx, embed_tokens.onnx, "
-            "decoder_model_merged.onnx (the key/value cache in and out), for Flan-T5 "
-            "encoder_model.onnx, tokenizer.json and manifest.json. The folder appears only if the "
-            "graphs give PyTorch's values; in fp32, its captions to the last token.",
+            "decoder_model_merged.onnx (with the key/value cache as inputs and outputs), for "
+            "Flan-T5 encoder_model.onnx, tokenizer.json and manifest.json. The folder appears only "
+            "if the graphs give PyTorch's values, and in fp32 its captions to the last token.",
             "capexport blip2 --out artifacts/blip2            # Salesforce/blip2-opt-2.7b",
             "capexport blip2 --model Salesforce/blip2-flan-t5-xl --precision fp16 --out DIR",
             "capexport blip2 --model my-checkpoint/ --precision int4 --out artifacts/mine",
@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
         choices=("fp32", "fp16", "int8", "int4"),
         default="fp32",
         help="fp32: exact (default); fp16: half the size, for CUDA; int8, int4: the language "
-        "model's weights in so many bits, the image part's in 8, for CPU",
+        "model's weights in 8 or 4 bits, the image part's in 8, for CPU",
     )
     parser.add_argument(
         "--photos",
@@ -52,13 +52,7 @@ def add_parser(commands: Any) -> None:
         metavar="PATH",
         help="photos to compare captions on (default: seeded colour fields)",
     )
-    parser.add_argument(
-        "--references",
-        type=Path,
-        metavar="FILE",
-        help="human captions of --photos, in a file as of `capexport lstm`: also report BLEU, "
-        "METEOR and CIDEr, PyTorch's in float32 and the artifact's",
-    )
+    add_references(parser)
     parser.set_defaults(run=_run)
 
 

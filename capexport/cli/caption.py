@@ -57,8 +57,7 @@ def add_parser(commands: Any) -> None:
         "-m",
         "--model",
         metavar="DIR",
-        help="exported folder, or its id on the hub (default: the Flickr8k captioner that comes "
-        "with capexport)",
+        help="exported folder, or its id on the hub (default: the bundled Flickr8k captioner)",
     )
     _add_files(parser.add_argument_group("which images"))
     _add_outputs(parser.add_argument_group("where captions go"))
@@ -68,9 +67,11 @@ def add_parser(commands: Any) -> None:
         "--device", default="cpu", help="cpu (default), cuda, cuda:1, or auto: the first that works"
     )
     running.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    running.add_argument("--batch-size", type=int, metavar="N", help="default: 32, for a BLIP-2 8")
     running.add_argument(
-        "--quiet", action="store_true", help="say nothing but captions and what went wrong"
+        "--batch-size", type=int, metavar="N", help="default: 32 images, for a BLIP-2 8"
+    )
+    running.add_argument(
+        "--quiet", action="store_true", help="print nothing but captions and errors"
     )
     parser.set_defaults(run=_run)
 
@@ -80,14 +81,14 @@ def _add_files(group: Any) -> None:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="files, folders (searched in depth), glob patterns, or - for standard input: a list "
-        "of files, one a line or NUL between them, or an image",
+        help="files, folders (searched recursively), glob patterns, or - for standard input: an "
+        "image, or a list of files, one a line or separated by NUL",
     )
     group.add_argument(
-        "--no-recursive", action="store_true", help="search folders without those in them"
+        "--no-recursive", action="store_true", help="leave out the folders inside of folders"
     )
     group.add_argument(
-        "--truncated", action="store_true", help="take what there is of files that break off"
+        "--truncated", action="store_true", help="caption what there is of a file that breaks off"
     )
     group.add_argument(
         "--full-size",
@@ -96,7 +97,7 @@ def _add_files(group: Any) -> None:
         "takes, which is several times as fast",
     )
     group.add_argument(
-        "--limit", type=int, metavar="N", help="caption the first N of them; with --resume, N more"
+        "--limit", type=int, metavar="N", help="caption only the first N; with --resume, N more"
     )
 
 
@@ -104,30 +105,32 @@ def _add_outputs(group: Any) -> None:
     group.add_argument(
         "--format",
         choices=FORMATS,
-        help="text: name and caption, tab between; jsonl: metadata.jsonl of Hugging Face datasets; "
-        "csv: a table, for spreadsheets too; coco: COCO results; txt: a file beside each image, as "
-        "LoRA trainers read (default: what --out ends with, .jsonl, .csv or, for coco, .json; txt "
-        "for --out-dir and --extension; else text)",
+        help="text: name, tab, caption; jsonl: as metadata.jsonl of Hugging Face datasets; csv: a "
+        "table, safe to open in a spreadsheet; coco: COCO results; txt: a text file beside each "
+        "image, as LoRA trainers read them (default: by the ending of --out, .jsonl, .csv, or "
+        ".json for coco; txt with --out-dir or --extension; else text)",
     )
     group.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
     group.add_argument(
         "--out-dir", type=Path, metavar="DIR", help="txt: folder for the files, in subfolders alike"
     )
-    group.add_argument("--extension", metavar=".EXT", help="txt: of the files (default: .txt)")
+    group.add_argument(
+        "--extension", metavar=".EXT", help="txt: of the files' names (default: .txt)"
+    )
     group.add_argument(
         "--resume",
         "--skip-existing",
         action="store_true",
-        help="caption what is missing in --out, or has no file with txt, and keep the rest",
+        help="caption only what is missing in --out (txt: what has no file), and keep the rest",
     )
     group.add_argument(
-        "--overwrite", action="store_true", help="replace what is there: --out, or files of txt"
+        "--overwrite", action="store_true", help="replace what is there: --out, or the files of txt"
     )
     group.add_argument(
         "--attention",
         type=Path,
         metavar="FILE.png",
-        help="draw where the model looked for each word of its caption, of one photo",
+        help="also draw where the model looked for each word; takes one photo",
     )
     group.add_argument(
         "--scores", action="store_true", help="jsonl, csv: add each caption's log-probability"
@@ -136,10 +139,10 @@ def _add_outputs(group: Any) -> None:
 
 def _add_captions(group: Any) -> None:
     group.add_argument(
-        "--prompt", metavar="TEXT", help="what captions go on from, or a question (BLIP-2)"
+        "--prompt", metavar="TEXT", help="text that captions continue, such as a question (BLIP-2)"
     )
     group.add_argument("--prefix", default="", metavar="TEXT", help="put before every caption")
-    group.add_argument("--suffix", default="", metavar="TEXT", help="put behind every caption")
+    group.add_argument("--suffix", default="", metavar="TEXT", help="put after every caption")
     add_decoding(group)
 
 
@@ -163,9 +166,7 @@ def _run(options: argparse.Namespace) -> int:
     columns = (
         4 if own.num_return_sequences > 1 and options.format == "jsonl" else 2 + options.scores
     )
-    key = f"{sha256_of(model / FILE_NAME)} {changes} prompt={options.prompt!r}"
-    key += " full size" if options.full_size else ""
-    with closing(_output(options, found, key, columns)) as output:
+    with closing(_output(options, found, _key(options, model, changes), columns)) as output:
         missing = [path for path in found.paths if not output.done(path)]
         todo = missing[: options.limit]
         results = caption_files(
@@ -254,8 +255,17 @@ def _checked_extension(extension: str) -> str:
     return suffix
 
 
+def _key(options: argparse.Namespace, model: Path, changes: Any) -> str:
+    """What captions depend on beside the images; a run is resumed only with the same key."""
+    key = f"{sha256_of(model / FILE_NAME)} {changes} prompt={options.prompt!r}"
+    key += " full size" if options.full_size else ""
+    if options.prefix or options.suffix:
+        key += f" prefix={options.prefix!r} suffix={options.suffix!r}"
+    return key
+
+
 def _output(options: argparse.Namespace, found: Found, key: str, columns: int) -> Output:
-    """Where captions go; `key` says what else a journal was begun with."""
+    """Where captions go."""
     paths, resume = found.paths, options.resume
     if options.format == "txt":
         if found.content:
@@ -271,8 +281,6 @@ def _output(options: argparse.Namespace, found: Found, key: str, columns: int) -
         return StreamOutput(options.format, sys.stdout, paths, columns)
     if options.out in paths:
         raise OptionError(f"{options.out}: is one of the images; --out takes another name")
-    if options.prefix or options.suffix:
-        key += f" prefix={options.prefix!r} suffix={options.suffix!r}"
     return FileOutput(
         options.out,
         options.format,

@@ -1,4 +1,4 @@
-"""What every command does: progress on standard error, one line for an error, help that teaches."""
+"""What all commands share: progress on standard error, errors in one line, help with examples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Stopped(KeyboardInterrupt):
 
 
 class _ToStderr(logging.Handler):
-    """Messages above the progress bars, on whatever standard error is at the moment."""
+    """Writes messages above the progress bars, to the current standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say("\n".join(map(shown, self.format(record).split("\n"))))
@@ -51,7 +51,7 @@ def show_progress() -> None:
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:
-    """`command()`, with the errors a user can mend as one line on standard error.
+    """Run `command()`; errors that a user can mend become one line on standard error.
 
     SIGTERM and SIGHUP end it as Ctrl-C does, with 128 and the signal's number as the exit code.
     """
@@ -81,8 +81,9 @@ def run_command(name: str, command: Callable[[], int]) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Where one is closed, the next file to be opened would take its place, and messages of C
-    libraries would end in it; and `print` takes no standard error for standard output."""
+    """Open those that are closed: otherwise the next file to be opened takes their place, and
+    messages of C libraries end in it; and `print` writes to standard output instead of to a
+    missing standard error."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -109,7 +110,7 @@ def _stopped_by(*numbers: int) -> Iterator[None]:
 
 
 def _give_up(stream: TextIO | None) -> None:
-    """Where a stream cannot be written to, keep Python from trying once more at its own end."""
+    """If a stream cannot be written to, keep Python from trying again when it exits."""
     if stream is None:
         return
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from capexport.metrics import scorers
 from capexport.references import read_references
@@ -17,6 +18,18 @@ def add_photos(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATH",
         help="photos to compare captions on, 16 or more (default: seeded colour fields)",
+    )
+
+
+def add_references(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--references",
+        type=Path,
+        metavar="FILE",
+        help="human captions of --photos, to report BLEU, METEOR (where Java runs) and CIDEr too: "
+        "Flickr8k's or Flickr30k's file (columns image,caption or "
+        "image_name,comment_number,comment; Flickr8k.token.txt), COCO's captions_*.json, "
+        "Karpathy's dataset_*.json, or metadata.jsonl",
     )
 
 

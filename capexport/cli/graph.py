@@ -11,7 +11,7 @@ from capexport.artifact import local_folder, refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli.command import teaching
-from capexport.cli.comparing import add_photos, given_references
+from capexport.cli.comparing import add_photos, add_references, given_references
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import importing
 from capexport.metrics import format_scores
@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
             "height x width x 3, any size, upright, RGB), a caption comes out (tokens: int64; "
             "words: strings; log_probability: float32). Any language that has onnxruntime runs it, "
             "without Python. The file appears only if it says what `Captioner` says.",
-            "capexport graph --out captioner.onnx             # the captioner that comes along",
+            "capexport graph --out captioner.onnx             # the bundled captioner",
             "capexport graph --out captioner.onnx --precision w8",
             "capexport graph artifacts/first --out captioner.onnx --photos photos/",
         ),
@@ -38,8 +38,7 @@ def add_parser(commands: Any) -> None:
         "model",
         nargs="?",
         metavar="DIR",
-        help="exported CNN-LSTM, or its id on the hub (default: the captioner that comes with "
-        "capexport)",
+        help="exported CNN-LSTM, or its id on the hub (default: the bundled captioner)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to create")
     add_photos(parser)
@@ -47,16 +46,10 @@ def add_parser(commands: Any) -> None:
         "--precision",
         choices=("as-is", "w8"),
         default="as-is",
-        help="as-is: the artifact's own (default); w8: an int8 artifact's weights, computed with "
-        "in float32, which is faster in WebAssembly",
+        help="as-is: the artifact's own (default); w8: the 8-bit weights of an int8 artifact, but "
+        "computed in float32, which is faster in WebAssembly",
     )
-    parser.add_argument(
-        "--references",
-        type=Path,
-        metavar="FILE",
-        help="human captions of --photos, in a file as `capexport lstm --references` takes it: "
-        "also report BLEU and CIDEr",
-    )
+    add_references(parser)
     add_decoding(parser.add_argument_group("how the file decodes"))
     parser.set_defaults(run=_run)
 

@@ -16,11 +16,11 @@ from capexport.metrics import format_scores
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
-        help="check an exported folder and say what it is",
+        help="check an exported folder, and say what it is",
         **teaching(
             "Check every file of an exported folder against its manifest, and say in words what "
             "the folder holds.",
-            "capexport inspect                                # the captioner that comes along",
+            "capexport inspect                                # the bundled captioner",
             "capexport inspect artifacts/first --json",
         ),
     )
@@ -28,8 +28,7 @@ def add_parser(commands: Any) -> None:
         "model",
         nargs="?",
         metavar="DIR",
-        help="exported folder, or its id on the hub (default: the captioner that comes with "
-        "capexport)",
+        help="exported folder, or its id on the hub (default: the bundled captioner)",
     )
     parser.add_argument("--json", action="store_true", help="print the manifest instead")
     parser.set_defaults(run=_run)

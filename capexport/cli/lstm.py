@@ -10,7 +10,7 @@ from typing import Any
 from capexport.artifact import Manifest, refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
-from capexport.cli.comparing import add_photos, given_references
+from capexport.cli.comparing import add_photos, add_references, given_references
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import CheckpointError, OptionError, importing
 from capexport.metrics import format_scores
@@ -26,8 +26,8 @@ def add_parser(commands: Any) -> None:
             "Export a CNN-LSTM checkpoint to a folder that `Captioner.load` reads: encoder.onnx, "
             "decoder_loop.onnx (whole captions), decoder_step.onnx (single steps, for what the "
             "loop cannot do), vocabulary.json and manifest.json. The folder appears only if the "
-            "graphs give the same values and captions as PyTorch; int8 graphs are made of such "
-            "ones, and their manifest says what they lose.",
+            "graphs give the same values and captions as PyTorch. int8 graphs are made from "
+            "graphs that passed, and their manifest says what they lose.",
             "capexport lstm --out artifacts/demo              # the bundled Flickr8k model",
             "capexport lstm runs/first --out artifacts/first --photos photos/",
             "capexport lstm runs/first --out artifacts/small --precision int8 \\",
@@ -46,24 +46,17 @@ def add_parser(commands: Any) -> None:
         "--precision",
         choices=("fp32", "int8"),
         default="fp32",
-        help="fp32: exact (default); int8: a third of the size, faster on CPU",
+        help="fp32: exact (default); int8: less than a third of the size, faster on most CPUs",
     )
     parser.add_argument(
         "--calibration",
         nargs="+",
         default=[],
         metavar="PATH",
-        help="photos that show int8 the range of values, a hundred or so of the kind that the "
+        help="photos that show int8 the range of values: about a hundred, like those that the "
         "model was trained on",
     )
-    parser.add_argument(
-        "--references",
-        type=Path,
-        metavar="FILE",
-        help="human captions of --photos, in a file as Flickr8k's or Flickr30k's (columns "
-        "image,caption or image_name,comment_number,comment; Flickr8k.token.txt), COCO's "
-        "captions_*.json, Karpathy's dataset_*.json or metadata.jsonl: also report BLEU and CIDEr",
-    )
+    add_references(parser)
     add_decoding(parser.add_argument_group("how the artifact decodes by default"))
     parser.set_defaults(run=_run)
 

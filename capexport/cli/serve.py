@@ -25,11 +25,11 @@ def add_parser(commands: Any) -> None:
         "serve",
         help="caption images for other programs, over HTTP",
         **teaching(
-            "Caption images over HTTP: POST /caption takes an image, or several in a form; "
-            "programs that speak to Ollama (POST /api/generate) or OpenAI "
-            "(POST /v1/chat/completions) can speak to this server in their place. Requests that "
-            "come together are captioned together. SIGTERM and Ctrl-C end it once everything that "
-            "was accepted is answered. Environment variables say the same as the flags: "
+            "Caption images over HTTP. POST /caption takes an image, or several in a form. "
+            "Programs that speak to Ollama (POST /api/generate) or OpenAI "
+            "(POST /v1/chat/completions) can speak to this server instead. Images that arrive "
+            "together are captioned together. After SIGTERM or Ctrl-C, the server answers what it "
+            "has accepted, then exits. Environment variables stand for the flags: "
             "CAPEXPORT_MODEL, CAPEXPORT_API_KEY and so on.",
             "capexport serve                                   # on http://127.0.0.1:8000",
             "capexport serve -m artifacts/first --port 11434   # where Ollama's clients look",
@@ -39,13 +39,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, for this "
-        "machine alone; 0.0.0.0 for all that reach it",
+        "machine alone; 0.0.0.0: for everybody who reaches it",
     )  # fmt: skip
     parser.add_argument(
         "--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free"
     )
     add_flags(parser)
-    add_decoding(parser.add_argument_group("what captions say, unless a request says otherwise"))
+    add_decoding(parser.add_argument_group("how captions are decoded, unless a request says it"))
     parser.set_defaults(run=_run)
 
 

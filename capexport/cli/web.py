@@ -19,13 +19,12 @@ from capexport.web import PACKAGE, write_site
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "web",
-        help="make a web page of an exported folder, which captions in the browser",
+        help="make a web page that captions in the browser",
         **teaching(
-            "Write a captioner as a web page: static files that any web server hosts, and that "
-            "caption photos in the browser. Photos stay on the visitor's device, and after the "
-            "first visit no network is needed. captioner.js among them captions for pages of "
-            "your own.",
-            "capexport web --out site/                        # the captioner that comes along",
+            "Write a web page that captions photos in the browser, as static files that any web "
+            "server hosts. Photos stay on the visitor's device, and after the first visit no "
+            "network is needed. captioner.js, one of the files, captions for pages of your own.",
+            "capexport web --out site/                        # the bundled captioner",
             "capexport web artifacts/first --out site/ --num-beams 1",
             "python -m http.server -d site/                   # to see it",
         ),
@@ -34,20 +33,19 @@ def add_parser(commands: Any) -> None:
         "model",
         nargs="?",
         metavar="DIR",
-        help="exported CNN-LSTM, or its id on the hub (default: the captioner that comes with "
-        "capexport)",
+        help="exported CNN-LSTM, or its id on the hub (default: the bundled captioner)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument(
         "--runtime",
         type=Path,
         metavar="DIR",
-        help=f"folder `dist` of the npm package {PACKAGE}, where npm shall not fetch it",
+        help=f"the folder `dist` of the npm package {PACKAGE}; without it, npm fetches that",
     )
     parser.add_argument(
         "--precision",
         choices=("as-is", "w8"),
-        help="as of `capexport graph` (default: w8 for an int8 artifact, which is faster in "
+        help="as for `capexport graph` (default: w8 for an int8 artifact, which is faster in "
         "browsers; else as-is)",
     )
     add_photos(parser)

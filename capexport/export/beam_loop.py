@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper, parser
 
 from capexport.artifact import Decoding
-from capexport.export.loop import typed_value
+from capexport.export.loop import barred, loop_around, typed_value, vocabulary_size
 
 # Rows are beams: one at the first step, `num_beams` from then on. What is carried is each beam's
 # log-probability and tokens, and of the best captions that have ended score, log-probability,
@@ -118,43 +117,28 @@ def beam_graph(
     values = {node.name: node for node in (*step.graph.input, *step.graph.output)}
     constant = [v.name for v in step.graph.input if v.name not in ("tokens", *state)]
     inputs, outputs = list(state), list(state.values())
-    model = parser.parse_model(
-        _GRAPH.format(
-            ir_version=step.ir_version,
-            opset=next(item.version for item in step.opset_import if not item.domain),
-            all_inputs=", ".join(
-                [typed_value(values[name], f"first_{name}", "one") for name in inputs]
-                + [typed_value(values[name], name, "one") for name in constant]
-            ),
-            first_states=", ".join(f"first_{name}" for name in inputs),
-            last_states=", ".join(f"last_{name}" for name in inputs),
-            states=", ".join(typed_value(values[name], name, "rows") for name in inputs),
-            kept_states=", ".join(
-                typed_value(values[name], f"kept_{name}", "kept") for name in outputs
-            ),
-            kept="\n".join(f"kept_{name} = Gather ({name}, rows)" for name in outputs),
-            going=_GOING_EARLY if decoding.early_stopping is True else _GOING,
-        )
+    excluded = barred(step, decoding.suppress_tokens, decoding.end_tokens)
+    return loop_around(
+        step,
+        _GRAPH,
+        {**_constants(decoding, vocabulary_size(step)), **excluded},
+        all_inputs=", ".join(
+            [typed_value(values[name], f"first_{name}", "one") for name in inputs]
+            + [typed_value(values[name], name, "one") for name in constant]
+        ),
+        first_states=", ".join(f"first_{name}" for name in inputs),
+        last_states=", ".join(f"last_{name}" for name in inputs),
+        states=", ".join(typed_value(values[name], name, "rows") for name in inputs),
+        kept_states=", ".join(
+            typed_value(values[name], f"kept_{name}", "kept") for name in outputs
+        ),
+        kept="\n".join(f"kept_{name} = Gather ({name}, rows)" for name in outputs),
+        going=_GOING_EARLY if decoding.early_stopping is True else _GOING,
     )
-    [body] = [node.attribute[0].g for node in model.graph.node if node.op_type == "Loop"]
-    searching = list(body.node)
-    del body.node[:]
-    body.node.extend([*step.graph.node, *searching])
-    width = values["logits"].type.tensor_type.shape.dim[-1].dim_value
-    model.graph.initializer.extend(
-        numpy_helper.from_array(np.asarray(value), name)
-        for name, value in _constants(width, decoding).items()
-    )
-    model.graph.initializer.extend(step.graph.initializer)
-    return model
 
 
-def _constants(width: int, decoding: Decoding) -> dict[str, Any]:
+def _constants(decoding: Decoding, width: int) -> dict[str, Any]:
     beams, longest = decoding.num_beams, decoding.max_tokens
-    never = np.zeros(width, np.float32)
-    never[list(decoding.suppress_tokens)] = -np.inf
-    not_yet = never.copy()
-    not_yet[list(decoding.end_tokens)] = -np.inf
     lengths = range(1, longest + 1)
     divisors = np.array([length**decoding.length_penalty for length in lengths], np.float32)
     any_length = decoding.early_stopping == "never" and decoding.length_penalty > 0
@@ -162,8 +146,6 @@ def _constants(width: int, decoding: Decoding) -> dict[str, Any]:
         "max_tokens": np.int64(longest),
         "min_tokens": np.int64(decoding.min_tokens),
         "last_position": np.int64(longest - 1),
-        "never": never,
-        "not_yet": not_yet,
         "end_tokens": np.array(decoding.end_tokens or [-1]),
         "continuations": np.array([(1 + max(1, len(decoding.end_tokens))) * beams]),
         "beams": np.array([beams]),

@@ -138,12 +138,7 @@ def export_blip2(
         weights = Weights(folder, scratch)
         compare_weights(checkpoint, weights)
         plans = plan_parts(config, precision)
-        errors = {}
-        for number, plan in enumerate(plans, 1):
-            title = f"[{number}/{len(plans)}] {plan.name}.onnx"
-            errors[f"{plan.name}.onnx"] = _export_part(
-                config, weights, plan, precision, draft.folder, title
-            )
+        errors = _export_parts(config, weights, plans, precision, draft.folder)
         (draft.folder / "tokenizer.json").write_text(
             checkpoint.processor.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8"
         )
@@ -215,6 +210,18 @@ def compare_weights(checkpoint: Checkpoint, weights: Weights) -> None:
                 f"{checkpoint.folder}: what Transformers loads as {name} is not what the files "
                 "have under that name; load the model, see that it is right, and save it again"
             )
+
+
+def _export_parts(
+    config: Blip2Config, weights: Weights, plans: Sequence[Plan], precision: str, draft: Path
+) -> dict[str, float]:
+    """Export all graphs into `draft`; return the error of each."""
+    errors = {}
+    for number, plan in enumerate(plans, 1):
+        name = f"{plan.name}.onnx"
+        title = f"[{number}/{len(plans)}] {name}"
+        errors[name] = _export_part(config, weights, plan, precision, draft, title)
+    return errors
 
 
 def _export_part(

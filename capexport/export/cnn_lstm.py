@@ -21,7 +21,7 @@ from capexport.artifact import Manifest, Parity, Provenance
 from capexport.captioner import Caption, Captioner
 from capexport.decoding import DecodingKeywords, greedy
 from capexport.errors import OptionError, ParityError
-from capexport.export.draft import draft_artifact
+from capexport.export.draft import Draft, draft_artifact
 from capexport.export.graph import OPSET, export_graph, versions
 from capexport.export.int8 import quantize_static, round_weights
 from capexport.export.loop import loop_graph
@@ -124,15 +124,7 @@ def export_cnn_lstm(
             alone: DecodingKeywords = {"num_beams": 1, "num_return_sequences": 1}
             compare_captions(reference.caption(images, **alone), exported, images, **alone)
         if precision == "int8":
-            log.info("quantising, calibrated on %d photos", len(calibration))
-            _quantize(draft.folder, state, exported, calibration)
-            calibrated = dataclasses.replace(
-                draft.manifest.provenance, calibration_photos=len(calibration)
-            )
-            draft.manifest = dataclasses.replace(
-                draft.manifest, precision=precision, provenance=calibrated
-            )
-            made = draft.captioner()
+            made = _quantized(draft, state, exported, calibration)
             lost = _compare_quantized(exported, made, wanted, images)
             parity = dataclasses.replace(parity, int8=lost)
         if references:
@@ -230,10 +222,20 @@ def _add_loop(draft: Path, state: Mapping[str, str]) -> None:
     onnx.save(loop, draft / "decoder_loop.onnx")
 
 
+def _quantized(
+    draft: Draft, state: Mapping[str, str], exported: Captioner, calibration: Sequence[ImageSource]
+) -> Captioner:
+    """Turn the draft's graphs, which `exported` runs in float32, into 8-bit ones, and open them."""
+    log.info("quantising, calibrated on %d photos", len(calibration))
+    _quantize(draft.folder, state, exported, calibration)
+    provenance = dataclasses.replace(draft.manifest.provenance, calibration_photos=len(calibration))
+    draft.manifest = dataclasses.replace(draft.manifest, precision="int8", provenance=provenance)
+    return draft.captioner()
+
+
 def _quantize(
-    draft: Path, state: Mapping[str, str], exported: Captioner, calibration: Sequence[ImageSource]
+    folder: Path, state: Mapping[str, str], exported: Captioner, calibration: Sequence[ImageSource]
 ) -> None:
-    """Turn the graphs of `draft`, which `exported` runs in float32, into 8-bit ones."""
     images = [{"images": exported.preprocess(image)[None]} for image in calibration]
 
     def steps() -> Iterator[dict[str, np.ndarray]]:
@@ -245,12 +247,12 @@ def _quantize(
                 yield {"tokens": tokens, **state}
                 _, state = exported.decoder.step(tokens, state)
 
-    encoder = draft / "encoder.onnx"
+    encoder = folder / "encoder.onnx"
     kept = round_weights(encoder, tqdm(images, "rounding weights", leave=False, disable=None))
     log.info("%d layers of the encoder stay in float32", len(kept))
     quantize_static(encoder, images, kept)
-    quantize_static(draft / "decoder_step.onnx", steps())
-    _add_loop(draft, state)
+    quantize_static(folder / "decoder_step.onnx", steps())
+    _add_loop(folder, state)
 
 
 def _compare_graphs(

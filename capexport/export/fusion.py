@@ -1,10 +1,10 @@
 """Operators that are one node in the graph where Transformers' modules would become many.
 
-While a model is traced its modules' own arithmetic is replaced: attention, its key/value cache
-included, becomes onnxruntime's `MultiHeadAttention`, and a linear layer a product with its weight
-as it is stored; queries, keys and values of what attends to itself are one product. Patterns that
-onnxruntime knows (a quantised product and its bias, the parts of T5's norm) it fuses by itself
-when it loads the graph.
+While a model is traced, this module replaces the arithmetic of its modules. Attention with its
+key/value cache becomes onnxruntime's `MultiHeadAttention`; a linear layer becomes a product with
+its weight as it is stored; in self-attention, one product gives queries, keys and values.
+onnxruntime itself fuses the patterns that it knows (a quantised product and its bias, the parts of
+T5's norm) when it loads the graph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 @contextmanager
 def fused_modules() -> Iterator[None]:
-    """Within it modules can be exported, but not run: the new operators have no values here."""
+    """A block in which modules can be exported, but not run: PyTorch cannot compute the new
+    operators."""
     forwards = {
         nn.Linear: _linear,
         Blip2Attention: _vision_attention,
@@ -47,8 +48,8 @@ def fused_modules() -> Iterator[None]:
 
 
 def join_projections(part: nn.Module, scratch: Path) -> None:
-    """Give each attention to itself one matrix for queries, keys and values, for `fused_modules`;
-    the three become parts of it. It is mapped from a file in `scratch`, not held in memory."""
+    """Give each self-attention one matrix for queries, keys and values, for `fused_modules`; the
+    three become parts of it. It is mapped from a file in `scratch`, not held in memory."""
     for module in part.modules():
         if isinstance(module, OPTAttention):
             layers = [module.q_proj, module.k_proj, module.v_proj]

@@ -1,12 +1,13 @@
 """Static 8-bit quantisation of the CNN-LSTM's graphs.
 
 The quantiser is onnxruntime's own ("Quantize ONNX models" in its documentation, QDQ format):
-weights become int8 channel by channel, activations uint8 with ranges seen on calibration photos.
-Ranges are fixed, where dynamic quantisation would take them from each batch: a photo's caption
-doesn't depend on the photos beside it. Before that, the layers' weights are rounded with regard to
-each other, which takes a third off the error of the image feature; which layers stay in float32 is
-measured on the same photos, and between layers sums, products and activations pass 8 bits on where
-onnxruntime has kernels for that.
+weights become int8 channel by channel, activations uint8 with ranges found on calibration photos.
+The ranges are fixed, so that a photo's caption doesn't depend on the photos beside it; dynamic
+quantisation would take them from each batch.
+
+Before that, the weights of a layer are rounded so that their errors cancel, which takes a third off
+the error of the image feature. The same photos show which layers must stay in float32. Between
+layers, sums, products and activations pass 8 bits on where onnxruntime has kernels for that.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from onnx import helper, numpy_helper
 from capexport.export.quantize import root_logger_kept
 from capexport.sessions import CPU
 
-# Where 8-bit inputs would add more noise than this share of what a layer's outputs vary by, they
-# stay in float32. In MobileNetV2 it is 0.36 for the first depthwise convolution, whose channels
-# differ most in range, and at most 0.04 for any other.
+# A layer stays in float32 if 8-bit inputs would add more noise than this share of the standard
+# deviation of its outputs. In MobileNetV2 it is 0.36 for the first depthwise convolution, whose
+# channels differ most in range, and at most 0.04 for any other layer.
 _LARGEST_NOISE = 0.1
 _DAMPING = 0.01  # GPTQ's own: a share of the mean diagonal
-_TOGETHER = 64  # columns whose errors meet the columns behind them in one product; GPTQ has it, too
+_TOGETHER = 64  # columns whose errors are spread to later columns in one product, as in GPTQ
 
 # What holds weights, and what passes 8 bits on from one map to the next.
 _WEIGHTED = ("Conv", "MatMul", "Gather", "Gemm")
@@ -39,9 +40,9 @@ _FOLLOWING = ("Clip", "MaxPool", "Relu")  # 8 bits where their input has
 
 
 class _Seen:
-    """What calibration shows of a layer's inputs: of the patches that its weights are multiplied
-    by the sum of squares (groups, n, n), the sum (groups, n), and the number; of the inputs
-    themselves the number and the range."""
+    """What calibration shows of a layer's inputs. Of the patches that its weights are multiplied
+    with: the sum of squares (groups, n, n), the sum (groups, n), and the number. Of the inputs
+    themselves: the number and the range."""
 
     def __init__(self) -> None:
         self.squares: Any = 0
@@ -69,13 +70,13 @@ class _Seen:
 
 
 def round_weights(path: Path, inputs: Iterable[Mapping[str, NDArray[np.generic]]]) -> list[str]:
-    """Round the weights of the graph at `path` to their int8 values, stored in float32 still.
+    """Round the weights of the graph at `path` to their int8 values, still stored in float32.
 
-    Each weight's rounding error is made up for by those not rounded yet, so that the outputs for
-    `inputs` change least (GPTQ: Frantar et al. 2022, algorithm 1, of all rows at once).
+    The weights that are not yet rounded make up for each rounding error, so that the outputs for
+    `inputs` change least (GPTQ: Frantar et al. 2022, algorithm 1, on all rows at once).
 
     Returns:
-        The names of the layers that 8 bits would take too much of, and keep their weights.
+        The names of the layers that would lose too much in 8 bits, and keep their weights.
     """
     model = onnx.load(path)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}

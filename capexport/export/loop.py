@@ -75,24 +75,44 @@ def loop_graph(
         return [typed_value(values[name], prefix + name) for name in names]
 
     inputs, outputs = list(state), list(state.values())
+    constants = {
+        "start_token": np.int64(start_token),
+        "end_token": np.int64(end_token),
+        "zero": np.float32(0),
+        "no": np.bool_(False),
+        "yes": np.bool_(True),
+        "last_axis": np.array([1]),
+        **barred(step, suppress_tokens, [end_token]),
+    }
+    return loop_around(
+        step,
+        _GRAPH,
+        constants,
+        all_states=", ".join(typed(inputs, "first_") + typed(constant)),
+        first_state=f"first_{inputs[0]}",
+        first_names=", ".join(f"first_{name}" for name in inputs),
+        last_states=", ".join(f"last_{name}" for name in inputs),
+        states=", ".join(typed(inputs)),
+        next_states=", ".join(typed(outputs)),
+    )
+
+
+def loop_around(
+    step: onnx.ModelProto, text: str, constants: Mapping[str, Any], **parts: str
+) -> onnx.ModelProto:
+    """The graph that `text` describes, with `step` at the beginning of its loop's body.
+
+    Args:
+        text: in the syntax of ONNX's parser, with places for `parts` and the versions of `step`.
+        constants: the initializers that `text` names; those of `step` are added.
+    """
     model = parser.parse_model(
-        _GRAPH.format(
-            ir_version=step.ir_version,
-            opset=next(item.version for item in step.opset_import if not item.domain),
-            all_states=", ".join(typed(inputs, "first_") + typed(constant)),
-            first_state=f"first_{inputs[0]}",
-            first_names=", ".join(f"first_{name}" for name in inputs),
-            last_states=", ".join(f"last_{name}" for name in inputs),
-            states=", ".join(typed(inputs)),
-            next_states=", ".join(typed(outputs)),
-        )
+        text.format(ir_version=step.ir_version, opset=opset_of(step), **parts)
     )
     [body] = [node.attribute[0].g for node in model.graph.node if node.op_type == "Loop"]
     choosing = list(body.node)
     del body.node[:]
     body.node.extend([*step.graph.node, *choosing])
-    width = values["logits"].type.tensor_type.shape.dim[-1].dim_value
-    constants = _constants(width, start_token, end_token, suppress_tokens)
     model.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()
     )
@@ -100,23 +120,27 @@ def loop_graph(
     return model
 
 
-def _constants(
-    width: int, start_token: int, end_token: int, suppress_tokens: Sequence[int]
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators."""
+    return next(item.version for item in model.opset_import if not item.domain)
+
+
+def vocabulary_size(step: onnx.ModelProto) -> int:
+    """How many logits a step has."""
+    [logits] = [value for value in step.graph.output if value.name == "logits"]
+    return int(logits.type.tensor_type.shape.dim[-1].dim_value)
+
+
+def barred(
+    step: onnx.ModelProto, suppress_tokens: Sequence[int], end_tokens: Sequence[int]
 ) -> dict[str, Any]:
-    never = np.zeros(width, np.float32)
+    """What is added to logits: minus infinity for tokens that are `never` said, and for those that
+    are `not_yet` said before `min_tokens`."""
+    never = np.zeros(vocabulary_size(step), np.float32)
     never[list(suppress_tokens)] = -np.inf
     not_yet = never.copy()
-    not_yet[end_token] = -np.inf
-    return {
-        "start_token": np.int64(start_token),
-        "end_token": np.int64(end_token),
-        "never": never,
-        "not_yet": not_yet,
-        "zero": np.float32(0),
-        "no": np.bool_(False),
-        "yes": np.bool_(True),
-        "last_axis": np.array([1]),
-    }
+    not_yet[list(end_tokens)] = -np.inf
+    return {"never": never, "not_yet": not_yet}
 
 
 def typed_value(value: onnx.ValueInfoProto, name: str, batch: str = "batch") -> str:

@@ -1,14 +1,14 @@
 """Quantisation of an exported graph: the weights of its matrix products in 4 or 8 bits.
 
-The arithmetic is onnxruntime's own. Where a product has one row, as in a decoding step, reading the
-weights takes the time: they are stored block by block (`MatMulNBits`, by `MatMulNBitsQuantizer`).
-Where it has many, as in an image encoder, multiplying does, and whole rows and columns of 8 bits
-(`MatMulIntegerToFloat`) are nearly twice as fast; of a language model, few of whose channels hold
-by far the largest values, they would keep too little. No row's scale depends on another row's
-values, so no caption on its batch.
+The arithmetic is onnxruntime's own. A product of one row, as in a decoding step, spends its time on
+reading the weights, so they are stored in blocks (`MatMulNBits`, by `MatMulNBitsQuantizer`). A
+product of many rows, as in an image encoder, spends it on multiplying, and whole rows and columns
+of 8 bits (`MatMulIntegerToFloat`) are nearly twice as fast. A language model would lose too much by
+that, since a few of its channels hold by far the largest values. No row's scale depends on another
+row's values, so no caption depends on its batch.
 
-One weight at a time is read from the external data and written to the new ones, where
-onnxruntime's tool holds the whole model twice.
+Weights are read from the external data and written to the new file one at a time; onnxruntime's
+tool would hold the whole model twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from onnx import external_data_helper, helper, numpy_helper
 # Smaller blocks cost size and speed, larger ones accuracy; 4 bits need the accuracy.
 BLOCK_SIZES = {4: 32, 8: 128}
 # These keep 8 bits: the projection to the vocabulary, which decides between tokens, and the first
-# layer, whose errors all others hear: 4 bits there cost a trained model more than in all the rest.
+# layer, whose errors reach all others: 4 bits there cost a trained model more than in all the rest.
 _SENSITIVE = re.compile(r"lm_head\.weight|.*\.(layers|block)\.0\..*")
 # Activations are quantised to 8 bits block by block: several times the speed of computing in
 # float32, for far less of an error than that of 4-bit weights.

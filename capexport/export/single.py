@@ -26,7 +26,7 @@ from onnx import external_data_helper, helper, numpy_helper
 from capexport.artifact import Decoding, Manifest
 from capexport.export.beam_loop import beam_graph
 from capexport.export.head import image_head
-from capexport.export.loop import loop_graph
+from capexport.export.loop import loop_graph, opset_of
 from capexport.families.cnn_lstm import Vocabulary, read_vocabulary
 
 _SHARED = 1024  # bytes from which equal weights of encoder and decoder are stored once
@@ -35,13 +35,12 @@ _SHARED = 1024  # bytes from which equal weights of encoder and decoder are stor
 def single_graph(folder: Path, manifest: Manifest) -> onnx.ModelProto:
     """The artifact in `folder` as one graph."""
     encoder, step = (read_graph(folder / name) for name in ("encoder.onnx", "decoder_step.onnx"))
-    opset = next(item.version for item in step.opset_import if not item.domain)
     vocabulary = read_vocabulary(folder / "vocabulary.json")
     decode = beam_graph if manifest.decoding.num_beams > 1 else _greedy_graph
     state = [value.name for value in encoder.graph.output]
     first = {f"first_{name}" if name in manifest.state else name: f"state/{name}" for name in state}
     graph = onnx.GraphProto(name="captioner")
-    _add(graph, image_head(manifest.image, opset, step.ir_version), "image", image="image")
+    _add(graph, image_head(manifest.image, opset_of(step), step.ir_version), "image", image="image")
     _add(graph, encoder, "encoder", images="image/images", **{n: f"state/{n}" for n in state})
     ends = {"best_tokens": "tokens", "best_total": "log_probability"}
     _add(graph, decode(step, manifest.state, manifest.decoding), "decoder", **first, **ends)

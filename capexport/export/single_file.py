@@ -31,6 +31,7 @@ from capexport.decoding import DecodingKeywords, changed
 from capexport.errors import OptionError, ParityError
 from capexport.export import single
 from capexport.export.head import image_head
+from capexport.export.loop import opset_of
 from capexport.export.parity import (
     IMAGES,
     TOLERANCE,
@@ -234,8 +235,7 @@ def _compare_pixels(spec: ImageSpec, model: onnx.ModelProto, folder: str) -> int
     Raises:
         ParityError: at one it doesn't.
     """
-    opset = next(item.version for item in model.opset_import if not item.domain)
-    head = image_head(spec, opset, model.ir_version)
+    head = image_head(spec, opset_of(model), model.ir_version)
     graph, rng = _opened(head, folder), np.random.default_rng(0)
     for height, width in _SIZES:
         image = rng.integers(0, 256, (height, width, 3), np.uint8)

@@ -1,8 +1,7 @@
-"""8-bit weights that are computed with in float32: an int8 graph without the rounding of its
-activations.
+"""8-bit weights, but arithmetic in float32: an int8 graph without the rounding of its activations.
 
-In WebAssembly float32 is multiplied faster than bytes are, and without that rounding a caption is
-the same on every kind of processor.
+WebAssembly multiplies float32 faster than bytes, and without that rounding a caption is the same on
+every kind of processor.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from onnx import helper, numpy_helper
 def keep_weight_bytes(model: onnx.ModelProto) -> None:
     """Turn an int8 graph, in QDQ format, into one whose weights alone are bytes.
 
-    Activations are no longer rounded, but still clipped to what their bytes could hold: the int8
-    graph's ReLU6 is nothing else. Weights are widened by operators that onnxruntime computes once,
-    as it loads the graph; a DequantizeLinear it would compute anew each time.
+    Activations are no longer rounded, but still clipped to the range of their bytes, which is how
+    the int8 graph does ReLU6. Weights are widened by operators that onnxruntime computes once, when
+    it loads the graph; it would compute a DequantizeLinear every time.
     """
     graph = model.graph
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

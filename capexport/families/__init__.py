@@ -1,6 +1,6 @@
-"""What is particular to a family of captioners, without torch: a file for each.
+"""What is particular to each family of captioners, without torch: one file for each.
 
-A family's module holds `FAMILY`; it is imported when an artifact of that family is opened.
+The module of a family defines `FAMILY`, and is imported when an artifact of that family is opened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from capexport.decoding import Decoder, Encoder, Text
 from capexport.errors import ArtifactError, CapexportError, DeviceError
 from capexport.sessions import Target
 
-# What the parts of an artifact raise that fit neither each other nor the manifest.
+# What is raised when the parts of an artifact don't fit each other or the manifest.
 MISFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 log = logging.getLogger("capexport")
@@ -39,11 +39,11 @@ class Family:
     Attributes:
         open: opens an artifact's folder on a target.
         batch_size: how many images of a list go through the graphs together by default.
-        small: whether a core can take a batch of its own through all stages; of a large model,
-            one batch's activations and caches are enough to hold.
+        small: whether each core can take a batch of its own through all stages. Of a
+            large model, one batch's activations and caches are enough to hold in memory.
         image_graph: the file of the graph that images go through.
         step_weights: the file that a decoding step reads from end to end.
-        optional: files that an artifact can do without, at the price of speed.
+        optional: files without which an artifact still works, more slowly.
     """
 
     open: Callable[[Path, Manifest, Target], Parts]
@@ -59,7 +59,7 @@ class Family:
         """Open an artifact on the first target that works.
 
         Raises:
-            DeviceError: none does; of the last one.
+            DeviceError: none works; it is the last target's.
             ArtifactError: the artifact is incomplete, or its parts do not fit together.
         """
         for target in candidates[:-1]:

@@ -1,4 +1,4 @@
-"""BLIP-2 in the runtime: its prompts and tokenizer, its graphs, and how its artifact is opened."""
+"""BLIP-2 in the runtime: prompts and tokenizer, graphs, and how an artifact is opened."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class PromptTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def frame(self, prompts: Sequence[str] | None, batch: int, needed: int = 1) -> Prompts:
-        """The image's places, then the text's ids.
+        """The places of the image, then the ids of the text.
 
-        Shorter rows are padded where it changes nothing: of a decoder alone, whose next token
-        stands behind the last, between image and text; of an encoder-decoder, which counts
-        distances, behind the text.
+        Shorter rows are padded where it changes nothing. A decoder alone continues behind the last
+        token, so its padding goes between image and text. An encoder-decoder counts distances, so
+        its padding goes behind the text.
         """
         spec = self.spec
         if prompts is None:
@@ -64,7 +64,7 @@ class PromptTokenizer:
             for prompt in prompts:
                 if not isinstance(prompt, str) or not _encodable(prompt):
                     raise OptionError(f"a prompt must be text, got {prompt!r:.80}")
-            # One by one: of a batch, tokenizers makes threads, which no fork outlives.
+            # One by one: for a batch, tokenizers starts threads, which a fork does not survive.
             with self._blamed(f"fails at {prompts!r:.80}"):
                 rows = [self._tokenizer.encode(prompt).ids for prompt in prompts]
         longest = max(map(len, rows))
@@ -78,14 +78,14 @@ class PromptTokenizer:
             mask[index, left : left + len(row)] = 1
             if spec.image_token in row:
                 raise OptionError(f"a prompt must not contain the image token: {prompts!r}")
-        # Padding is nothing that was said: a caption doesn't depend on the prompts beside its own.
+        # Padding does not count as said, so a caption doesn't depend on the prompts beside its own.
         context = np.where(mask, tokens, spec.image_token)
         if spec.start_token is not None:
             context = np.full((batch, 1), spec.start_token)
         return Prompts(tokens, mask, context, self._room(mask.sum(axis=1), needed))
 
     def _room(self, lengths: TokenArray, needed: int) -> TokenArray | None:
-        """How many tokens fit behind prompts of these lengths."""
+        """How many tokens fit after prompts of these lengths."""
         limit = self.spec.max_positions
         if limit is None:
             return None
@@ -133,8 +133,8 @@ class OnnxDecoder(Decoder):
     `encoder_model.onnx` in front where it is an encoder-decoder.
 
     The manifest wires each key and value input of the step graph to the output that holds its next
-    value. Keys and values of the encoder are outputs of its graph and inputs of the step graph; so
-    is the mask of what they stand for. Keys and values stay with onnxruntime from step to step.
+    value. The encoder's keys and values go from the outputs of its graph to the step graph, with
+    their mask. All keys and values stay with onnxruntime from step to step.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, target: Target, spec: PromptSpec) -> None:

@@ -1,4 +1,4 @@
-"""The CNN-LSTM in the runtime: its words, its graphs, and how its artifact is opened."""
+"""The CNN-LSTM in the runtime: vocabulary, graphs, and how an artifact is opened."""
 
 from __future__ import annotations
 
@@ -89,13 +89,14 @@ class AttentiveDecoder(Protocol):
     regions: Regions | None
 
     def attend(self, tokens: TokenArray, state: Any) -> tuple[FloatArray, Any]:
-        """As `Decoder.step`, but in place of logits where the step looked, (batch, regions)."""
+        """As `Decoder.step`, but return where the step looked instead of logits: float32 (batch,
+        regions)."""
 
 
 def replay(
     decoder: AttentiveDecoder, features: State, captions: Sequence[Sequence[int]]
 ) -> list[FloatArray]:
-    """`Decoder.attention`, by feeding it its captions again."""
+    """What `Decoder.attention` returns, found by feeding the captions to the decoder again."""
     assert decoder.regions is not None
     steps = max(map(len, captions))
     fed = np.full((len(captions), steps + 1), Vocabulary.PAD, np.int64)
@@ -113,8 +114,8 @@ def replay(
 class OnnxEncoder:
     """`encoder.onnx`: images to the decoder's state after the image.
 
-    All cores take one image together, and of several each a few: so none waits for the others at
-    every layer.
+    All cores work on a single image together. Of several images each core takes a few, so that no
+    core waits for the others at every layer.
     """
 
     def __init__(self, path: Path, target: Target) -> None:
@@ -159,9 +160,13 @@ class OnnxDecoder(Decoder):
         constant: Collection[str],
         words: int,
     ) -> None:
-        """`constant`: what the encoder brings and no step changes; `words`: how many there are."""
+        """
+        Args:
+            constant: names of the encoder's outputs that no step changes.
+            words: the size of the vocabulary.
+        """
         self.constant = frozenset(constant)
-        # Within a loop, onnxruntime knows no remedy for processors that cut off 8-bit sums.
+        # Within a loop, onnxruntime has no way around processors that cut off 8-bit sums.
         exact = manifest.precision != "int8" or not cuts_off_sums()
         self.looped = exact and "decoder_loop.onnx" in manifest.files
         self._step_path = manifest.file(folder, "decoder_step.onnx")
@@ -219,7 +224,7 @@ class OnnxDecoder(Decoder):
     def _run(
         self, wanted: str, tokens: TokenArray, state: State, on_host: bool = True
     ) -> tuple[Value, State]:
-        """One output, as an array where it must be `on_host`, and the next state."""
+        """One output, as an array if it must be `on_host`, and the next state."""
         feeds, host = {"tokens": tokens, **state}, [wanted] if on_host else []
         values = self.step_graph.run(feeds, [wanted, *self._next.values()], host)
         moved = {name: values[output] for name, output in self._next.items()}

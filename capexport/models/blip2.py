@@ -15,10 +15,8 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from capexport.captioner import Alternative, Caption, Timing
 from capexport.errors import CheckpointError
 from capexport.models.blip2_checkpoint import Checkpoint, read_checkpoint
-from capexport.models.blip2_config import first_line, quiet, read_config, read_processor
+from capexport.models.blip2_config import first_line, quiet
 from capexport.preprocessing import ImageSource, load_image
-
-__all__ = ["HuggingFaceCaptioner", "load_pretrained", "read_config", "read_processor"]
 
 
 @quiet()

@@ -1,8 +1,8 @@
-"""A BLIP-2 checkpoint of Hugging Face: found or downloaded, held to what its small files and the
-headers of its weights tell before anything large is read, and mapped tensor by tensor.
+"""A Hugging Face checkpoint of BLIP-2: found or downloaded, checked by its small files and the
+headers of its weights before anything large is read, and mapped tensor by tensor.
 
-Which file holds a tensor is decided here as Transformers decides it; whether that came out right is
-checked at export, against what Transformers itself loads.
+This module decides as Transformers does which file holds a tensor. The export checks the result
+against what Transformers itself loads.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Checkpoint:
     Attributes:
         image: what the image processor does.
         decoding: the options that `generate()` would take.
-        assumed: what the files leave open or say otherwise, and how it was read.
+        assumed: what the files leave open or contradict, and how they were read.
     """
 
     folder: Path
@@ -234,7 +234,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
 @quiet()
 def _read_small(folder: Path) -> Checkpoint:
-    """All that can be told before the weights are there."""
+    """Everything that can be checked before the weights are there."""
     config = read_config(folder)
     processor, assumed = read_processor(folder, config)
     image = image_spec(folder, config, processor.image_processor)
@@ -243,8 +243,7 @@ def _read_small(folder: Path) -> Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """All of a checkpoint but its weights, once everything that can be told without tracing is
-    known to be right.
+    """A checkpoint without its weights, after all checks that need no tracing.
 
     Raises:
         CheckpointError: it is damaged, incomplete, or of a kind that capexport does not export.
@@ -289,8 +288,8 @@ def current_name(name: str) -> str:
 
 
 def check_headers(folder: Path, config: Blip2Config, headers: Mapping[str, Header]) -> list[str]:
-    """Hold the weights' names, types and shapes to those of the model. A `config` that says
-    otherwise than the files whether T5's embedding is tied is corrected.
+    """Check names, types and shapes of the weights against the model's. If `config` and the files
+    disagree whether T5's embedding is tied, correct `config`.
 
     Returns:
         What was corrected, in words.

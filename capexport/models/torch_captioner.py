@@ -1,8 +1,8 @@
 """The PyTorch captioner: the same `Captioner` over torch modules, the yardstick of every export.
 
-Written as one would to run PyTorch fast: inference mode, a choice of memory format, of the form of
-the encoder and of LSTM call (`capbench` takes the fastest), finished rows leave the batch, and
-nothing is copied to the host but the logits that choosing the next token needs.
+It is written to run PyTorch fast: in inference mode, with a choice of memory format, of the
+encoder's form and of the LSTM call (`capbench` takes the fastest). Finished rows leave the batch,
+and only the logits, which choosing the next token needs, are copied to the host.
 """
 
 from __future__ import annotations

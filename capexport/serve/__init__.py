@@ -2,7 +2,7 @@
 
     CAPEXPORT_MODEL=artifacts/first uvicorn --factory capexport.serve:application --workers 2
 
-where environment variables say what flags say to the command: `CAPEXPORT_` and a flag's name.
+There, environment variables stand for the flags: `CAPEXPORT_` and the name of the flag.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EXTRA = "a server needs more packages: `pip install 'capexport[cpu,serve]'`"
 
 
 def application(settings: Settings | None = None) -> Starlette:
-    """An ASGI application; what `settings` leave out, the environment says.
+    """An ASGI application; without `settings`, those of the environment.
 
     Raises:
         CapexportError: the captioner cannot be loaded, or a setting is out of range.

@@ -1,4 +1,4 @@
-"""The application: all protocols, the gate in front of them, and what it shows of itself."""
+"""The application: all protocols, the gate in front of them, and the pages about itself."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build_app(service: Service) -> Starlette:
     below = [Mount(settings.root_path, routes=inner)] if settings.root_path else []
 
     def known(scope: Scope) -> str | None:
-        """The path as it is written in the routes."""
+        """The path of the matching route, as it is written there."""
         for route in routes:
             if route.path_regex.match(service.path(scope)):
                 return route.path

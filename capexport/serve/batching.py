@@ -17,14 +17,14 @@ import numpy as np
 from capexport.captioner import Caption, Captioner
 from capexport.decoding import DecodingKeywords
 from capexport.errors import CapexportError
-from capexport.preprocessing import FloatArray, preprocess
+from capexport.preprocessing import FloatArray
 from capexport.serve.metrics import Metrics
 
-# An encoded image, or what gives one: it is called where it keeps nobody waiting.
+# An encoded image, or a function that returns one and is called in a thread of the batcher.
 Source: TypeAlias = bytes | Callable[[], bytes]
 Outcome: TypeAlias = Caption | CapexportError
 
-# Seconds that a batch waits for more images while there is other work.
+# Seconds that a batch waits for more images while other work goes on.
 PATIENCE = 0.005
 
 
@@ -34,9 +34,9 @@ class QueueFullError(Exception):
 
 @dataclass(eq=False)
 class _Item:
-    """An image, and who waits for its caption.
+    """An image, and the future that waits for its caption.
 
-    Only images of the same `key`, their options, are captioned together.
+    Only images with the same `key`, which stands for their options, are captioned together.
     """
 
     source: Source
@@ -52,13 +52,12 @@ class _Item:
 
 
 class Batcher:
-    """Reads images, and captions those that are ready together, in threads of its own, so that the
-    event loop stays free.
+    """Reads images and captions them in batches, in threads of its own: the event loop stays free.
 
-    Each thread does what is due: it captions a batch where enough images are ready, else it reads
-    the next one. A lone image is captioned at once; a batch is only waited for, some milliseconds,
-    while others are being read or captioned. What is wrong with an image, or with its prompt, costs
-    no other one its caption.
+    Each thread does what is due: if enough images are ready, it captions a batch; otherwise it
+    reads the next image. A lone image is captioned at once; only while others are read or captioned
+    does it wait some milliseconds for a batch. A bad image or prompt costs no other image its
+    caption.
 
     Attributes:
         room: how many images may be held at once.
@@ -75,8 +74,8 @@ class Batcher:
         room: int,
         max_pixels: int,
     ) -> None:
-        """To be called in the event loop. `threads` read images; as many caption them where the
-        captioner is of one thread, else one at a time does."""
+        """Call it in the event loop. `threads` threads read images. With a captioner of one thread,
+        as many of them caption at once; otherwise one."""
         self.captioner, self.metrics = captioner, metrics
         self.room, self.held = room, 0
         self._batch_size, self._max_pixels = batch_size, max_pixels
@@ -126,7 +125,7 @@ class Batcher:
                     self._changed.notify_all()
 
     def _next_job(self) -> _Item | list[_Item] | None:
-        """An image to read, or some to caption; None when all is done."""
+        """An image to read, or a batch to caption; None when all is done."""
         with self._changed:
             while True:
                 pause = None
@@ -153,7 +152,7 @@ class Batcher:
         return min(self._batch_size, math.ceil(self.held / batches))
 
     def _take_batch(self) -> list[_Item]:
-        """Those that wait longest, of one kind."""
+        """The images that have waited longest, all with the same options."""
         key = self._ready[0].key
         batch = [item for item in self._ready if item.key == key][: self._fair_share()]
         taken = set(map(id, batch))
@@ -165,13 +164,7 @@ class Batcher:
         if not item.future.cancelled():  # its client may have gone
             try:
                 data = item.source if isinstance(item.source, bytes) else item.source()
-                item.pixels = preprocess(
-                    data,
-                    self.captioner.image,
-                    max_pixels=self._max_pixels,
-                    truncated=self.captioner.truncated,
-                    full_size=self.captioner.full_size,
-                )
+                item.pixels = self.captioner.preprocess(data, max_pixels=self._max_pixels)
             except Exception as failure:
                 error = failure
         item.source, item.ready = b"", time.monotonic()
@@ -190,7 +183,7 @@ class Batcher:
             pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
             return list(self.captioner.caption_pixels(pixels, prompts=prompts, **first.options))
         except Exception as error:
-            if len(batch) > 1:  # one of them may be to blame, and pays alone
+            if len(batch) > 1:  # so that only the image that is to blame fails
                 return [outcome for item in batch for outcome in self._captions([item])]
             return [error]
 
@@ -210,7 +203,7 @@ class Batcher:
                 item.future.set_exception(outcome)
 
     def close(self) -> None:
-        """End the threads, once what waits is done."""
+        """End the threads, once all waiting images are done."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

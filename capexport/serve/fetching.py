@@ -20,9 +20,9 @@ _SECONDS = 20.0  # for all of it
 _AT_ONCE = 16
 _KEPT = "%/:?@!$&'()*+,;=~[]"  # in a path and a query; the rest is escaped
 _MOVED = (301, 302, 303, 307, 308)
-# Addresses that are nobody else's, whatever this Python's `ipaddress` says of them: IANA's
-# registries of special-purpose addresses, multicast, and the public one that virtual machines reach
-# their host by on Azure.
+# Addresses that are not public, whatever this Python's `ipaddress` says: IANA's registries of
+# special-purpose addresses, multicast, and the address by which virtual machines on Azure reach
+# their host.
 _SPECIAL = tuple(
     ipaddress.ip_network(text)
     for text in (
@@ -33,8 +33,8 @@ _SPECIAL = tuple(
         "2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20",
     )
 )  # fmt: skip
-# Of IPv6 only this part is given to anybody. Other parts stand for IPv4 addresses: mapped ones, and
-# translated ones (RFC 6052).
+# The only part of IPv6 that is assigned to anybody. Other parts stand for IPv4 addresses: mapped
+# and translated ones (RFC 6052).
 _GIVEN = ipaddress.ip_network("2000::/3")
 _IN_DISGUISE = (ipaddress.ip_network("::ffff:0:0/96"), ipaddress.ip_network("64:ff9b::/96"))
 
@@ -42,8 +42,8 @@ Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_public(address: Address) -> bool:
-    """Is it somebody else's: neither private, loopback, link-local, multicast nor reserved, and
-    no IPv4 address of these in the guise of IPv6?"""
+    """Is it public: neither private, loopback, link-local, multicast nor reserved, nor an IPv6 form
+    of such an IPv4 address?"""
     if any(address in network for network in _IN_DISGUISE):
         return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
     if address.version == 6 and address not in _GIVEN:
@@ -87,8 +87,7 @@ class Fetcher:
         if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
             raise ImageError(f"{url.geturl():.200}: must begin with https:// or http:// and a host")
         host = url.hostname.encode("idna").decode()
-        # The address that was checked is the one that is connected to: a name may mean another one
-        # the next time.
+        # Connect to the address that was checked: the name may resolve to another one next time.
         address = await _public_address(host, url.port or (443 if secure else 80))
         reader, writer = await asyncio.open_connection(
             *address, ssl=_context() if secure else None, server_hostname=host if secure else None

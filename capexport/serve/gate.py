@@ -1,4 +1,4 @@
-"""What every request goes through: who may ask, how much it may send, and how it is counted."""
+"""What every request passes: who may ask, how much it may send, and how it is counted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from capexport.serve.requests import Json, refuse
 from capexport.serve.service import Service
 
 OPEN = ("/health", "/")  # whatever the key
-# Seconds: without a byte of a body that is still expected; for all of it; for what is left of it
-# when the server is about to end.
+# Seconds to wait for the next byte of a body, for the whole body, and for what is left of it once
+# the server is about to end.
 _PAUSE, _LONGEST, _GRACE = 10.0, 300.0, 10.0
 _BODIES = 8  # as many of the largest size are held at once
 
@@ -36,8 +36,8 @@ def error_answer(path: str, status: int, reason: str, headers: object = None) ->
 
 
 class Gate:
-    """ASGI middleware. `known` says which paths are counted under their name: the others are what
-    clients make up."""
+    """ASGI middleware. `known` names the route of a request, under which it is counted; None for
+    paths that clients make up."""
 
     def __init__(
         self, app: ASGIApp, service: Service, known: Callable[[Scope], str | None]
@@ -71,18 +71,18 @@ class Gate:
             self._service.metrics.answered(path or "other", status, time.monotonic() - began)
 
     def _check(self, headers: Headers, path: str | None) -> None:
-        """Refuse who may not ask, and what is announced as too large."""
+        """Refuse clients that may not ask, and bodies that are announced as too large."""
         settings = self._service.settings
         if path not in OPEN and settings.api_key and not _has_key(headers, settings.api_key):
             refuse("this server wants its API key: `Authorization: Bearer KEY`", 401,
                    {"WWW-Authenticate": "Bearer"})  # fmt: skip
-        # What a browser says of requests that pages make; other clients say nothing.
+        # Browsers send this header with requests from pages; other clients don't.
         foreign = headers.get("sec-fetch-site") == "cross-site"
         origins = settings.allow_origin
         if foreign and path not in OPEN and not {"*", headers.get("origin")} & {*origins}:
             refuse("pages of other origins may not ask here (--allow-origin)", 403)
         if settings.guarded and not _is_own_name(headers.get("host", ""), settings.allow_host):
-            # A page whose name was made to mean this machine would be of the same origin.
+            # DNS rebinding: a page whose host name resolves to this machine has the same origin.
             refuse("this server doesn't go by that name (--allow-host)", 403)
         with suppress(ValueError):
             if int(headers.get("content-length", "0")) > settings.max_body * 10**6:
@@ -145,5 +145,5 @@ def _is_own_name(host: str, allowed: tuple[str, ...]) -> bool:
 
 
 def complain(path: str, status: int, reason: str) -> None:
-    """One line in the log, whatever clients put into it."""
+    """Log one line, whatever a client put into the request."""
     log.info("%s", shown(f"{status} {path:.100}: {reason:.300}"))

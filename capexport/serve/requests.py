@@ -32,7 +32,7 @@ D = TypeVar("D")
 
 
 class Json(Response):
-    """A JSON answer in ASCII, whatever a client made us repeat."""
+    """A JSON answer in ASCII, whatever text of the client it repeats."""
 
     media_type = "application/json"
 
@@ -45,7 +45,7 @@ def refuse(reason: str, status: int = 400, headers: Mapping[str, str] | None = N
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The object in the body, whatever type the client says that it has."""
+    """The JSON object in the body, whatever content type the client declares."""
     body = await request.body()
     try:
         large = len(body) > _LARGE
@@ -121,8 +121,8 @@ def _decode(text: str) -> bytes:
 
 
 def in_format(wanted: Any, where: str = "format") -> Callable[[str], str]:
-    """What makes of a caption the JSON that was asked for: `{"caption": ...}`, or of a JSON schema
-    the object with its one text field."""
+    """A function from a caption to the JSON that was asked for: `{"caption": ...}`, or for a JSON
+    schema the object with its one text field."""
     if wanted in (None, ""):
         return str
     if wanted == "json":
@@ -142,7 +142,7 @@ def _as_object(name: str, caption: str) -> str:
 
 
 def until(stops: Sequence[str], caption: str) -> str:
-    """A caption up to the first of `stops`, of which there may be none."""
+    """A caption up to the first of `stops` in it; the whole caption, if there is none."""
     for stop in filter(None, stops):
         caption = caption.partition(stop)[0]
     return caption

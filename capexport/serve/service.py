@@ -1,4 +1,4 @@
-"""A captioner at the service of requests: what the protocols share."""
+"""A captioner that answers requests: what all protocols share."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from capexport.sessions import available_cores
 class Service:
     """
     Attributes:
-        captioner, manifest: what captions.
-        digest: of the manifest, which holds those of all files.
+        captioner, manifest: what captions the images.
+        digest: hash of the manifest, which holds the hashes of all files.
         began: when it was loaded.
         held: bytes of all bodies that are being received or worked on.
         ending: since when, by `time.monotonic()`, the server has been about to end.
@@ -62,7 +62,7 @@ class Service:
         self.metrics = Metrics()
 
     def start(self) -> None:
-        """Begin to take images; to be called in the event loop."""
+        """Begin to take images. Call it in the event loop."""
         settings = self.settings
         self.batcher = Batcher(
             self.captioner,
@@ -82,7 +82,7 @@ class Service:
         return name in (self.settings.name, f"{self.settings.name}:latest")
 
     def path(self, scope: Scope) -> str:
-        """The path of a request, without what a proxy has put before it."""
+        """The path of a request, without the prefix that a proxy has put before it."""
         path, prefix = str(scope["path"]), self.settings.root_path
         return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
@@ -106,11 +106,11 @@ class Service:
         return found
 
     def bounded(self, **options: Any) -> DecodingKeywords:
-        """Options of a request that don't ask for more than a request may have; those that change
-        nothing are left out, so that more images go together.
+        """The options of a request, without those that change nothing, so that more images can be
+        captioned together.
 
         Raises:
-            OptionError: they do, or are out of range.
+            OptionError: they ask for more than a request may, or are out of range.
         """
         own = self.captioner.options
         given: Any = {name: value for name, value in options.items() if value is not None}
@@ -124,7 +124,7 @@ class Service:
         return changes  # type: ignore[no-any-return]
 
     def longest(self, tokens: int | None) -> int | None:
-        """A bound of other protocols, which name thousands of tokens where no caption has them."""
+        """`tokens` within what a request may ask for: other protocols' clients name thousands."""
         most = max(MOST_TOKENS, self.captioner.options.max_tokens)
         return None if tokens is None else min(tokens, most)
 
@@ -135,7 +135,7 @@ class Service:
         prompt: str | None = None,
         **options: Any,
     ) -> list[Caption]:
-        """The caption of each image; the first that fails is refused."""
+        """The caption of each image; raises the error of the first that fails."""
         outcomes = await self.outcomes(request, sources, prompt, **options)
         for outcome in outcomes:
             if isinstance(outcome, CapexportError):
@@ -149,7 +149,7 @@ class Service:
         prompt: str | None = None,
         **options: Any,
     ) -> list[Outcome]:
-        """The caption of each image, or what is wrong with it; given up where the client goes."""
+        """The caption of each image, or its error. Stops if the client disconnects."""
         if prompt is not None and not self.takes_prompts:
             raise OptionError("this captioner takes no prompt")
         if len(sources) > self.settings.queue:
@@ -169,7 +169,7 @@ class Service:
             work.cancel()
 
     def prompt_tokens(self, prompt: str | None) -> int:
-        """How many places image and prompt take, as far as the model counts them."""
+        """How many tokens image and prompt take, if the model counts them; else 0."""
         with contextlib.suppress(OptionError):
             framed = self.captioner.text.frame(None if prompt is None else [prompt], 1, 1)
             return int(framed.mask.sum()) if framed else 0
@@ -182,7 +182,7 @@ async def _disconnection(request: Request) -> None:
 
 
 def status_of(error: CapexportError) -> int:
-    """Whose fault it is."""
+    """The HTTP status: 400 if the request is to blame, else 500."""
     return 400 if isinstance(error, ImageError | OptionError) else 500
 
 

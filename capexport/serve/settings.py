@@ -1,4 +1,4 @@
-"""What a server can be told, listed once: flags of `capexport serve`, and environment variables."""
+"""The settings of a server, listed once for `capexport serve` and for environment variables."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ class Settings:
     Attributes:
         decoding: options of decoding in place of the artifact's own.
         loopback: whether the server listens on an address of this machine alone.
-        The others: as their help says.
+        The others: see their help.
     Raises:
         OptionError: a value is out of range, or cannot be sent in a header.
     """
 
     model: str | None = _setting(
-        None, "DIR", "exported folder, or its id on the hub (default: the Flickr8k captioner that "
-        "comes with capexport)",
+        None, "DIR", "exported folder, or its id on the hub (default: the bundled captioner)",
     )  # fmt: skip
     name: str = _setting("capexport", "NAME", "what clients call the model (default: capexport)")
     prompts: bool = _setting(
         False, None, "take the text of Ollama's and OpenAI's requests as the prompt that captions "
-        "go on from (BLIP-2); without this it is ignored",
+        "continue (BLIP-2); without this it is ignored",
     )  # fmt: skip
     device: str = _setting(
         "cpu", "NAME", "cpu (default), cuda, cuda:1, or auto: the first that works"
@@ -65,21 +64,21 @@ class Settings:
         (), "ORIGIN", "let pages of this origin (https://photos.example) ask; may be repeated"
     )
     allow_host: tuple[str, ...] = _setting(
-        (), "NAME", "on a loopback address without a key: answer to this host name, too, as a "
-        "proxy may pass it on; may be repeated",
+        (), "NAME", "where only this machine may ask and no key is set: answer to this host name, "
+        "too, which a proxy may pass on; may be repeated",
     )  # fmt: skip
     root_path: str = _setting(
-        "", "PATH", "answer below this path, too, for a proxy that passes it on"
+        "", "PATH", "answer below this path, too, for a proxy that does not strip it"
     )
     site: str | None = _setting(
-        None, "DIR", "folder of static files to show at /, to everybody, key or not"
+        None, "DIR", "folder of static files to serve at /, to everybody, with a key or without"
     )
     decoding: DecodingKeywords = field(default_factory=DecodingKeywords)
     loopback: bool = False
 
     @property
     def guarded(self) -> bool:
-        """Is reaching this machine's own addresses all that protects it?"""
+        """Is listening on this machine's own addresses its only protection?"""
         return self.loopback and not self.api_key
 
     def __post_init__(self) -> None:
@@ -100,7 +99,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """Those that `CAPEXPORT_MODEL`, `CAPEXPORT_API_KEY` and so on say; empty ones say nothing.
+        """The settings in `CAPEXPORT_MODEL`, `CAPEXPORT_API_KEY` and so on; empty ones don't count.
 
         Raises:
             OptionError: a value is of another type, or out of range.
@@ -156,7 +155,7 @@ def add_flags(group: Any) -> None:
 
 
 def given_settings(options: Any, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """What flags say, or else the environment; `options` are parsed arguments."""
+    """The settings in parsed arguments, or else in the environment."""
     values = environment_values(environment)
     for item in flags():
         value = getattr(options, item.name)

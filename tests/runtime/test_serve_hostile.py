@@ -25,7 +25,8 @@ from serving import (
 )
 
 from capexport import Captioner
-from capexport.serve import batching, gate
+from capexport import captioner as captioning
+from capexport.serve import gate
 from capexport.serve.metrics import Histogram
 
 __all__ = ["artifact", "captioner"]  # fixtures
@@ -258,7 +259,7 @@ def test_a_large_photo_keeps_nobody_waiting(
 ):
     """While one is decoded, health and other captions are answered."""
     large = photo + b"and more"
-    decode, begun, go = batching.preprocess, threading.Event(), threading.Event()
+    decode, begun, go = captioning.preprocess, threading.Event(), threading.Event()
 
     def slowly(data: bytes, *args, **options):
         if data == large:
@@ -266,7 +267,7 @@ def test_a_large_photo_keeps_nobody_waiting(
             assert go.wait(60)
         return decode(data, *args, **options)
 
-    monkeypatch.setattr(batching, "preprocess", slowly)
+    monkeypatch.setattr(captioning, "preprocess", slowly)
     with running(model=str(artifact), threads=2) as server, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.ask, "POST", "/caption", large)
         assert begun.wait(60)
