@@ -415,16 +415,19 @@ class _ColumnCaptioner:
         if taken := set(SCHEMA.names[1:]).intersection(table.column_names):
             raise OptionError(f"the dataset has a column {min(taken)!r} already: rename_columns")
         column = table[self._column]
-        images = (_image_in(column[row].as_py()) for row in range(len(column)))
+        images = (_image_in(column[row]) for row in range(len(column)))
         rows = zip(*self._captioning.rows(images), strict=True)
         for field, values in zip(list(SCHEMA)[1:], rows, strict=True):
             table = table.append_column(field, [pa.array(values, field.type)])
         return table
 
 
-def _image_in(cell: Any) -> Any:
-    """Data sets of Hugging Face keep an image's `bytes`, its `path`, or both."""
-    return cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
+def _image_in(cell: pa.Scalar) -> Any:
+    """An image of any kind of column."""
+    if hasattr(cell, "to_numpy"):  # Arrow's own tensors, which become flat lists otherwise
+        return cell.to_numpy()
+    image = cell.as_py()
+    return image.get("bytes") or image.get("path") if isinstance(image, dict) else image
 
 
 class _File(io.BytesIO):

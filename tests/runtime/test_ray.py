@@ -233,6 +233,15 @@ def test_a_dataset_as_hugging_face_has_them(artifact: Path, captioner: Captioner
     assert [row["image"] for row in found] == contents
 
 
+def test_arrows_own_tensors(artifact: Path, captioner: Captioner):
+    from ray.data import from_arrow
+
+    images = np.stack([np.asarray(draw_photo(seed)) for seed in range(3)])
+    table = pyarrow.table({"image": pyarrow.FixedShapeTensorArray.from_numpy_ndarray(images)})
+    found = caption_dataset(from_arrow(table), "image", artifact).take_all()
+    assert [row["text"] for row in found] == [one.text for one in captioner.caption(list(images))]
+
+
 def test_cores_of_machines_without_a_gpu_are_not_counted(monkeypatch: pytest.MonkeyPatch):
     cluster = [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 9.0, "GPU": 2.0}]
     nodes = [{"Alive": True, "Resources": resources} for resources in cluster]
