@@ -48,7 +48,14 @@ with importing("capexport.ray needs Ray Data: `pip install 'capexport[ray]'`"):
     import pyarrow as pa
     import ray
     import ray.data
-    from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+    from pyarrow.fs import (
+        FileSelector,
+        FileSystem,
+        FileType,
+        FSSpecHandler,
+        LocalFileSystem,
+        PyFileSystem,
+    )
 
     from capexport.bulk.parts import FORMATS, SCHEMA, Parts
 
@@ -116,7 +123,8 @@ def caption_files(
         out: a folder for the captions, as `photos`; it is made.
         model: exported folder that every machine sees, or its id on the hub; by default the
             bundled captioner.
-        filesystem: where `photos` and `out` are, for access that a URI cannot tell.
+        filesystem: where `photos` and `out` are, pyarrow's or fsspec's, for access that a URI
+            cannot tell.
         format: "parquet", or "jsonl": a JSON object a line.
         resume: keep the rows that are in `out`, and caption the files that have no caption there,
             because they are new or could not be read.
@@ -159,7 +167,8 @@ def caption_dataset(
     Args:
         dataset: nothing of it is computed before the result is asked for.
         column: the one with the images: encoded (`bytes` of `ray.data.read_binary_files`), paths,
-            or uint8 arrays (`image` of `ray.data.read_images`).
+            uint8 arrays (`image` of `ray.data.read_images`), or structs of `bytes` and `path`, as
+            data sets of Hugging Face have them.
         filesystem: where paths are; by default paths that every machine sees, or URIs.
         device: "cpu", or "cuda" for a GPU an actor.
         workers: how many actors caption, a captioner each; by default as many as the cluster has
@@ -243,7 +252,7 @@ class _Work:
         compute = ray.data.ActorPoolStrategy(
             min_size=1, max_size=self.workers, initial_size=started
         )
-        if self.device == "cuda":  # Ray Data takes either of the two
+        if self.device == "cuda":  # and a core, as Ray Data has it; to ask for more is experimental
             return {"compute": compute, "num_gpus": 1}
         return {"compute": compute, "num_cpus": self.threads}
 
@@ -255,8 +264,11 @@ def _actors(device: str, workers: int | None, threads: int | None, small: bool) 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [int(machine.get("CPU", 0)) for machine in machines if machine.get("CPU", 0) >= 1]
     room = int(sum(machine.get("GPU", 0) for machine in machines))
-    if device == "cuda":
-        threads = threads or max(1, sum(cores) // max(1, room))
+    if device == "cuda":  # machines without a GPU lend it no cores
+        beside = [
+            machine.get("CPU", 0) // machine["GPU"] for machine in machines if "GPU" in machine
+        ]
+        threads = threads or max(1, int(min(beside, default=1)))
     else:
         threads = threads or (1 if small else min(cores, default=1))
         room = sum(count // threads for count in cores)
@@ -403,11 +415,19 @@ class _ColumnCaptioner:
         if taken := set(SCHEMA.names[1:]).intersection(table.column_names):
             raise OptionError(f"the dataset has a column {min(taken)!r} already: rename_columns")
         column = table[self._column]
-        images = (column[row].as_py() for row in range(len(column)))
+        images = (_image_in(column[row]) for row in range(len(column)))
         rows = zip(*self._captioning.rows(images), strict=True)
         for field, values in zip(list(SCHEMA)[1:], rows, strict=True):
             table = table.append_column(field, [pa.array(values, field.type)])
         return table
+
+
+def _image_in(cell: pa.Scalar) -> Any:
+    """An image of any kind of column."""
+    if hasattr(cell, "to_numpy"):  # Arrow's own tensors, which become flat lists otherwise
+        return cell.to_numpy()
+    image = cell.as_py()
+    return image.get("bytes") or image.get("path") if isinstance(image, dict) else image
 
 
 class _File(io.BytesIO):
@@ -452,6 +472,8 @@ def _located(
         except (pa.ArrowException, OSError) as error:
             raise OptionError(f"{place}: no file system can be reached: {error}") from error
     filesystem = filesystem or LocalFileSystem()
+    if not isinstance(filesystem, FileSystem):  # pyarrow's own functions take fsspec's, too
+        filesystem = PyFileSystem(FSSpecHandler(filesystem))
     return filesystem, os.path.abspath(name) if isinstance(filesystem, LocalFileSystem) else name
 
 

@@ -86,7 +86,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
     how: dict[str, Any] = {
         "allow_origins": origins,
         "allow_methods": ["GET", "POST"],
-        "allow_headers": ["Authorization", "Content-Type"],
+        "allow_headers": ["*"],  # OpenAI's client in a page sends a dozen of its own
     }
     return [Middleware(CORSMiddleware, **how)] if origins else []
 

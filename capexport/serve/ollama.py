@@ -107,7 +107,7 @@ async def _answer(
         return Json({**head, **said(""), "done": True, "done_reason": "load"})
     if not images:
         refuse("no images: this model captions images, a list of base64 texts")
-    wanted = service.longest(tokens if tokens >= 0 else None)
+    wanted = service.longest(tokens if tokens > 0 else None)  # 0, too, is no bound
     sources = await service.images(images, plain=True)
     own_prompt = prompt if service.settings.prompts and prompt else None
     captions = await service.captions(request, sources, own_prompt, max_tokens=wanted)

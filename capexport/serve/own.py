@@ -24,7 +24,7 @@ _TYPES = {
     for item in dataclasses.fields(DecodingOptions)
     if "help" in item.metadata
 }
-_TEXT = "multipart/form-data"
+_FORM, _FIELDS = "multipart/form-data", "application/x-www-form-urlencoded"
 
 
 def routes(service: Service) -> list[Route]:
@@ -34,15 +34,15 @@ def routes(service: Service) -> list[Route]:
 async def _caption(service: Service, request: Request) -> Response:
     given = list(request.query_params.multi_items())
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == _TEXT:
+    if kind == _FORM:
         return await _caption_form(service, request, given)
-    if kind in ("application/json", "application/x-www-form-urlencoded") and (
-        (await request.body())[:1] in b"{["
-    ):
+    if kind in ("application/json", _FIELDS) and (await request.body())[:1] in b"{[":
         refuse("send an image's bytes as the body, or files as multipart/form-data", 415)
     image = await request.body()
     if not image:
         refuse("no image: send its bytes as the body, or files as multipart/form-data")
+    if kind == _FIELDS and not any(byte in image for byte in (b"\0", b"\r", b"\n")):
+        refuse("no image: curl's -d leaves bytes out of files, --data-binary sends them all", 415)
     prompt, options = _options(given)
     [caption] = await service.captions(request, [image], prompt, **options)
     return Json(_fields(caption))
@@ -52,15 +52,17 @@ async def _caption_form(
     service: Service, request: Request, given: list[tuple[str, str]]
 ) -> Response:
     """Files, and options as fields; a file that cannot be read has an error for a caption."""
-    most = service.settings.queue
+    settings = service.settings
     _check_end(await request.body(), request.headers["content-type"])
-    async with request.form(max_files=most, max_fields=100) as form:
+    most = {"max_files": settings.queue, "max_fields": 100}
+    # A part without a file name may be an image, too, and shall be told so however large it is.
+    async with request.form(**most, max_part_size=settings.max_body * 10**6) as form:
         files = [item for _, item in form.multi_items() if isinstance(item, UploadFile)]
         images = [await file.read() for file in files]
         names = [file.filename or "" for file in files]
         fields = [(name, item) for name, item in form.multi_items() if isinstance(item, str)]
     if not images:
-        refuse("no image: the form has no file")
+        refuse("no image: no part of the form has a file name (filename=)")
     prompt, options = _options([*given, *fields])
     outcomes = await service.outcomes(request, images, prompt, **options)
     rows = [{"file_name": name, **_fields(one)} for name, one in zip(names, outcomes, strict=True)]

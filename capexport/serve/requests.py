@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -19,6 +19,8 @@ from capexport.serve.batching import Source
 
 MOST_TOKENS, MOST_BEAMS = 256, 16  # of one request, unless the model's own are more
 _LARGE = 2_000_000  # bytes of JSON that would keep the event loop busy for long
+_ESCAPES = (("+", "%2B"), ("/", "%2F"), ("=", "%3D"))
+_PLAIN = str.maketrans("-_", "+/", " \t\r\n\f")
 _KINDS = {
     str: "text",
     bool: "true or false",
@@ -98,25 +100,31 @@ def texts(content: Mapping[str, Any], name: str, where: str = "") -> list[str]:
 def data_uri(uri: str) -> Source:
     """The image in `data:image/jpeg;base64,...`."""
     head, comma, data = uri.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    _, semicolon, coding = head.rpartition(";")
+    if not comma or not semicolon or coding.strip().lower() != "base64":
         refuse("a data URI must be one as data:image/jpeg;base64,...")
     return from_base64(data)
 
 
 def from_base64(text: str) -> Source:
-    """An image that is decoded where it keeps nobody waiting.
-
-    What is no base64 is refused at once where it is short, and else then, as an `ImageError`.
-    """
+    """An image that is decoded where it keeps nobody waiting; what is no base64 is an `ImageError`
+    there."""
     return partial(_decode, text)
 
 
 def _decode(text: str) -> bytes:
+    """Base64 as browsers take it in data URIs, with white space, escapes and without padding; and
+    that of URLs (RFC 4648, 5)."""
     from capexport.errors import ImageError
 
+    with suppress(ValueError):  # most need nothing of that
+        return base64.b64decode(text, validate=True)
+    for sign, escape in _ESCAPES:
+        text = text.replace(escape, sign).replace(escape.lower(), sign)
+    plain = text.translate(_PLAIN).rstrip("=")
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError as error:
         raise ImageError(f"an image is not base64: {error}") from error
 
 

@@ -90,7 +90,7 @@ class Service:
         """The images that data URIs, http(s) URLs or, where `plain`, base64 stand for."""
         room = self.settings.max_body * 10**6  # what is fetched is no more than could be sent
         found: list[Source] = []
-        for text in texts:
+        for text in map(str.strip, texts):
             if text[:5].lower() == "data:":
                 found.append(data_uri(text))
             elif text[:8].lower().startswith(("http://", "https://")):

@@ -91,9 +91,12 @@ class Settings:
             raise OptionError(f"--name takes letters, digits and . / : - _, got {self.name!r}")
         if self.root_path and not re.fullmatch(r"(/[\w.~-]+)+", self.root_path, re.ASCII):
             raise OptionError(f"--root-path takes a path as /captions, got {self.root_path!r}")
-        for origin in self.allow_origin:
-            if origin != "*" and not re.fullmatch(r"[a-z][a-z+.-]*://[^/\s]+", origin):
+        for origin in self.allow_origin:  # as browsers write them, in lower case
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z+.-]*://[^/\sA-Z]+", origin):
                 raise OptionError(f"--allow-origin takes one as https://a.example, got {origin!r}")
+        for host in self.allow_host:
+            if not re.fullmatch(r"[a-z0-9._-]+", host):
+                raise OptionError(f"--allow-host takes one as photos.example, got {host!r}")
         if self.site is not None and not Path(self.site).is_dir():
             raise OptionError(f"{self.site}: no such folder; --site takes one with an index.html")
 

@@ -32,7 +32,7 @@ from fsspec.implementations.local import LocalFileSystem as LocalFiles  # noqa: 
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem  # noqa: E402
 
 from capexport.bulk.parts import RECORD, SCHEMA, Parts  # noqa: E402
-from capexport.ray import _located, caption_dataset, caption_files  # noqa: E402
+from capexport.ray import _actors, _located, caption_dataset, caption_files  # noqa: E402
 
 MANY = 256
 
@@ -213,6 +213,43 @@ def test_a_dataset_of_arrays(artifact: Path, captioner: Captioner):
     assert all(row["error"] is None and row["log_probability"] < 0 for row in found)
 
 
+def test_a_dataset_as_hugging_face_has_them(artifact: Path, captioner: Captioner, photos):
+    from ray.data import from_arrow
+
+    contents = [
+        {"bytes": photos[0].read_bytes(), "path": "a.jpg"},
+        {"bytes": None, "path": str(photos[1])},
+        {"bytes": b"no photo", "path": None},
+        None,
+    ]
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    column, boxes = pyarrow.array(contents, kind), [[{"label": 1}], [], [], None]
+    dataset = from_arrow(pyarrow.table({"image": column, "objects": boxes, "row": range(4)}))
+    found = caption_dataset(dataset, "image", artifact).take_all()
+    found.sort(key=lambda row: row["row"])
+    wanted = [caption.text for caption in captioner.caption(photos[:2])]
+    assert [row["text"] for row in found] == [*wanted, None, None]
+    assert [bool(row["error"]) for row in found] == [False, False, True, True]
+    assert [row["image"] for row in found] == contents
+
+
+def test_arrows_own_tensors(artifact: Path, captioner: Captioner):
+    from ray.data import from_arrow
+
+    images = np.stack([np.asarray(draw_photo(seed)) for seed in range(3)])
+    table = pyarrow.table({"image": pyarrow.FixedShapeTensorArray.from_numpy_ndarray(images)})
+    found = caption_dataset(from_arrow(table), "image", artifact).take_all()
+    assert [row["text"] for row in found] == [one.text for one in captioner.caption(list(images))]
+
+
+def test_cores_of_machines_without_a_gpu_are_not_counted(monkeypatch: pytest.MonkeyPatch):
+    cluster = [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 9.0, "GPU": 2.0}]
+    nodes = [{"Alive": True, "Resources": resources} for resources in cluster]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert _actors("cuda", None, None, True) == (6, 4)
+    assert _actors("cpu", None, None, True) == (89, 1)
+
+
 def test_refused_before_anything_starts(tmp_path: Path, photos: list[Path], artifact: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine").mkdir()
@@ -221,6 +258,7 @@ def test_refused_before_anything_starts(tmp_path: Path, photos: list[Path], arti
     wrong = [
         (ImageNotFoundError, "no image files", {"photos": tmp_path / "empty"}),
         (ImageNotFoundError, "no image files", {"photos": f"{tmp_path}/e", "filesystem": other}),
+        (ImageNotFoundError, "no image", {"photos": f"{tmp_path}/e", "filesystem": LocalFiles()}),
         (ImageNotFoundError, "no such", {"photos": [folder, tmp_path / "nowhere"]}),
         (OptionError, "at least one", {"photos": []}),
         (OptionError, "format", {"format": "csv"}),
@@ -284,6 +322,7 @@ def test_parts(tmp_path: Path, system, format: str):
 
 
 def test_places(tmp_path: Path):
+    assert _located("a", LocalFiles()) == (PyFileSystem(FSSpecHandler(LocalFiles())), "a")
     assert _located("file:///a%20b", None)[1] == "/a b"
     assert _located(tmp_path / "a%20b", None)[1] == f"{tmp_path}/a%20b"
     options = "?region=us-east-1&endpoint_override=localhost:1"

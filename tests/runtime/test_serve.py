@@ -103,7 +103,7 @@ def test_ollama_options(ollamas, captioner: Captioner, photo: Path, wanted):
     short = ollamas.generate("capexport", images=[photo], options={"num_predict": 2, "seed": 3})
     assert short.response == captioner.caption(photo, max_tokens=2).text
     assert short.done_reason == "length"
-    for endless in (-1, -2):
+    for endless in (0, -1, -2):
         answer = ollamas.generate("capexport", images=[photo], options={"num_predict": endless})
         assert answer.response == wanted.text
     word = wanted.text.split()[2]
@@ -310,6 +310,14 @@ def test_what_a_caption_cannot_be_asked(server: Running, photo: Path):
     assert server.ask("POST", "/caption", {"image": "x"}, content_type="application/json")[0] == 415
     body, kind = form(("max_tokens", None, b"3"))
     assert server.ask("POST", "/caption", body, content_type=kind)[0] == 400
+    stripped = image.translate(None, b"\0\r\n")  # as `curl -d @photo.jpg` sends a file
+    kind = "application/x-www-form-urlencoded"
+    status, answer, _ = server.ask("POST", "/caption", stripped, content_type=kind)
+    assert status == 415 and "--data-binary" in answer["error"]
+    assert server.ask("POST", "/caption", image, content_type=kind)[0] == 200
+    body, kind = form(("file", None, image + bytes(2_000_000)))
+    status, answer, _ = server.ask("POST", "/caption", body, content_type=kind)
+    assert status == 400 and "filename" in answer["error"]
     assert server.ask("GET", "/caption")[0] == 405
     assert server.ask("POST", "/nothing", image)[0] == 404
 
@@ -622,6 +630,9 @@ def test_other_asgi_servers(artifact: Path, monkeypatch: pytest.MonkeyPatch):
         (["--site", "missing"], "missing"),
         (["--root-path", "no-slash"], "--root-path"),
         (["--allow-origin", "nonsense"], "--allow-origin"),
+        (["--allow-origin", "https://Photos.example"], "--allow-origin"),
+        (["--allow-host", "Photos.example"], "--allow-host"),
+        (["--allow-host", "photos.example:8000"], "--allow-host"),
         (["-m", "missing"], "missing"),
         (["--num-beams", "0"], "num_beams"),
         (["--name", "a b"], "--name"),

@@ -1,5 +1,6 @@
 """What a server must withstand: broken and hostile requests, slow clients, foreign pages."""
 
+import base64
 import io
 import json
 import logging
@@ -7,17 +8,18 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from conftest import draw_photo
 from serving import (
     Running,
     artifact,
-    as_uri,
     captioner,
     in_base64,
     question,
@@ -28,6 +30,7 @@ from capexport import Captioner
 from capexport import captioner as captioning
 from capexport.serve import gate
 from capexport.serve.metrics import Histogram
+from capexport.serve.requests import from_base64
 
 __all__ = ["artifact", "captioner"]  # fixtures
 
@@ -328,7 +331,8 @@ def test_foreign_pages(artifact: Path, photo: bytes):
         status, _, headers = server.ask("POST", "/caption", photo, **asked)
         assert (status, headers["access-control-allow-origin"]) == (200, origin)
         preflight = {**asked, "access_control_request_method": "POST"}
-        preflight["access_control_request_headers"] = "authorization"
+        # Those of OpenAI's and Ollama's clients, too, in a page.
+        preflight["access_control_request_headers"] = "authorization,user-agent,x-stainless-os"
         assert server.ask("OPTIONS", "/caption", **preflight)[0] == 200
         asked["origin"] = "https://evil.example"
         status, _, headers = server.ask("POST", "/caption", photo, **asked)
@@ -379,11 +383,29 @@ def test_files_of_a_site(artifact: Path, tmp_path: Path, photo: bytes):
 
 def test_data_uris(server: Running, photo: bytes, captioner: Captioner):
     wanted = captioner.caption(photo).text
+    photo += bytes(-len(photo) % 3) + b"\xfb\xef\xbe\xff\xff\xff\0"  # ++++////AA==
     text = in_base64(photo)
-    folded = "\n".join(text[at : at + 76] for at in range(0, len(text), 76))
-    for image in (as_uri(photo), text, folded, as_uri(photo).replace("data:", "DATA:")):
+    folded = "\r\n".join(text[at : at + 76] for at in range(0, len(text), 76))
+    other = base64.urlsafe_b64encode(photo).decode()
+    kinds = ["image/jpeg;base64", ";base64", "image/*; base64", "image/jpeg;name=a.jpg;Base64"]
+    uris = [f"data:{kind},{text}" for kind in kinds] + [f"\n DATA:image/jpeg;BASE64,{text}"]
+    uris += [f"data:image/jpeg;base64,{quote(text, safe='')}", f"data:;base64, {other.rstrip('=')}"]
+    for image in (*uris, text, f" {text}\n", folded, other, text.rstrip("="), other.rstrip("=")):
         body = {"model": "capexport", "images": [image], "stream": False}
-        assert server.ask("POST", "/api/generate", body)[1]["response"] == wanted
+        assert server.ask("POST", "/api/generate", body)[1].get("response") == wanted, image[:40]
+    for uri in uris:
+        part = {"type": "image_url", "image_url": {"url": uri, "detail": "low"}}
+        body = {"model": "capexport", "messages": [{"role": "user", "content": [part]}]}
+        assert server.ask("POST", "/v1/chat/completions", body)[0] == 200, uri[:40]
+
+
+def test_base64_takes_no_more_memory_than_a_body():
+    hostile = "aa " * 1_000_000  # a million words
+    tracemalloc.start()
+    from_base64(hostile)()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(hostile)
 
 
 def test_histograms_count_like_prometheus():
