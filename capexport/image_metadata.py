@@ -10,7 +10,7 @@ import contextlib
 import re
 import struct
 from collections.abc import Iterator
-from typing import Literal
+from typing import BinaryIO, Literal
 
 _ORIENTATION = 274
 # Not those that stand within a JPEG's coded pixels, nor the escaped 255s there.
@@ -38,6 +38,20 @@ def jpeg_scans(data: bytes, enough: int) -> int:
     if scans <= enough:
         return scans
     return sum(marker == 0xDA for marker, _, _ in _jpeg_segments(data))
+
+
+def first_scan(file: BinaryIO) -> int:
+    """How many components the first scan of a JPEG file holds; 0 where there is none."""
+    size = 1 << 16
+    while True:
+        file.seek(0)
+        head = file.read(size)
+        for marker, start, _ in _jpeg_segments(head):
+            if marker == 0xDA and start + 2 < len(head):
+                return head[start + 2]
+        if len(head) < size:
+            return 0
+        size *= 8
 
 
 def without_metadata(data: bytes, keep_orientation: bool) -> bytes:

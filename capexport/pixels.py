@@ -80,6 +80,18 @@ def rgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     return lambda part: part if mode == "RGB" else part.convert("RGB")
 
 
+def check_colours(image: Image.Image) -> None:
+    """Refuse a loaded image of 16 bits a channel whose upper 8, all that Pillow keeps, hold next to
+    nothing: its values have fewer bits, and it would be captioned as a black one."""
+    colours = len(image.getbands()) - image.mode.upper().endswith("A")  # without transparency
+    strips = map(np.asarray, _upright_strips(image, 1))
+    if all(strip[:, :, :colours].max() < 16 for strip in strips):
+        raise ImageError(
+            "colours below a sixteenth of their 16 bits have no certain brightness; save the image "
+            "with 8 bits a channel"
+        )
+
+
 def _scaling(image: Image.Image, tags: Any) -> Callable[[NDArray[Any]], NDArray[np.uint8]]:
     """How grey of more than 8 bits becomes 0..255, judged by its range in all of `image`.
 
