@@ -37,7 +37,7 @@ from capexport.errors import ImageError, OptionError, OutputExistsError
 from capexport.preprocessing import image_suffixes
 from capexport.sessions import available_cores
 
-_FORMAT_OF = {".jsonl": "jsonl", ".csv": "csv", ".json": "coco"}
+_FORMAT_OF = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".json": "coco"}
 
 
 def add_parser(commands: Any) -> None:
@@ -111,7 +111,10 @@ def _add_outputs(group: Any) -> None:
     )
     group.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
     group.add_argument(
-        "--out-dir", type=Path, metavar="DIR", help="txt: folder for the files, in subfolders alike"
+        "--out-dir",
+        type=_folder,
+        metavar="DIR",
+        help="txt: folder for the files, in subfolders alike",
     )
     group.add_argument("--extension", metavar=".EXT", help="txt: of the files (default: .txt)")
     group.add_argument(
@@ -134,6 +137,12 @@ def _add_outputs(group: Any) -> None:
     )
 
 
+def _folder(name: str) -> Path:
+    if not name:
+        raise argparse.ArgumentTypeError("an empty name is no folder; this one is .")
+    return Path(name)
+
+
 def _add_captions(group: Any) -> None:
     group.add_argument(
         "--prompt", metavar="TEXT", help="what captions go on from, or a question (BLIP-2)"
@@ -153,7 +162,7 @@ def _run(options: argparse.Namespace) -> int:
     # Pillow still refuses real decompression bombs; its warning names no file.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     found = search(options.paths, sys.stdin, not options.no_recursive)
-    model = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
+    model = local_folder(BUNDLED_ARTIFACT if options.model is None else options.model)
     captioner = open_captioner(model, options.device, options.threads)
     captioner.truncated, captioner.full_size = options.truncated, options.full_size
     if options.attention:

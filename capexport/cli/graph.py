@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
     with importing("a graph is made with `pip install 'capexport[cpu]' 'onnx>=1.23'`"):
         from capexport.export.single_file import export_file
     parity = export_file(
-        local_folder(options.model) if options.model else BUNDLED_ARTIFACT,
+        local_folder(BUNDLED_ARTIFACT if options.model is None else options.model),
         options.out,
         photos,
         precision=options.precision,

@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    folder = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
+    folder = local_folder(BUNDLED_ARTIFACT if options.model is None else options.model)
     manifest = Manifest.read(folder, thorough=True)
     if options.json:
         print(manifest.to_json())

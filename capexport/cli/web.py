@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     refuse_existing(options.out)
     require_writable(options.out)
     site = write_site(
-        local_folder(options.model) if options.model else BUNDLED_ARTIFACT,
+        local_folder(BUNDLED_ARTIFACT if options.model is None else options.model),
         options.out,
         find_images(options.photos, sys.stdin) if options.photos else [],
         runtime=options.runtime,

@@ -133,8 +133,9 @@ def test_a_field_that_nothing_reads_any_more_is_passed_over():
         "max_positions": 64, "clean_up_spaces": False, "padding_side": "right",
     }  # fmt: skip
     assert typed(PromptSpec, spec).max_positions == 64
-    with pytest.raises(ValueError, match="hold no image"):
-        typed(PromptSpec, {**spec, "max_positions": 4})
+    for positions in (4, 1 << 31, 10**30):
+        with pytest.raises(ValueError, match="hold no image"):
+            typed(PromptSpec, {**spec, "max_positions": positions})
 
 
 def test_integers_become_floats_where_floats_are_meant():

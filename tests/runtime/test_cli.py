@@ -394,6 +394,7 @@ def test_names_and_words_carry_no_escapes_to_the_terminal(artifact, photos, caps
         (["--resume", "--overwrite", "--out", "x"], "choose one"),
         (["--overwrite"], "--overwrite needs --out"),
         (["--format", "csv", "--out-dir", "x"], "go with --format txt"),
+        (["-m", ""], "an empty name is no model"),
         (["--out", "x.jsonl", "--extension", ".tag"], "leave out --out"),
         (["--prompt", "a dog"], "takes no prompt"),
     ],
@@ -409,7 +410,14 @@ def test_options_that_contradict_each_other(
 
 
 @pytest.mark.parametrize(
-    ("name", "style"), [("x.JSONL", "jsonl"), ("x.csv", "csv"), ("x.json", "coco"), ("x", "text")]
+    ("name", "style"),
+    [
+        ("x.JSONL", "jsonl"),
+        ("x.ndjson", "jsonl"),
+        ("x.csv", "csv"),
+        ("x.json", "coco"),
+        ("x", "text"),
+    ],
 )
 def test_the_format_follows_from_the_output_s_name(name, style, artifact, photos, tmp_path):
     command = ["caption", "-m", str(artifact), *map(str, photos)]
