@@ -365,6 +365,14 @@ def test_side_cars_through_two_spellings_of_a_folder(artifact, photos, wanted, t
     assert not list(photos[0].parent.glob("*.txt"))
 
 
+def test_an_empty_folder_name_is_not_the_current_folder(artifact, photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos[0].parent)
+    with pytest.raises(SystemExit, match="2"):
+        caption(artifact, photos[0], "--out-dir", "")
+    assert "--out-dir: an empty name" in capsys.readouterr().err
+    assert not list(Path().glob("*.txt"))
+
+
 @pytest.mark.parametrize("extension", [".jpg", ".HEIC", "", ".", "a/b", ".a.b", "..", "\0"])
 def test_no_extension_can_replace_an_image(extension, artifact, photos, capsys):
     before = photos[0].read_bytes()
@@ -547,9 +555,9 @@ def test_ctrl_c_while_libraries_load(artifact, photos):
         "        if name == sys.argv[1]: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Stop())\n"
         "name = sys.argv[1]; sys.argv[1:] = ['caption', 'x']; sys.argv.insert(1, name)\n"
-        "from capexport.cli import main; sys.exit(main(['caption', 'x.jpg']))"
+        "from capexport.__main__ import main; sys.exit(main(['caption', 'x.jpg']))"
     )
-    for library in ("numpy", "PIL", "capexport.captioner"):
+    for library in ("argparse", "numpy", "PIL", "capexport.captioner"):
         command = [sys.executable, "-c", code, library]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=60, preexec_fn=default_signals
