@@ -77,7 +77,7 @@ def _bare_png(data: bytes, keep_orientation: bool) -> bytes:
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         kind, start = data[at + 4 : at + 8], data[at + 8 : at + 32]
         orients = kind == b"eXIf" or start.startswith((b"Raw profile type exif", b"XML:com.adobe"))
-        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or (keep_orientation and orients):
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or (keep_orientation and orients):
             parts.append(data[at:end])
         at = end
     return b"".join(parts)

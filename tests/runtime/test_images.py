@@ -276,6 +276,7 @@ def test_odd_tags_of_a_tiff():
         with_chunk(PNG, b"iCCP", b"p\0\0" + zlib.compress(bytes(10**7), 9)),
         with_chunk(PNG, b"zTXt", b"k\0\7xx"),
         with_chunk(PNG, b"tEXt", b"k\0v", crc=1),
+        with_chunk(PNG, b"tRNS", b""),
         PNG[:-12] + struct.pack(">I4s", 500, b"tEXt") + b"k\0v",
         PNG + b"garbage" * 99,
         JPEG + b"garbage" * 99,
@@ -286,7 +287,8 @@ def test_odd_tags_of_a_tiff():
         with_segment(JPEG, 0xE2, b"ICC_PROFILE\0\1\xff" + bytes(900)),
     ],
     ids=[
-        *("text bomb", "profile bomb", "unknown packing", "checksum", "text cut off", "PNG tail"),
+        *("text bomb", "profile bomb", "unknown packing", "checksum", "transparency"),
+        *("text cut off", "PNG tail"),
         *("JPEG tail", "JFIF", "Adobe", "MPF", "Photoshop", "profile"),
     ],
 )
