@@ -402,8 +402,8 @@ def _check_size(image: ImageFile.ImageFile, max_pixels: int, in_scans: bool) -> 
 def _decoding_bytes(image: ImageFile.ImageFile, in_scans: bool) -> float:
     """About how many bytes a pixel takes while such a file is decoded, by measurements; of what
     takes longer a pixel than its bytes do, more."""
-    if image.format in ("WEBP", "AVIF"):
-        return {"WEBP": 16, "AVIF": 8}[image.format]
+    if image.format in ("WEBP", "AVIF", "HEIF"):
+        return {"WEBP": 16, "AVIF": 8, "HEIF": 8}[image.format]
     if image.tile and image.tile[0].codec_name in _BY_PIXEL:
         return _BY_PIXEL[image.tile[0].codec_name]
     if image.format == "JPEG2000":  # where it is one tile

@@ -147,6 +147,8 @@ def test_heic_where_pillow_heif_is_installed():
     assert {".heic", ".heif"} <= image_suffixes()
     turned = load_image(encoded(SIDEWAYS, "HEIF", exif=exif((274, 3, 1, 6))))
     assert turned.size == PHOTO.size
+    with pytest.raises(ImageError, match="64x64 are more pixels than the 4095"):
+        load_image(encoded(Image.new("RGB", (64, 64)), "HEIF"), max_pixels=64 * 64 * 2 - 1)
 
 
 def test_what_is_not_a_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
