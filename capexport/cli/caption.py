@@ -161,13 +161,13 @@ def _run(options: argparse.Namespace) -> int:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     # Pillow still refuses real decompression bombs; its warning names no file.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    changes: Any = given_decoding(options)
     found = search(options.paths, sys.stdin, not options.no_recursive)
     model = local_folder(BUNDLED_ARTIFACT if options.model is None else options.model)
     captioner = open_captioner(model, options.device, options.threads)
     captioner.truncated, captioner.full_size = options.truncated, options.full_size
     if options.attention:
         _check_attention(captioner, found)
-    changes: Any = given_decoding(options)
     own = dataclasses.replace(captioner.options, **changes)  # refused before anything is written
     columns = (
         4 if own.num_return_sequences > 1 and options.format == "jsonl" else 2 + options.scores

@@ -593,6 +593,8 @@ def test_quiet_says_what_went_wrong_alone(artifact, photos, capsys):
         (["lstm", "--out", "new", "--precision", "int8"], "needs --calibration"),
         (["lstm", "--out", "new", "--photos", "absent*"], "no image files there"),
         (["lstm", "--out", "new", "--references", "humans.csv"], "capexport[eval]"),
+        (["lstm", "--out", "new", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["graph", "--out", "new", "--num-beams", "0"], "num_beams must be at least 1"),
         (["blip2", "--out", "there"], "already there"),
         (["blip2", "--out", "there/new"], "Not a directory"),
         (["caption", "-m", "owner/model", "x.jpg", "--out", "there"], "already there"),
