@@ -55,7 +55,7 @@ _BY_PIXEL = {"qoi": 8.0, "ppm": 8.0, "dds_rgb": 8.0, "bmp_rle": 24.0}
 _MOST_READS = 1_000_000
 # A TIFF's tags.
 _ORIENTATION, _COLORMAP, _COMPRESSION, _ROWS_PER_STRIP = 274, 320, 259, 278
-_TILE_WIDTH, _TILE_LENGTH = 322, 323
+_TILE_WIDTH, _TILE_LENGTH, _PLANES = 322, 323, 284
 
 
 @functools.cache
@@ -302,7 +302,7 @@ def _check_bytes(file: BinaryIO) -> None:
 
 def _decode(file: BinaryIO, max_pixels: int, truncated: bool, enough: int | None) -> Loaded:
     with Image.open(_Patient(file), formats=_readable_formats()) as image:
-        _prepare_slow_decoders(image, file)
+        _mend_tiles(image, file)
         in_scans = _is_in_scans(image, file)
         _check_size(image, max_pixels, in_scans)
         if in_scans:
@@ -336,16 +336,27 @@ def _has_deep_colours(image: ImageFile.ImageFile) -> bool:
     return deep is not None and len(image.getbands()) > 1
 
 
-def _prepare_slow_decoders(image: ImageFile.ImageFile, file: BinaryIO) -> None:
-    """Let those of Pillow's decoders that are written in Python read as often as they must."""
-    tile = image.tile[0] if image.tile else None
-    if tile and (tile.codec_name, tile.args) == ("ppm", ("RGB", 65535)):
-        image.tile = [tile._replace(codec_name="raw", args="RGB;16B")]
-    elif tile and tile.codec_name in _BY_PIXEL:
+def _mend_tiles(image: ImageFile.ImageFile, file: BinaryIO) -> None:
+    """Where Pillow would read an image's parts wrongly, or is kept from it, have it read them."""
+    tags: Any = getattr(image, "tag_v2", {})
+    if tags.get(_PLANES) == 2 and len(image.getbands()) == 1:  # which is as if none were said
+        tags[_PLANES] = 1
+        image._setup()  # type: ignore[attr-defined]
+    if not image.tile:
+        return
+    codec, _, _, args = image.tile[0]
+    if (codec, args) == ("ppm", ("RGB", 65535)):
+        image.tile = [image.tile[0]._replace(codec_name="raw", args="RGB;16B")]
+    elif codec in _BY_PIXEL:
         place = file.tell()
         _check_bytes(file)
         file.seek(place)
         image.fp = file
+    elif (codec, tags.get(_PLANES), *tags.get(BITS_PER_SAMPLE, ())[:1]) == ("raw", 2, 16):
+        # Each channel by itself, which Pillow takes for one of 8 bits.
+        depth = ";16L" if tags.prefix == b"II" else ";16B"
+        parts: Any = image.tile
+        image.tile = [part._replace(args=(part.args[0] + depth, *part.args[1:])) for part in parts]
 
 
 def _plain(image: Image.Image) -> Loaded:

@@ -77,7 +77,21 @@ def tiff_colours(pixels: np.ndarray, meaning: int = 2) -> bytes:
     bits = 8 + pixels.size * 2
     tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, bits), (259, 3, 1, 1)]
     tags += [(262, 3, 1, meaning), (273, 4, 1, 8), (277, 3, 1, channels), (278, 4, 1, height)]
-    tags += [(279, 4, 1, pixels.size * 2)]
+    return tiff_of(body, [*tags, (279, 4, 1, pixels.size * 2)])
+
+
+def tiff_planes(pixels: np.ndarray) -> bytes:
+    """An uncompressed RGB TIFF of 16 bits, one channel behind the other."""
+    height, width, _ = pixels.shape
+    size, end = height * width * 2, 8 + pixels.size * 2
+    body = pixels.transpose(2, 0, 1).astype("<u2").tobytes()
+    body += struct.pack("<3H6I", 16, 16, 16, 8, 8 + size, 8 + 2 * size, size, size, size)
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, end), (259, 3, 1, 1)]
+    tags += [(262, 3, 1, 2), (273, 4, 3, end + 6), (277, 3, 1, 3), (278, 4, 1, height)]
+    return tiff_of(body, [*tags, (279, 4, 3, end + 18), (284, 3, 1, 2)])
+
+
+def tiff_of(body: bytes, tags: list[tuple[int, int, int, int]]) -> bytes:
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     directory = struct.pack("<H", len(tags)) + entries + bytes(4)
     return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory
@@ -503,6 +517,8 @@ def test_large_images_get_the_same_pixels_in_strips(orientation: int, mode: str)
 
 # --- Brightness
 
+ONE_PLANE = ((284, 3, 1, 2),)  # each channel by itself, which says nothing of a single one
+
 
 @pytest.mark.parametrize(
     "content",
@@ -517,11 +533,14 @@ def test_large_images_get_the_same_pixels_in_strips(orientation: int, mode: str)
         tiff(GREY.astype(np.uint16) * 16),
         tiff(65535 - GREY.astype(np.uint16) * 257, meaning=0),
         tiff(255 - GREY, meaning=0),
+        tiff(255 - GREY, meaning=0, extra=ONE_PLANE),
+        tiff(GREY.astype(np.uint16) * 257, extra=ONE_PLANE),
         b"Pf\n64 48\n-1.0\n" + (GREY[::-1] / 255).astype("<f4").tobytes(),
     ],
     ids=[
         *("float to 1", "float to 255", "float, white is 0", "int32 of 8 bits", "int32 of 16"),
-        *("int16", "int16 of 8 bits", "12 bits", "uint16, white is 0", "uint8, white is 0", "PFM"),
+        *("int16", "int16 of 8 bits", "12 bits", "uint16, white is 0", "uint8, white is 0"),
+        *("a plane, white is 0", "a plane of 16 bits", "PFM"),
     ],
 )
 def test_every_depth_of_grey_gets_its_brightness(content: bytes):
@@ -556,6 +575,7 @@ def test_colours_that_use_few_of_16_bits_are_never_black(used: int):
     few = COLOURS << (used - 8)
     for content in (
         tiff_colours(few),
+        tiff_planes(few),
         tiff_colours(np.dstack([few, 0 * OPAQUE]), meaning=5),
         png_colours(few),
         png_colours(np.dstack([few, OPAQUE])),
@@ -566,7 +586,7 @@ def test_colours_that_use_few_of_16_bits_are_never_black(used: int):
             load_image(content)
 
 
-@pytest.mark.parametrize("make", [tiff_colours, png_colours, ppm_colours])
+@pytest.mark.parametrize("make", [tiff_colours, tiff_planes, png_colours, ppm_colours])
 def test_colours_of_16_bits_keep_their_brightness(make: Callable[[np.ndarray], bytes]):
     np.testing.assert_array_equal(np.asarray(load_image(make(COLOURS * 257))), COLOURS)
     dark = COLOURS // 8 * 257  # a photo taken at night
