@@ -52,7 +52,7 @@ _NO_LIST = re.compile(
 # What lies beside images and has no type of its own among Internet media types.
 _SIDE_CARS = re.compile(
     r"\.(captions?|tags|jsonl|ndjson|np[yz]|safetensors|parquet|arrow|md|ya?ml|toml|ini|cfg|log|db|"
-    r"lnk|url|aae|xmp|journal|partial)"
+    r"lnk|url|aae|xmp|pp3|dop|on1|vrd|acr|nksc|pt|md5|sha\d+|journal|partial)"
 )
 
 

@@ -55,11 +55,11 @@ def test_nothing_but_files_is_found_and_nothing_is_opened(tmp_path: Path):
 
 def test_side_cars_and_films_beside_images_are_no_images(tmp_path: Path):
     make(tmp_path, "a.jpg", "a.txt", "a.caption", "metadata.jsonl", "b.pdf", "c.mp4", "._a.jpg")
-    make(tmp_path, "odd.jpg_large", "@eaDir/a.jpg", "empty/x.txt")
+    make(tmp_path, "odd.jpg_large", "@eaDir/a.jpg", "empty/x.txt", "a.jpg.pp3", "a.pt")
     every = sorted(path.name for path in tmp_path.iterdir())
     found = search([str(tmp_path / name) for name in [*every, "absent.txt"]], None)
     assert [path.name for path in found.paths] == ["a.jpg", "odd.jpg_large", "absent.txt"]
-    assert found.ignored.total() == 8
+    assert found.ignored.total() == 10
     assert names(tmp_path, "*") == ["a.jpg", "odd.jpg_large"]
     with pytest.raises(ImageNotFoundError, match=r"a\.txt: no image files there"):
         names(tmp_path, "a.txt")
