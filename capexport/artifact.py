@@ -331,7 +331,7 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
             arguments = (arguments[0],) * len(value)
         if len(value) == len(arguments):
             return tuple(map(_typed, arguments, value, [name] * len(value)))
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 1000:
         return float(value)
     if kind is Any or type(value) is kind or _is_literal(kind, value):
         return value
