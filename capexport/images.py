@@ -47,9 +47,9 @@ MAX_PIXELS = 120_000_000
 _MAX_SCANS, _MAX_SCANNED_PIXELS = 32, 200_000_000
 # Bytes of a file that is read as a whole, twice for a moment; the largest photos have a third.
 _MAX_BYTES = 100_000_000
-# Colours that are made others one by one, and grey that is scaled by its range.
+# Bytes a pixel that stand for the time that some modes take to become RGB, by measurements,
 _SLOW_MODES = {"CMYK": 5.0, "I": 7.0, "F": 7.0}
-# Decoders in Python that read a pixel at a time.
+# and decoders that are written in Python, and read a pixel at a time.
 _BY_PIXEL = {"qoi": 8.0, "ppm": 8.0, "dds_rgb": 8.0, "bmp_rle": 24.0}
 # A second or so; the parts of a photo are thousands at most.
 _MOST_READS = 1_000_000
@@ -411,8 +411,8 @@ def _check_size(image: ImageFile.ImageFile, max_pixels: int, in_scans: bool) -> 
 
 
 def _decoding_bytes(image: ImageFile.ImageFile, in_scans: bool) -> float:
-    """About how many bytes a pixel takes while such a file is decoded, by measurements; of what
-    takes longer a pixel than its bytes do, more."""
+    """About how many bytes a pixel takes while such a file is decoded, by measurements; where its
+    time is worse than its memory, as many as take that time."""
     if image.format in ("WEBP", "AVIF", "HEIF"):
         return {"WEBP": 16, "AVIF": 8, "HEIF": 8}[image.format]
     if image.tile and image.tile[0].codec_name in _BY_PIXEL:
