@@ -14,8 +14,9 @@ from capexport.errors import ImageError
 # A decoded image without metadata, its EXIF orientation, and what makes its parts RGB.
 Loaded: TypeAlias = tuple[Image.Image, int, Callable[[Image.Image], Image.Image]]
 
-# Larger images are turned and converted in pieces of this many pixels, never held twice.
-STRIP_PIXELS = 1 << 22
+# Larger images are turned and converted in pieces of this many pixels, which a core's cache holds,
+# and never held twice.
+STRIP_PIXELS = 1 << 18
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

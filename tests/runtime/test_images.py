@@ -471,7 +471,7 @@ def test_an_image_is_held_once_in_its_own_type(depth, colour, bytes_a_pixel, tmp
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True
     )
-    assert float(result.stdout) < 30 * bytes_a_pixel + 70
+    assert float(result.stdout) < 30 * bytes_a_pixel + 30
 
 
 def test_a_jpeg_whose_components_come_one_by_one_is_one_of_several_scans():
