@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SLOWLY, draw_photo
+from conftest import SLOWLY, draw_photo, edit_manifest
 from PIL import Image
 
 from capexport.artifact import sha256_of
@@ -307,6 +308,19 @@ def test_inspect(artifact, capsys):
     assert manifest["family"] == "cnn-lstm"
     graphs = {"encoder.onnx", "decoder_step.onnx", "decoder_loop.onnx"}
     assert set(manifest["files"]) == {*graphs, "decoder.data", "vocabulary.json"}
+
+
+def test_a_strangers_manifest_does_nothing_to_the_terminal(artifact, tmp_path, capsys):
+    folder = shutil.copytree(artifact, tmp_path / "strange")
+    document = json.loads((folder / "manifest.json").read_text())
+    evil = "\x1b]0;owned\x07\ud800\n"
+    document["parity"]["metrics"] = {evil: {evil: 1.0}}
+    document["provenance"] |= {"source": evil, "licence": evil, "training": {"command": evil}}
+    edit_manifest(folder, **{**document, "family": evil, "precision": evil})
+    assert main(["inspect", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert not set("\x1b\x07\ud800") & set(said) and "\\x1b]0;owned" in said
+    assert all(line.startswith((str(folder), "  ")) for line in said.splitlines())
 
 
 def test_without_a_model_the_bundled_one_captions(photos: list[Path], capsys):
