@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import onnxruntime
-
 from capexport import Captioner
 from capexport.artifact import replace_file
 from capexport.bench.cli import sample_photos
@@ -68,6 +66,8 @@ def profile(
 ) -> dict[str, list[dict[str, Any]]]:
     """The events that onnxruntime records in each graph, by its name, while an artifact's
     captioner goes through `caption`."""
+    import onnxruntime  # behind capexport, which switches its telemetry off
+
     plain = onnxruntime.SessionOptions
     with tempfile.TemporaryDirectory() as folder:
 

@@ -119,7 +119,7 @@ class PromptSpec:
         tokens = (self.image_token, self.bos_token, self.pad_token, self.start_token or 0)
         if min(tokens) < 0 or self.query_tokens < 1:
             raise ValueError("token ids must be at least 0, query_tokens at least 1")
-        if self.max_positions is not None and self.max_positions <= self.query_tokens:
+        if self.max_positions is not None and not self.query_tokens < self.max_positions < 1 << 31:
             raise ValueError(f"{self.max_positions} positions hold no image and caption")
 
 
@@ -331,7 +331,7 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
             arguments = (arguments[0],) * len(value)
         if len(value) == len(arguments):
             return tuple(map(_typed, arguments, value, [name] * len(value)))
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 1000:
         return float(value)
     if kind is Any or type(value) is kind or _is_literal(kind, value):
         return value
@@ -389,13 +389,15 @@ def local_folder(folder: str | os.PathLike[str], revision: str | None = None) ->
     Args:
         revision: branch, tag or commit of a repository; its main branch by default.
     Raises:
-        ArtifactNotFoundError: neither a folder, nor a repository that holds an export.
+        ArtifactNotFoundError: neither a folder, nor a repository that holds an export; or no name.
         ArtifactError: the repository's manifest is damaged.
         DownloadError: it is an id, but cannot be downloaded.
         OptionError: a revision of a folder.
     """
     path = Path(folder)
     name = os.fspath(folder)
+    if not name:
+        raise ArtifactNotFoundError("an empty name is no model; pass a folder, or an id of the hub")
     if _is(Path.exists, path) or not is_hub_id(name):
         if revision is not None:
             raise OptionError(f"{name}: a folder has no revision: pass an id of the hub")

@@ -68,7 +68,7 @@ def importing(remedy: str) -> Iterator[None]:
         yield
     except Exception as error:  # libraries that don't fit each other raise what they like
         if isinstance(error.__cause__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
+            raise error.__cause__ from None
         if isinstance(error, ModuleNotFoundError):
             raise MissingExtraError(f"{remedy} ({error})") from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__

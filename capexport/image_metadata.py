@@ -10,7 +10,7 @@ import contextlib
 import re
 import struct
 from collections.abc import Iterator
-from typing import Literal
+from typing import BinaryIO, Literal
 
 _ORIENTATION = 274
 # Not the markers within a JPEG's coded pixels, nor the escaped 255s there.
@@ -40,6 +40,20 @@ def jpeg_scans(data: bytes, enough: int) -> int:
     return sum(marker == 0xDA for marker, _, _ in _jpeg_segments(data))
 
 
+def first_scan(file: BinaryIO) -> int:
+    """How many components the first scan of a JPEG file holds; 0 where there is none."""
+    size = 1 << 16
+    while True:
+        file.seek(0)
+        head = file.read(size)
+        for marker, start, _ in _jpeg_segments(head):
+            if marker == 0xDA and start + 2 < len(head):
+                return head[start + 2]
+        if len(head) < size:
+            return 0
+        size *= 8
+
+
 def without_metadata(data: bytes, keep_orientation: bool) -> bytes:
     """An encoded image without its metadata; unchanged, if its format is not known here.
 
@@ -63,7 +77,7 @@ def _bare_png(data: bytes, keep_orientation: bool) -> bytes:
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         kind, start = data[at + 4 : at + 8], data[at + 8 : at + 32]
         orients = kind == b"eXIf" or start.startswith((b"Raw profile type exif", b"XML:com.adobe"))
-        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or (keep_orientation and orients):
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or (keep_orientation and orients):
             parts.append(data[at:end])
         at = end
     return b"".join(parts)

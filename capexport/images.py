@@ -9,6 +9,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import stat
 import threading
 import warnings
@@ -20,8 +21,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImagePalette, JpegImagePlugin, UnidentifiedImageError
 
 from capexport.errors import ImageError, ImageNotFoundError
-from capexport.image_metadata import exif_orientation, jpeg_scans, without_metadata
-from capexport.pixels import BITS_PER_SAMPLE, TURNS, Loaded, rgb_converter, upright_rgb
+from capexport.image_metadata import exif_orientation, first_scan, jpeg_scans, without_metadata
+from capexport.pixels import (
+    BITS_PER_SAMPLE,
+    TURNS,
+    Loaded,
+    check_colours,
+    rgb_converter,
+    upright_rgb,
+)
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 
@@ -34,16 +42,20 @@ FORMATS = (
 
 # A phone's 108 megapixels pass; at Pillow's 4 bytes a pixel this is half a gigabyte.
 MAX_PIXELS = 120_000_000
-# Each scan of a progressive JPEG goes over all its pixels. Encoders write about ten; more are for
+# Each scan of a JPEG in several goes over all its pixels. Encoders write about ten; more are for
 # small images.
 _MAX_SCANS, _MAX_SCANNED_PIXELS = 32, 200_000_000
 # Bytes of a file that is read as a whole, twice for a moment; the largest photos have a third.
 _MAX_BYTES = 100_000_000
+# Bytes a pixel that stand for the time that some modes take to become RGB, by measurements,
+_SLOW_MODES = {"CMYK": 5.0, "I": 7.0, "F": 7.0}
+# and decoders that are written in Python, and read a pixel at a time.
+_BY_PIXEL = {"qoi": 8.0, "ppm": 8.0, "dds_rgb": 8.0, "bmp_rle": 24.0}
 # A second or so; the parts of a photo are thousands at most.
 _MOST_READS = 1_000_000
 # A TIFF's tags.
 _ORIENTATION, _COLORMAP, _COMPRESSION, _ROWS_PER_STRIP = 274, 320, 259, 278
-_TILE_WIDTH, _TILE_LENGTH = 322, 323
+_TILE_WIDTH, _TILE_LENGTH, _PLANES = 322, 323, 284
 
 
 @functools.cache
@@ -185,7 +197,7 @@ def decoded(
     if isinstance(source, Image.Image):
         with _lock_of(source):
             if isinstance(source, ImageFile.ImageFile):
-                _check_size(source, max_pixels)
+                _check_size(source, max_pixels, bool(source.info.get("progressive")))
             source.load()
             return _plain(source)
     if isinstance(source, np.ndarray):
@@ -290,9 +302,12 @@ def _check_bytes(file: BinaryIO) -> None:
 
 def _decode(file: BinaryIO, max_pixels: int, truncated: bool, enough: int | None) -> Loaded:
     with Image.open(_Patient(file), formats=_readable_formats()) as image:
-        _check_size(image, max_pixels)
-        if image.info.get("progressive"):
+        _mend_tiles(image, file)
+        in_scans = _is_in_scans(image, file)
+        _check_size(image, max_pixels, in_scans)
+        if in_scans:
             _check_scans(_whole(file), image.width * image.height)
+        deep = _has_deep_colours(image)
         tags = getattr(image, "tag_v2", {})
         if image.mode == "P" and max(tags.get(_COLORMAP, (256,))) < 256:
             # Colours of 8 bits where 16 are due: Pillow would make them all black.
@@ -303,7 +318,45 @@ def _decode(file: BinaryIO, max_pixels: int, truncated: bool, enough: int | None
             _load_truncated(image)
         else:
             image.load()
+        if deep:
+            check_colours(image)
         return _plain(image)
+
+
+def _is_in_scans(image: ImageFile.ImageFile, file: BinaryIO) -> bool:
+    """Is it a JPEG whose scans each hold but a part of all pixels, so that they are gathered?"""
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
+        return False
+    return bool(image.info.get("progressive")) or first_scan(file) < len(image.getbands())
+
+
+def _has_deep_colours(image: ImageFile.ImageFile) -> bool:
+    """Has it several channels of 16 bits, of which Pillow keeps the upper 8?"""
+    deep = re.search(";16[BLN]|SGI16", str(image.tile[:1]))
+    return deep is not None and len(image.getbands()) > 1
+
+
+def _mend_tiles(image: ImageFile.ImageFile, file: BinaryIO) -> None:
+    """Where Pillow would read an image's parts wrongly, or is kept from it, have it read them."""
+    tags: Any = getattr(image, "tag_v2", {})
+    if tags.get(_PLANES) == 2 and len(image.getbands()) == 1:  # which is as if none were said
+        tags[_PLANES] = 1
+        image._setup()  # type: ignore[attr-defined]
+    if not image.tile:
+        return
+    codec, _, _, args = image.tile[0]
+    if (codec, args) == ("ppm", ("RGB", 65535)):
+        image.tile = [image.tile[0]._replace(codec_name="raw", args="RGB;16B")]
+    elif codec in _BY_PIXEL:
+        place = file.tell()
+        _check_bytes(file)
+        file.seek(place)
+        image.fp = file
+    elif (codec, tags.get(_PLANES), *tags.get(BITS_PER_SAMPLE, ())[:1]) == ("raw", 2, 16):
+        # Each channel by itself, which Pillow takes for one of 8 bits.
+        depth = ";16L" if tags.prefix == b"II" else ";16B"
+        parts: Any = image.tile
+        image.tile = [part._replace(args=(part.args[0] + depth, *part.args[1:])) for part in parts]
 
 
 def _plain(image: Image.Image) -> Loaded:
@@ -346,10 +399,10 @@ def _load_truncated(image: ImageFile.ImageFile) -> None:
         raise ImageError("the file breaks off before its first pixels")
 
 
-def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
+def _check_size(image: ImageFile.ImageFile, max_pixels: int, in_scans: bool) -> None:
     """Refuse an image by its header, before memory is taken."""
     width, height = image.size
-    allowed = int(max_pixels * 4 / _decoding_bytes(image))
+    allowed = int(max_pixels * 4 / _decoding_bytes(image, in_scans))
     if width * height > allowed:
         raise ImageError(
             f"{width}x{height} are more pixels than the {allowed} that are decoded of such a "
@@ -357,26 +410,32 @@ def _check_size(image: ImageFile.ImageFile, max_pixels: int) -> None:
         )
 
 
-def _decoding_bytes(image: ImageFile.ImageFile) -> float:
-    """About how many bytes a pixel takes while such a file is decoded, by measurements."""
-    if image.format in ("WEBP", "AVIF", "QOI"):
-        return {"WEBP": 16, "AVIF": 8, "QOI": 8}[image.format]
+def _decoding_bytes(image: ImageFile.ImageFile, in_scans: bool) -> float:
+    """About how many bytes a pixel takes while such a file is decoded, by measurements; where its
+    time is worse than its memory, as many as take that time."""
+    if image.format in ("WEBP", "AVIF", "HEIF"):
+        return {"WEBP": 16, "AVIF": 8, "HEIF": 8}[image.format]
+    if image.tile and image.tile[0].codec_name in _BY_PIXEL:
+        return _BY_PIXEL[image.tile[0].codec_name]
     if image.format == "JPEG2000":  # where it is one tile
         return max(4, 5 * len(image.getbands()) + 1)
-    if image.info.get("progressive"):  # the coefficients of all scans
-        return 7 if image.mode == "RGB" else 4
+    if isinstance(image, JpegImagePlugin.JpegImageFile):  # in scans, the coefficients of them all
+        return max(4, len(image.getbands()) * 7 / 3) if in_scans else 4
+    taken = _SLOW_MODES.get(image.mode, 4)
+    if raw := re.search(r"(\w+);16[BLN]", str(image.tile[:1])):
+        taken = max(taken, {3: 4.5, 4: 8}.get(len(raw[1]), 4))
     tags = getattr(image, "tag_v2", {})
     if tags.get(_COMPRESSION, 1) != 1:  # a strip or tile is unpacked whole, however large it says
         wide, high = tags.get(_TILE_WIDTH, image.width), tags.get(_TILE_LENGTH, image.height)
         if _TILE_WIDTH not in tags:
             high = min(high, tags.get(_ROWS_PER_STRIP, high))
         unpacked = wide * high * sum(tags.get(BITS_PER_SAMPLE, (1,))) / 8
-        return 4 + float(unpacked) / max(1, image.width * image.height)
-    return 4
+        taken = max(taken, 4 + float(unpacked) / max(1, image.width * image.height))
+    return taken
 
 
 def _check_scans(data: bytes, pixels: int) -> None:
-    """Refuse a progressive JPEG that would take minutes."""
+    """Refuse a JPEG that would take minutes."""
     allowed = max(_MAX_SCANS, _MAX_SCANNED_PIXELS // max(1, pixels))
     if (scans := jpeg_scans(data, allowed)) > allowed:
-        raise ImageError(f"a progressive JPEG of {scans} scans; save it anew, with fewer")
+        raise ImageError(f"a JPEG of {scans} scans; save it anew, with fewer")

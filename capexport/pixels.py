@@ -14,8 +14,9 @@ from capexport.errors import ImageError
 # A decoded image without metadata, its EXIF orientation, and a function that makes parts of it RGB.
 Loaded: TypeAlias = tuple[Image.Image, int, Callable[[Image.Image], Image.Image]]
 
-# Larger images are turned and converted in pieces of this many pixels, never held twice.
-STRIP_PIXELS = 1 << 22
+# Larger images are turned and converted in pieces of this many pixels, which a core's cache holds,
+# and never held twice.
+STRIP_PIXELS = 1 << 18
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,6 +79,18 @@ def rgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     if mode in ("La", "RGBa"):
         return lambda part: part.convert(mode.upper()).convert("RGB")
     return lambda part: part if mode == "RGB" else part.convert("RGB")
+
+
+def check_colours(image: Image.Image) -> None:
+    """Refuse a loaded image of 16 bits a channel whose upper 8, all that Pillow keeps, hold next to
+    nothing: its values have fewer bits, and it would be captioned as a black one."""
+    colours = len(image.getbands()) - image.mode.upper().endswith("A")  # without transparency
+    strips = map(np.asarray, _upright_strips(image, 1))
+    if all(strip[:, :, :colours].max() < 16 for strip in strips):
+        raise ImageError(
+            "colours below a sixteenth of their 16 bits have no certain brightness; save the image "
+            "with 8 bits a channel"
+        )
 
 
 def _scaling(image: Image.Image, tags: Any) -> Callable[[NDArray[Any]], NDArray[np.uint8]]:

@@ -62,4 +62,6 @@ class ImageReader:
 def is_one_image(images: Any) -> TypeIs[ImageSource]:
     """Is it one image, or meant as one? Bytes, files and arrays can be iterated over, too."""
     one = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Image.Image, Mapping)
+    if isinstance(images, np.ndarray) and images.ndim and images.dtype.kind in "OU":
+        return False  # of paths, as pandas and scikit-learn give them
     return isinstance(images, one) or hasattr(images, "read") or not isinstance(images, Iterable)

@@ -150,8 +150,8 @@ def sample_photos() -> list[Path]:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    counts = (*options.batch_sizes, options.repeats, options.threads or 1)
-    if min(*counts, 1 if options.num_beams is None else options.num_beams) < 1:
+    given = (options.threads, options.num_beams)
+    if min(*options.batch_sizes, options.repeats, *(n for n in given if n is not None)) < 1:
         raise OptionError("--batch-sizes, --repeats, --threads and --num-beams must be at least 1")
     _check_outputs(options)
     threads = options.threads or available_cores()

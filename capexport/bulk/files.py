@@ -11,6 +11,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -26,17 +27,32 @@ STDIN = Path("-")
 _NOT_SEARCHED = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"})
 # Images by their suffix, but of formats that need another program.
 READERS = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
+    **dict.fromkeys((".heic", ".heif", ".hif", ".heics", ".heifs"), "pip install pillow-heif"),
     ".jxl": "djxl converts them to PNG",
     **dict.fromkeys(
-        (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw"),
+        (
+            ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc",
+            ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2",
+            ".srf", ".srw", ".x3f",
+        ),
         "dcraw converts them to TIFF",
     ),
+}  # fmt: skip
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before that of UTF-16, which it begins as
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
 }
+# What no list of files holds, unless names are odd: a tag at its beginning, control characters,
+# nothing between two NULs, and, as UTF-16 does, a NUL at the end of a line or behind every letter.
+_NO_LIST = re.compile(
+    rb"\A\s*<|[\1-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f]|\A\0|\0[\0\n]|\n\0|\A(?:[^\0]\0){3}"
+)
 # What lies beside images and has no type of its own among Internet media types.
 _SIDE_CARS = re.compile(
     r"\.(captions?|tags|jsonl|ndjson|np[yz]|safetensors|parquet|arrow|md|ya?ml|toml|ini|cfg|log|db|"
-    r"lnk|url|aae|xmp|journal|partial)"
+    r"lnk|url|aae|xmp|pp3|dop|on1|vrd|acr|nksc|pt|md5|sha\d+|journal|partial)"
 )
 
 
@@ -209,17 +225,41 @@ def _from_stdin(stdin: TextIO | None, found: Found) -> list[Path]:
         raise ImageNotFoundError("-: standard input is closed")
     buffer = getattr(stdin, "buffer", None)
     data = buffer.read() if buffer else stdin.read().encode("utf-8", "surrogateescape")
-    if _is_image(data):
+    names = None if _is_image(data) else _names(data)
+    if names is None:
         found.content[STDIN] = data
         return [STDIN]
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # from PowerShell
-        data = data.decode("utf-16", "replace").encode()
+    return [Path(os.fsdecode(name)) for name in names]
+
+
+def _names(data: bytes) -> list[bytes] | None:
+    """The names in a list; None where it is no list, but an image that nothing here reads, say."""
+    for mark, encoding in _MARKS.items():  # from PowerShell
+        if data.startswith(mark):
+            data = data.removeprefix(mark).decode(encoding, "replace").encode()
+            break
     data = data.removeprefix(codecs.BOM_UTF8)
+    names = _separated(data)
+    first = names[0] if names else b""
+    if not _NO_LIST.search(data) or (len(first) > 1 and os.path.lexists(first)):
+        return names
+    if b"\0" not in data:
+        return None
+    big_endian = data[::2].count(0) > data[1::2].count(0)
+    with suppress(UnicodeDecodeError):  # UTF-16 without a mark, as of cmd /u
+        text = data.decode("utf-16-be" if big_endian else "utf-16-le").encode()
+        if b"\0" not in text and not _NO_LIST.search(text):
+            return _separated(text)
+    return None
+
+
+def _separated(data: bytes) -> list[bytes]:
+    """Names with NULs between them, or a line each."""
     if b"\0" in data:
         names = data.split(b"\0")
     else:
         names = [line.rstrip(b"\r") for line in data.split(b"\n")]
-    return [Path(os.fsdecode(name)) for name in names if name.strip()]
+    return [name for name in names if name.strip()]
 
 
 def _is_image(data: bytes) -> bool:

@@ -37,7 +37,7 @@ from capexport.errors import ImageError, OptionError, OutputExistsError
 from capexport.preprocessing import image_suffixes
 from capexport.sessions import available_cores
 
-_FORMAT_OF = {".jsonl": "jsonl", ".csv": "csv", ".json": "coco"}
+_FORMAT_OF = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".json": "coco"}
 
 
 def add_parser(commands: Any) -> None:
@@ -112,7 +112,10 @@ def _add_outputs(group: Any) -> None:
     )
     group.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
     group.add_argument(
-        "--out-dir", type=Path, metavar="DIR", help="txt: folder for the files, in subfolders alike"
+        "--out-dir",
+        type=_folder,
+        metavar="DIR",
+        help="txt: folder for the files, in subfolders alike",
     )
     group.add_argument(
         "--extension", metavar=".EXT", help="txt: of the files' names (default: .txt)"
@@ -137,6 +140,12 @@ def _add_outputs(group: Any) -> None:
     )
 
 
+def _folder(name: str) -> Path:
+    if not name:
+        raise argparse.ArgumentTypeError("an empty name is no folder; this one is .")
+    return Path(name)
+
+
 def _add_captions(group: Any) -> None:
     group.add_argument(
         "--prompt", metavar="TEXT", help="text that captions continue, such as a question (BLIP-2)"
@@ -155,13 +164,13 @@ def _run(options: argparse.Namespace) -> int:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     # Pillow still refuses real decompression bombs; its warning names no file.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    changes: Any = given_decoding(options)
     found = search(options.paths, sys.stdin, not options.no_recursive)
-    model = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
+    model = local_folder(BUNDLED_ARTIFACT if options.model is None else options.model)
     captioner = open_captioner(model, options.device, options.threads)
     captioner.truncated, captioner.full_size = options.truncated, options.full_size
     if options.attention:
         _check_attention(captioner, found)
-    changes: Any = given_decoding(options)
     own = dataclasses.replace(captioner.options, **changes)  # refused before anything is written
     columns = (
         4 if own.num_return_sequences > 1 and options.format == "jsonl" else 2 + options.scores

@@ -18,7 +18,7 @@ from capexport.errors import CapexportError
 
 
 class _Stopped(KeyboardInterrupt):
-    """A signal that asks for the end as Ctrl-C does."""
+    """A signal that asks for the end: Ctrl-C's, or another."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -34,10 +34,12 @@ class _ToStderr(logging.Handler):
 
 def say(line: str) -> None:
     """Print on standard error, if anybody still listens, above the progress bars."""
-    from tqdm import tqdm
-
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # none before it is imported
     with suppress(OSError):
-        tqdm.write(line, file=sys.stderr)
+        if bars:
+            bars.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr)
 
 
 def show_progress() -> None:
@@ -57,7 +59,7 @@ def run_command(name: str, command: Callable[[], int]) -> int:
     """
     _open_standard_streams()
     try:
-        with _stopped_by(signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        with _stopped_by("SIGINT", "SIGTERM", "SIGHUP"):
             code = command()
             if sys.stdout:
                 sys.stdout.flush()
@@ -70,12 +72,11 @@ def run_command(name: str, command: Callable[[], int]) -> int:
             reason = "the current folder is gone; change to another"  # `getcwd` names none
         say(f"{name}: {shown(reason)}")
         code = 2
-    except _Stopped as stop:
-        say(f"{name}: stopped by {signal.Signals(stop.number).name}")
-        code = 128 + stop.number
-    except KeyboardInterrupt:
-        say(f"{name}: interrupted")
-        code = 130
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        by = signal.Signals(number).name
+        say(f"{name}: interrupted" if number == signal.SIGINT else f"{name}: stopped by {by}")
+        code = 128 + number
     _give_up(sys.stdout)
     return code
 
@@ -93,17 +94,25 @@ def _open_standard_streams() -> None:
 
 
 @contextmanager
-def _stopped_by(*numbers: int) -> Iterator[None]:
+def _stopped_by(*names: str) -> Iterator[None]:
+    stops: list[int] = []
+
     def stop(number: int, _: object) -> None:
+        stops.append(number)
         raise _Stopped(number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in numbers:
-            if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            # nohup has SIGHUP ignored.
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, stop)
     try:
         yield
+    except Exception as error:
+        if stops:  # an import that it breaks off may end in an error of its own
+            raise _Stopped(stops[0]) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -6,7 +6,13 @@ import argparse
 import dataclasses
 from typing import Any
 
-from capexport.decoding import DecodingKeywords, DecodingOptions, EarlyStopping
+from capexport.decoding import (
+    LONGEST_CAPTION,
+    MOST_BEAMS,
+    DecodingKeywords,
+    DecodingOptions,
+    EarlyStopping,
+)
 
 # A flag for each option of decoding that has words for its help.
 DECODING_FLAGS = [item for item in dataclasses.fields(DecodingOptions) if "help" in item.metadata]
@@ -34,6 +40,12 @@ def add_decoding(group: Any) -> None:
 
 
 def given_decoding(options: argparse.Namespace) -> DecodingKeywords:
-    """Those that were given."""
-    given: Any = {item.name: getattr(options, item.name) for item in DECODING_FLAGS}
-    return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
+    """Those that were given.
+
+    Raises:
+        OptionError: one is out of range, whatever the model's own are.
+    """
+    values = {item.name: getattr(options, item.name) for item in DECODING_FLAGS}
+    given: Any = {name: value for name, value in values.items() if value is not None}
+    DecodingOptions((), **{"max_tokens": LONGEST_CAPTION, "num_beams": MOST_BEAMS, **given})
+    return given  # type: ignore[no-any-return]

@@ -58,16 +58,16 @@ def _run(options: argparse.Namespace) -> int:
     refuse_existing(options.out)
     require_writable(options.out)
     photos = find_images(options.photos, sys.stdin) if options.photos else []
-    references = given_references(options)
+    references, decoding = given_references(options), given_decoding(options)
     with importing("a graph is made with `pip install 'capexport[cpu]' 'onnx>=1.23'`"):
         from capexport.export.single_file import export_file
     parity = export_file(
-        local_folder(options.model) if options.model else BUNDLED_ARTIFACT,
+        local_folder(BUNDLED_ARTIFACT if options.model is None else options.model),
         options.out,
         photos,
         precision=options.precision,
         references=references,
-        decoding=given_decoding(options),
+        decoding=decoding,
     )
     _report(options.out, parity)
     return 0

@@ -35,20 +35,20 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    folder = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
+    folder = local_folder(BUNDLED_ARTIFACT if options.model is None else options.model)
     manifest = Manifest.read(folder, thorough=True)
     if options.json:
         print(manifest.to_json())
         return 0
     size = sum(record.bytes for record in manifest.files.values()) / 1e6
-    print(f"{shown(str(folder))}: a {manifest.family} captioner in {manifest.precision}")
+    print(shown(f"{folder}: a {manifest.family} captioner in {manifest.precision}"))
     print(f"  files: {len(manifest.files)}, {size:.1f} MB, all as the manifest says")
     for title, words in [
         *_use(manifest),
         *_origin(manifest.provenance),
         *(_comparison(manifest.parity) if manifest.parity else ()),
     ]:
-        print(f"  {title}: {shown(words)}")
+        print(shown(f"  {title}: {words}"))
     return 0
 
 

@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         find_images(paths, sys.stdin) if paths else []
         for paths in (options.photos, options.calibration)
     )
-    references = given_references(options)
+    references, decoding = given_references(options), given_decoding(options)
     with importing("exporting needs `pip install 'capexport[cpu,export]'`"):
         from capexport.export.cnn_lstm import export_cnn_lstm
         from capexport.models.checkpoint import load_checkpoint
@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
         precision=options.precision,
         calibration=calibration,
         references=references,
-        decoding=given_decoding(options),
+        decoding=decoding,
     )
     _report(options.out, manifest)
     return 0

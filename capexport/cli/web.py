@@ -56,13 +56,14 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     refuse_existing(options.out)
     require_writable(options.out)
+    decoding = given_decoding(options)
     site = write_site(
-        local_folder(options.model) if options.model else BUNDLED_ARTIFACT,
+        local_folder(BUNDLED_ARTIFACT if options.model is None else options.model),
         options.out,
         find_images(options.photos, sys.stdin) if options.photos else [],
         runtime=options.runtime,
         precision=options.precision,
-        decoding=given_decoding(options),
+        decoding=decoding,
     )
     captions, precision = site.parity.captions, site.parity.manifest.precision
     total, graph = (size / 1e6 for size in (sum(site.sizes.values()), site.sizes["captioner.onnx"]))

@@ -218,7 +218,8 @@ def open_artifact(folder: Path, manifest: Manifest, target: Target) -> Parts:
     text = PromptTokenizer(manifest.file(folder, "tokenizer.json"), spec)
     decoder = OnnxDecoder(folder, manifest, target, spec)
     size = decoder.vocabulary_size
-    manifest.decoding.check(folder, size, spec.image_token, spec.bos_token, spec.pad_token)
+    tokens = spec.image_token, spec.bos_token, spec.pad_token, spec.start_token or 0
+    manifest.decoding.check(folder, size, *tokens)
     if len(text) > size:
         raise ArtifactError(
             f"{folder}: a tokenizer of {len(text)} tokens, but logits for {size}; export again"

@@ -49,7 +49,7 @@ class Service:
             CapexportError: it cannot be loaded, or the settings don't suit it.
         """
         self.settings = settings
-        folder = local_folder(settings.model) if settings.model else BUNDLED_ARTIFACT
+        folder = local_folder(BUNDLED_ARTIFACT if settings.model is None else settings.model)
         self.manifest = Manifest.read(folder)
         self.captioner = open_captioner(folder, settings.device, settings.threads)
         self.captioner.options = replace(self.captioner.options, **settings.decoding)  # type: ignore[arg-type]

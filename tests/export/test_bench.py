@@ -85,10 +85,9 @@ def test_peers_metrics_and_the_picture(
 def test_refusals(
     artifact: Path, checkpoint: Checkpoint, photos, tmp_path: Path, capsys, monkeypatch
 ):
-    assert main(["--num-beams", "0"]) == 2
-    assert "at least 1" in capsys.readouterr().err
-    assert main(["--repeats", "0"]) == 2
-    assert "at least 1" in capsys.readouterr().err
+    for flag in ("--num-beams", "--repeats", "--threads", "--batch-sizes"):
+        assert main([flag, "0"]) == 2
+        assert "at least 1" in capsys.readouterr().err
     other = tmp_path / "other"
     other.mkdir()
     assert main([str(other), "--artifact", str(artifact)]) == 2

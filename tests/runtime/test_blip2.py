@@ -262,6 +262,7 @@ def test_prompts_that_are_no_text(blip2: Captioner):
         ("prompt", "query_tokens", 5, "image_features of shape"),
         ("prompt", "query_tokens", 10**9, "image_features of shape|hold no image"),
         ("prompt", "pad_token", 10**6, "token 1000000 lies outside"),
+        ("prompt", "start_token", 10**6, "token 1000000 lies outside|lists no encoder_model"),
         ("image", "crop", 27, "pixel_values of shape"),
     ],
 )

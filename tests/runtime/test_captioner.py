@@ -362,6 +362,9 @@ def test_whatever_gives_images(captioner: Captioner, photos: list[Path]):
     several = dict(enumerate(photos)).values()
     for images in (iter(photos), several, tuple(photos), (str(photo) for photo in photos)):
         assert [c.tokens for c in captioner.caption(images, batch_size=5)] == wanted
+    for kind in (str, object):  # as of scikit-learn and pandas
+        paths = np.array(list(map(str, photos)), kind)
+        assert [c.tokens for c in captioner.caption(paths)] == wanted
     with photos[0].open("rb") as file:  # its lines are no images
         assert captioner.caption(file).tokens == wanted[0]
     assert captioner.caption(np.asarray(Image.open(photos[0]))).tokens == wanted[0]

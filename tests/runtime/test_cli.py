@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SLOWLY, draw_photo
+from conftest import SLOWLY, draw_photo, edit_manifest
 from PIL import Image
 
 from capexport.artifact import sha256_of
@@ -309,6 +310,19 @@ def test_inspect(artifact, capsys):
     assert set(manifest["files"]) == {*graphs, "decoder.data", "vocabulary.json"}
 
 
+def test_a_strangers_manifest_does_nothing_to_the_terminal(artifact, tmp_path, capsys):
+    folder = shutil.copytree(artifact, tmp_path / "strange")
+    document = json.loads((folder / "manifest.json").read_text())
+    evil = "\x1b]0;owned\x07\ud800\n"
+    document["parity"]["metrics"] = {evil: {evil: 1.0}}
+    document["provenance"] |= {"source": evil, "licence": evil, "training": {"command": evil}}
+    edit_manifest(folder, **{**document, "family": evil, "precision": evil})
+    assert main(["inspect", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert not set("\x1b\x07\ud800") & set(said) and "\\x1b]0;owned" in said
+    assert all(line.startswith((str(folder), "  ")) for line in said.splitlines())
+
+
 def test_without_a_model_the_bundled_one_captions(photos: list[Path], capsys):
     assert main(["caption", str(photos[0])]) == 0
     [line] = capsys.readouterr().out.splitlines()
@@ -394,6 +408,7 @@ def test_names_and_words_carry_no_escapes_to_the_terminal(artifact, photos, caps
         (["--resume", "--overwrite", "--out", "x"], "choose one"),
         (["--overwrite"], "--overwrite needs --out"),
         (["--format", "csv", "--out-dir", "x"], "go with --format txt"),
+        (["-m", ""], "an empty name is no model"),
         (["--out", "x.jsonl", "--extension", ".tag"], "leave out --out"),
         (["--prompt", "a dog"], "takes no prompt"),
     ],
@@ -409,7 +424,14 @@ def test_options_that_contradict_each_other(
 
 
 @pytest.mark.parametrize(
-    ("name", "style"), [("x.JSONL", "jsonl"), ("x.csv", "csv"), ("x.json", "coco"), ("x", "text")]
+    ("name", "style"),
+    [
+        ("x.JSONL", "jsonl"),
+        ("x.ndjson", "jsonl"),
+        ("x.csv", "csv"),
+        ("x.json", "coco"),
+        ("x", "text"),
+    ],
 )
 def test_the_format_follows_from_the_output_s_name(name, style, artifact, photos, tmp_path):
     command = ["caption", "-m", str(artifact), *map(str, photos)]

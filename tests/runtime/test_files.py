@@ -55,11 +55,11 @@ def test_nothing_but_files_is_found_and_nothing_is_opened(tmp_path: Path):
 
 def test_side_cars_and_films_beside_images_are_no_images(tmp_path: Path):
     make(tmp_path, "a.jpg", "a.txt", "a.caption", "metadata.jsonl", "b.pdf", "c.mp4", "._a.jpg")
-    make(tmp_path, "odd.jpg_large", "@eaDir/a.jpg", "empty/x.txt")
+    make(tmp_path, "odd.jpg_large", "@eaDir/a.jpg", "empty/x.txt", "a.jpg.pp3", "a.pt")
     every = sorted(path.name for path in tmp_path.iterdir())
     found = search([str(tmp_path / name) for name in [*every, "absent.txt"]], None)
     assert [path.name for path in found.paths] == ["a.jpg", "odd.jpg_large", "absent.txt"]
-    assert found.ignored.total() == 8
+    assert found.ignored.total() == 10
     assert names(tmp_path, "*") == ["a.jpg", "odd.jpg_large"]
     with pytest.raises(ImageNotFoundError, match=r"a\.txt: no image files there"):
         names(tmp_path, "a.txt")
@@ -85,11 +85,11 @@ def test_an_empty_argument_is_not_the_current_folder(argument, tmp_path, monkeyp
 
 
 def test_images_of_other_formats_are_counted(tmp_path: Path):
-    make(tmp_path, "a.jpg", "b.HEIC", "c.heic", "d/e.dng", "f.jxl")
+    make(tmp_path, "a.jpg", "b.HEIC", "c.heic", "d/e.dng", "f.jxl", "g.NRW")
     found = search([str(tmp_path)], None)
     unread = READERS.keys() - image_suffixes()
     assert ".dng" in unread
-    wanted = {".heic": 2, ".dng": 1, ".jxl": 1}
+    wanted = {".heic": 2, ".dng": 1, ".jxl": 1, ".nrw": 1}
     assert found.unreadable() == {key: n for key, n in wanted.items() if key in unread}
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(ImageNotFoundError, match=r"1 \.dng: dcraw"):
@@ -117,10 +117,43 @@ LISTED = "été/1 2.jpg\nb.jpg\n"
         b"\xfe\xff" + LISTED.encode("utf-16-be"),
         LISTED.replace("\n", "\0").encode(),
         ("\n" + LISTED + "\n\n").encode(),
+        LISTED.encode("utf-32"),
+        LISTED.replace("\n", "\r\n").encode("utf-16-le"),
+        LISTED.encode("utf-16-be"),
     ],
 )
 def test_lists(data: bytes):
     assert find_images(["-"], Stdin(data)) == [Path("été/1 2.jpg"), Path("b.jpg")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(range(256)) * 9,
+        b"\xff\x0a\xfa\x7f" + bytes(range(256)) * 9,
+        b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n1 0 obj\n/\n" + bytes(range(256)),
+        b"<svg xmlns='http://www.w3.org/2000/svg'>\n/\n</svg>\n",
+        b"PK\3\4" + bytes(range(1, 256)) + b"\0/\0",
+        bytes(500),
+    ],
+    ids=["HEIC", "JPEG XL", "PDF", "SVG", "zip", "zeros"],
+)
+def test_what_is_neither_a_list_nor_an_image_names_no_files(data: bytes):
+    """A NUL or a line's end before and behind a slash would be the whole file system."""
+    found = search(["-"], Stdin(data))
+    assert found.content == {STDIN: data} and found.paths == [STDIN]
+
+
+def test_lists_hold_odd_names_where_the_first_is_there(tmp_path: Path):
+    make(tmp_path, "a\1\n.jpg", "b")
+    names = [tmp_path / "a\1\n.jpg", tmp_path / "\nc", tmp_path / "b"]
+    assert find_images(["-"], Stdin(b"\0".join(map(os.fsencode, names)))) == names
+
+
+def test_lists_of_short_utf_16_are_no_single_letters():
+    for text in ("a/b.jpg", "/x.jpg", "写真/日本.jpg\r\n"):
+        for encoding in ("utf-16-le", "utf-16-be"):
+            assert find_images(["-"], Stdin(text.encode(encoding))) == [Path(text.rstrip())]
 
 
 def test_lists_hold_names_of_any_bytes(tmp_path: Path):

@@ -365,6 +365,14 @@ def test_side_cars_through_two_spellings_of_a_folder(artifact, photos, wanted, t
     assert not list(photos[0].parent.glob("*.txt"))
 
 
+def test_an_empty_folder_name_is_not_the_current_folder(artifact, photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos[0].parent)
+    with pytest.raises(SystemExit, match="2"):
+        caption(artifact, photos[0], "--out-dir", "")
+    assert "--out-dir: an empty name" in capsys.readouterr().err
+    assert not list(Path().glob("*.txt"))
+
+
 @pytest.mark.parametrize("extension", [".jpg", ".HEIC", "", ".", "a/b", ".a.b", "..", "\0"])
 def test_no_extension_can_replace_an_image(extension, artifact, photos, capsys):
     before = photos[0].read_bytes()
@@ -539,17 +547,19 @@ def test_signals_end_a_run_that_can_be_gone_on_with(number, artifact, photos, wa
     assert [text for _, text in rows(out, "jsonl")] == wanted
 
 
-def test_ctrl_c_while_libraries_load(artifact, photos):
+def test_ctrl_c_while_libraries_load():
+    """numpy makes an error of its own of it, while it imports datetime."""
     code = (
         "import os, signal, sys\n"
         "class Stop:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == sys.argv[1]: os.kill(os.getpid(), signal.SIGINT)\n"
+        "        if name == sys.argv[1]:\n"
+        "            sys.meta_path.remove(self); os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Stop())\n"
         "name = sys.argv[1]; sys.argv[1:] = ['caption', 'x']; sys.argv.insert(1, name)\n"
-        "from capexport.cli import main; sys.exit(main(['caption', 'x.jpg']))"
+        "from capexport.__main__ import main; sys.exit(main(['caption', 'x.jpg']))"
     )
-    for library in ("numpy", "PIL", "capexport.captioner"):
+    for library in ("argparse", "numpy", "datetime", "PIL", "capexport.captioner"):
         command = [sys.executable, "-c", code, library]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=60, preexec_fn=default_signals
@@ -585,6 +595,8 @@ def test_quiet_says_what_went_wrong_alone(artifact, photos, capsys):
         (["lstm", "--out", "new", "--precision", "int8"], "needs --calibration"),
         (["lstm", "--out", "new", "--photos", "absent*"], "no image files there"),
         (["lstm", "--out", "new", "--references", "humans.csv"], "capexport[eval]"),
+        (["lstm", "--out", "new", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["graph", "--out", "new", "--num-beams", "0"], "num_beams must be at least 1"),
         (["blip2", "--out", "there"], "already there"),
         (["blip2", "--out", "there/new"], "Not a directory"),
         (["caption", "-m", "owner/model", "x.jpg", "--out", "there"], "already there"),
