@@ -20,7 +20,7 @@ class Blip2TrainConfig(RunOptions):
     et al. 2023, appendix; LAVIS, caption_coco_ft.yaml), with a warm-up that suits short runs too.
     """
 
-    data: Path = option("Flickr8k folder, in the Kaggle or the original layout")
+    data: Path = option("folder of Flickr8k, Flickr30k, COCO or another data set (README.md)")
     out: Path = option("run folder to create", default=Path("runs/blip2"))
     model: str = option(
         "Hugging Face id, or a local folder, of a BLIP-2 with OPT or Flan-T5",
