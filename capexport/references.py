@@ -301,9 +301,11 @@ def _cells(line: str, delimiter: str) -> list[str]:
 def _fitted(cells: list[str], layout: _Layout) -> list[str]:
     """`cells`, as many as there are columns."""
     columns, delimiter = layout.columns, layout.delimiter
-    if columns == ("image", "number", "caption") and len(cells) == 2:
-        # Flickr30k's results.csv has a line without its second bar: `2199200615.jpg| 4   A dog`.
-        cells = [cells[0], *cells[1].split(maxsplit=1)]
+    if columns == ("image", "number", "caption") and len(cells) > 1 and not any(cells[2:]):
+        # Flickr30k's results.csv has a line without its second bar: `2199200615.jpg| 4   A dog`;
+        # tables made of it have an empty last cell there.
+        parts = cells[1].split(maxsplit=1)
+        cells = [cells[0], *parts] if len(parts) == 2 else cells
     if len(cells) < len(columns):
         raise ValueError(
             f"{len(cells)} columns where {len(columns)} should be; a caption must not have line "

@@ -6,14 +6,16 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -40,7 +42,7 @@ from capexport.preprocessing import ImageSpec, load_image, preprocess
 from train import figures
 from train.blip2 import Blip2TrainConfig
 from train.blip2_folder import new_model_folder, read_trained, write_card, write_trained
-from train.data import Dataset, read_dataset, readable
+from train.data import Dataset, Example, Examples, Ids, Photo, pack, read_dataset, readable
 from train.run import (
     History,
     load_state,
@@ -54,9 +56,7 @@ from train.score import caption_photos
 
 _SAMPLES = 12  # photos on the sheet
 IGNORED = -100  # the label of what is not learnt
-
-# A photo, and one of its captions as ids.
-Example: TypeAlias = tuple[Path, list[int]]
+_TOKENIZED = 1024  # captions at once: what a tokenizer makes of one is a hundred times its ids
 
 
 class TrainedParts(nn.Module):
@@ -116,13 +116,13 @@ class CaptionInputs:
             )
         return rows
 
-    def batch(self, captions: Sequence[list[int]]) -> dict[str, Tensor]:
+    def batch(self, captions: Sequence[Ids]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `labels` for the model's own `forward`, int64 (batch,
         length) each; all but captions and their end is `IGNORED`.
 
         Of an encoder-decoder the encoder gets the frame, and the labels are the decoder's.
         """
-        rows = [torch.tensor([*caption, self._end]) for caption in captions]
+        rows = [torch.tensor([*map(int, caption), self._end]) for caption in captions]
         labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
         tokens = torch.tensor(self.frame).repeat(len(rows), 1)
         mask = torch.ones_like(tokens)
@@ -198,20 +198,28 @@ def stored_parts(checkpoint: Checkpoint, parts: nn.Module) -> dict[str, Tensor]:
     return {name: weights.stored([name])[1].float() for name in parts.state_dict()}
 
 
-def _examples(dataset: Dataset, inputs: CaptionInputs) -> dict[str, list[Example]]:
-    examples: dict[str, list[Example]] = {}
+def _examples(dataset: Dataset, inputs: CaptionInputs) -> dict[str, Examples]:
+    """Photos with one of their captions each."""
+    examples = {}
     for split in ("train", "validation"):
-        pairs = [
-            (photo.path, caption)
-            for photo in dataset.splits[split]
-            for caption in photo.captions
-            if caption.strip()
-        ]
-        rows = inputs.encode([caption for _, caption in pairs])
-        examples[split] = [(path, row) for (path, _), row in zip(pairs, rows, strict=True) if row]
-        if not examples[split]:
+        photos = dataset.splits[split]
+        examples[split] = pack(photos, _tokenized(photos, inputs))
+        if not len(examples[split]):
             raise DatasetError(f"no caption for {split} has any text")
     return examples
+
+
+def _tokenized(photos: Sequence[Photo], inputs: CaptionInputs) -> Iterator[tuple[int, list[int]]]:
+    """The ids of each caption, behind the place of its photo."""
+    captions = (
+        (place, caption)
+        for place, photo in enumerate(photos)
+        for caption in photo.captions
+        if caption.strip()
+    )
+    while some := list(islice(captions, _TOKENIZED)):
+        rows = inputs.encode([caption for _, caption in some])
+        yield from ((place, row) for (place, _), row in zip(some, rows, strict=True) if row)
 
 
 def _optimiser(parts: nn.Module, config: Blip2TrainConfig) -> torch.optim.AdamW:
@@ -238,9 +246,13 @@ def _run_epochs(tuning: FineTuning) -> None:
     config, parts, out = tuning.config, tuning.parts, tuning.config.out
     examples = _examples(tuning.dataset, tuning.inputs)
     optimiser = _optimiser(parts, config)
-    captions = json.dumps(examples, default=lambda path: path.name).encode()
+    captions = (
+        part.encode()
+        for found in examples.values()
+        for part in (json.dumps([path.name for path in found.paths]), found.digest())
+    )
     weights = (tensor.cpu().numpy().tobytes() for tensor in parts.state_dict().values())
-    data = {"model": _digest(weights), "captions or photos": _digest([captions])}
+    data = {"model": _digest(weights), "captions or photos": _digest(captions)}
     history = load_state(out, parts, optimiser, data)
     start_run(out, config.to_json(), tuning.dataset.skipped, history)
     if not (out / "best").exists():
@@ -286,7 +298,7 @@ def _announce(tuning: FineTuning, captions: int) -> None:
 
 def _epoch(
     tuning: FineTuning,
-    examples: dict[str, list[Example]],
+    examples: dict[str, Examples],
     optimiser: torch.optim.AdamW,
     number: int,
 ) -> dict[str, float]:
@@ -295,16 +307,16 @@ def _epoch(
     # By the number alone, so that a resumed run draws what an unbroken one does.
     torch.manual_seed(config.seed + number)
     order = np.random.default_rng((config.seed, number)).permutation(len(examples["train"]))
-    shuffled = [examples["train"][index] for index in order]
     title = f"epoch {number}/{config.epochs}"
     tuning.model.eval()
     tuning.parts.train()  # dropout is for what is trained
     started = time.perf_counter()
-    train_loss, steps = _pass(tuning, shuffled, title, optimiser, number - 1)
+    train_loss, steps = _pass(tuning, examples["train"], order, title, optimiser, number - 1)
     trained = time.perf_counter()
     tuning.model.eval()
     with torch.no_grad():
-        loss, _ = _pass(tuning, examples["validation"], "validation")
+        order = np.arange(len(examples["validation"]))
+        loss, _ = _pass(tuning, examples["validation"], order, "validation")
     return {
         "epoch": number,
         "train_loss": train_loss,
@@ -324,27 +336,29 @@ def _peak_memory(device: str) -> float:
 
 def _pass(
     tuning: FineTuning,
-    examples: Sequence[Example],
+    examples: Examples | Sequence[Example],
+    order: NDArray[np.int64],
     title: str,
     optimiser: torch.optim.AdamW | None = None,
     epochs_done: int = 0,
 ) -> tuple[float, int]:
-    """Go through `examples` once, training where there is an optimiser: mean loss a token, and the
-    number of steps."""
+    """Go through `examples` in `order`, training where there is an optimiser: mean loss a token,
+    and the number of steps."""
     config, image = tuning.config, tuning.checkpoint.image
     a_step = config.batch_size * config.gradient_accumulation_steps
-    steps = -(-len(examples) // a_step)
+    steps = -(-len(order) // a_step)
     total, count = 0.0, 0
-    pixels = _pixels([path for path, _ in examples], image)
+    pixels = _pixels([examples[index][0] for index in order], image)
     with closing(pixels), tqdm(range(steps), title, leave=False) as bar:
         for step in bar:
-            together = examples[step * a_step : (step + 1) * a_step]
-            tokens = sum(len(caption) + 1 for _, caption in together)
+            chosen = order[step * a_step : (step + 1) * a_step]
+            together = [caption for index in chosen for caption in examples[index][1]]
+            tokens = sum(len(caption) + 1 for caption in together)
             for start in range(0, len(together), config.batch_size):
                 batch = together[start : start + config.batch_size]
                 images = np.stack([next(pixels) for _ in batch])
-                loss = batch_loss(tuning, images, [caption for _, caption in batch])
-                said = sum(len(caption) + 1 for _, caption in batch)
+                loss = batch_loss(tuning, images, batch)
+                said = sum(len(caption) + 1 for caption in batch)
                 if not math.isfinite(loss.item()):
                     raise ValueError(f"the loss of {title} is {loss.item()}: lower --learning-rate")
                 if optimiser:
@@ -371,7 +385,7 @@ def _pixels(paths: Sequence[Path], image: ImageSpec) -> Generator[np.ndarray, No
             yield pixels
 
 
-def batch_loss(tuning: FineTuning, pixels: np.ndarray, captions: Sequence[list[int]]) -> Tensor:
+def batch_loss(tuning: FineTuning, pixels: np.ndarray, captions: Sequence[Ids]) -> Tensor:
     """Mean cross-entropy over the tokens of captions and their ends, by the model's own `forward`.
 
     Args:

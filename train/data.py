@@ -178,7 +178,8 @@ def build_vocabulary(captions: Iterable[list[str]], min_count: int) -> Vocabular
     return Vocabulary((*Vocabulary.SPECIALS, *kept))
 
 
-# A photo and captions of it, as ids from `<SOS>` to `<EOS>`.
+Ids: TypeAlias = Sequence[int] | NDArray[np.int32]
+# A photo and captions of it, as ids.
 Example: TypeAlias = tuple[Path, list[NDArray[np.int32]]]
 
 
@@ -231,13 +232,22 @@ def encode_captions(
 ) -> Examples:
     """The captions of `photos`, cleaned; those without a word left are left out, and photos without
     a caption. `whole` examples are photos with all of their captions."""
+    rows = (
+        (place, vocabulary.encode(words))
+        for place, photo in enumerate(photos)
+        for caption in photo.captions
+        if (words := clean(caption, keep_articles))
+    )
+    return pack(photos, rows, whole)
+
+
+def pack(photos: Sequence[Photo], rows: Iterable[tuple[int, Ids]], whole: bool = False) -> Examples:
+    """Captions as ids, each behind the place of its photo in `photos`, in the order of those."""
     places, ids, starts = array("i"), array("i"), array("q", [0])
-    for place, photo in enumerate(photos):
-        for caption in photo.captions:
-            if words := clean(caption, keep_articles):
-                ids.extend(vocabulary.encode(words))
-                places.append(place)
-                starts.append(len(ids))
+    for place, row in rows:
+        ids.extend(row)
+        places.append(place)
+        starts.append(len(ids))
     of_caption = np.frombuffer(places, np.int32)
     firsts = np.flatnonzero(np.diff(of_caption, prepend=-1)) if whole else np.arange(len(places))
     return Examples(

@@ -40,13 +40,22 @@ FLICKR8K_SPLIT = ", ".join(_FLICKR_SPLITS.values())
 _COCO_FILE = re.compile(r"captions_(train|val|test)(\w*)\.json")
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 # Where captions lie, beside the data folder itself.
-_PLACES = (".", "annotations", "Flickr8k_text", "flickr30k_images", "caption_datasets")
-# The words for a split, in files and of folders. COCO's restval is the part of its validation set
-# that Karpathy gave to the training.
+_PLACES = (
+    ".",
+    "annotations",
+    "annotations_trainval2017/annotations",
+    "annotations_trainval2014/annotations",
+    "Flickr8k_text",
+    "Flickr_TextData",
+    "flickr30k_images",
+    "caption_datasets",
+)
+# The words for a split, in files and of folders, Hugging Face's among them. COCO's restval is the
+# part of its validation set that Karpathy gave to the training.
 _SPLIT_WORDS = {
     "train": ("train", "training", "restval"),
     "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
+    "test": ("test", "testing", "eval", "evaluation"),
 }
 
 
@@ -150,7 +159,8 @@ def _karpathy(folder: Path) -> Iterator[Source]:
             return [image.name, flat]
         # In 2017 COCO's photos were divided anew, and named by their numbers.
         renamed = [f"{half}2017/{image.coco_id:012}.jpg" for half in ("train", "val")]
-        return [image.name, flat, *renamed]
+        doubled = [_doubled(name) for name in (image.name, *renamed)]
+        return [image.name, flat, *renamed, *doubled]
 
     def read(file: Path) -> Contents:
         return _located(folder, read_captions(file), places)
@@ -184,13 +194,16 @@ def _coco(folder: Path) -> Iterator[Source]:
             if match := _COCO_FILE.fullmatch(file.name):
                 years.setdefault(match[2], {})[match[1]] = file
 
+    def places(image: CaptionedImage) -> list[str]:
+        return [image.name, image.name.rpartition("/")[2], _doubled(image.name)]
+
     def read(year: str, files: dict[str, Path]) -> Contents:
         images = []
         for split, file in files.items():
             for image in read_captions(file):
                 image.name, image.split = f"{split}{year}/{image.name}", split
                 images.append(image)
-        return _located(folder, images)
+        return _located(folder, images, places)
 
     for year, files in sorted(years.items(), reverse=True):
         there = {split: file for split, file in files.items() if _holds(folder, split + year)}
@@ -234,6 +247,12 @@ _FINDERS = (_karpathy, _flickr, _coco, _image_folder)
 def _file(folder: Path, name: str) -> Path | None:
     candidates = (folder / place / name for place in _PLACES)
     return next((path for path in candidates if path.is_file()), None)
+
+
+def _doubled(name: str) -> str:
+    """Where a photo in a folder lies as well: Kaggle and many programs unpack an archive, which
+    has that folder, into another of the same name."""
+    return f"{name.partition('/')[0]}/{name}"
 
 
 def _holds(folder: Path, name: str) -> bool:

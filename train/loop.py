@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -70,7 +71,7 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
     torch.manual_seed(config.seed)
     if "cider" in (config.objective, config.best_by):
         scorers()
-    begun = load_checkpoint(config.init) if config.init else None
+    begun = _begun(config.init, config.keep_articles) if config.init else None
     network = begun.model.config if begun else _network(config)
     encoder = begun.model.encoder if begun else ImageEncoder(network)
     if not begun:
@@ -95,6 +96,18 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
         best.decoding = begun.decoding
     _run_epochs(best, dataset, features, config)
     return load_checkpoint(config.out), dataset
+
+
+def _begun(init: Path, keep_articles: bool) -> Checkpoint:
+    """The checkpoint to begin with, whose captions must have been cleaned as those to come."""
+    begun = load_checkpoint(init)
+    letters = any(len(word) == 1 for word in begun.vocabulary.words)
+    if letters != keep_articles:
+        has, remedy = ("", "pass") if letters else ("no ", "leave out")
+        raise ValueError(
+            f"--init {init}: its words have {has}single letters: {remedy} --keep-articles"
+        )
+    return begun
 
 
 def _network(config: TrainConfig) -> CnnLstmConfig:
@@ -286,7 +299,7 @@ class Trainer:
         title = f"epoch {number}/{config.epochs}"
         kind = torch.device(config.device).type
         for index, chosen in enumerate(bar := self._bar(self._shuffled(rng), title)):
-            if len(chosen) == 1:
+            if len(chosen) == 1 and self._batches > 1:
                 continue  # batch norm needs two rows to have a variance
             batch = [self._examples[one] for one in chosen]
             self._set_rates((number - 1) * self._batches + index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,7 @@ from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.steps import State
 from capexport.models.torch_captioner import DECODING
 from train.config import TrainConfig
-from train.data import Example, Examples
-
-Ids: TypeAlias = Sequence[int] | NDArray[np.int32]
+from train.data import Example, Examples, Ids
 
 _SAMPLES = 5  # captions drawn of a photo, as many as people wrote
 
@@ -48,6 +46,7 @@ def batch_loss(
         steps = predicted.attention.shape[1]
         said = torch.arange(steps) < lengths[:, None] - 1
         looked = (predicted.attention * said[:, :, None].to(features.device)).sum(1)
+        looked = looked[captions[:, 0] != Vocabulary.PAD]  # not of captions that a photo lacks
         loss = loss + config.attention_penalty * (1 - looked).square().sum(1).mean()
     return loss, tokens
 

@@ -105,10 +105,14 @@ def load_state(
     """Fill model and optimiser with what `save_state` kept; the history is empty where it didn't.
 
     Raises:
-        CheckpointError: the file is damaged, or of another model or other data.
+        CheckpointError: the file is damaged, gone, or of another model or other data.
     """
     file = folder / STATE
     if not file.exists():
+        if (folder / "history.json").exists():  # which comes after it
+            raise CheckpointError(
+                f"{file}: gone, so the run cannot go on; its best checkpoint is still usable"
+            )
         return []
     try:
         with safe_open(file, framework="pt") as stored:

@@ -203,6 +203,9 @@ def test_odd_lines_of_the_real_files(tmp_path: Path):
     }  # fmt: skip
     content = "image_name| comment_number| comment\n0.jpg| 3| A dog .\n0.jpg| 4   A dog runs .\n"
     assert read(tmp_path, content) == {"0.jpg": ["A dog .", "A dog runs ."]}
+    # As pandas writes it, and a caption that is empty.
+    content = content.replace("| ", ",").rstrip("\n") + ",\n1.jpg,0,a cat\n1.jpg,1,\n"
+    assert read(tmp_path, content) == {"0.jpg": ["A dog .", "A dog runs ."], "1.jpg": ["a cat"]}
     assert read(tmp_path, "image,caption\n0.jpg,a dog\n1.jpg,\n") == {"0.jpg": ["a dog"]}
 
 

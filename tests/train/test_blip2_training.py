@@ -24,7 +24,7 @@ from capexport.preprocessing import preprocess
 from train import blip2_loop
 from train.blip2 import Blip2TrainConfig, main
 from train.blip2_loop import CaptionInputs, FineTuning, TrainedParts, batch_loss, learning_rate
-from train.data import photos_as_trained
+from train.data import photos_as_trained, read_dataset
 
 CAPTIONS = ["a dog runs", "two cats in the snow", "a red ball"]
 LANGUAGES = {"opt": OPT, "t5": T5}
@@ -161,6 +161,21 @@ def test_captions_are_kept_as_text(small):
     assert decoder == joined
 
 
+def test_few_captions_are_tokenized_at_once(small, data, monkeypatch):
+    """A tokenizer's answer to all of a large data set takes gigabytes."""
+    dataset = read_dataset(data, 0.1, 0.1, 0)
+    inputs, counted = CaptionInputs(read_checkpoint(small("opt")), None), []
+    encode = inputs.encode
+    monkeypatch.setattr(inputs, "encode", lambda some: counted.append(len(some)) or encode(some))
+    monkeypatch.setattr(blip2_loop, "_TOKENIZED", 7)
+    found = blip2_loop._examples(dataset, inputs)
+    assert max(counted) == 7
+    for split, examples in found.items():
+        photos = dataset.splits[split]
+        wanted = [(photo.path, row) for photo in photos for row in encode(photo.captions)]
+        assert [(path, ids.tolist()) for path, [ids] in examples] == wanted
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_run_from_photos_to_an_exported_captioner(language, small, data, tmp_path, capsys):
     run, model = tmp_path / "run", small(language)
@@ -275,13 +290,13 @@ def test_bf16_learns_and_rounds_nothing_that_is_kept(language, small, data, tmp_
 def test_gradients_of_several_batches_make_one_step(small, data):
     """That of one large batch, whose captions count by their tokens."""
     rows = [[7] * length for length in (2, 9, 3, 1, 12, 5, 4, 8)]
-    examples = [(data / "Images" / f"{index % 3}.jpg", row) for index, row in enumerate(rows)]
+    examples = [(data / "Images" / f"{index % 3}.jpg", [row]) for index, row in enumerate(rows)]
     after = []
     for batch_size, batches in ((6, 1), (2, 3)):
         sizes = {"batch_size": batch_size, "gradient_accumulation_steps": batches}
         tuning = tuning_of(small("opt"), learning_rate=0.1, epochs=1, **sizes)
         optimiser = torch.optim.SGD(tuning.parts.parameters())
-        _, steps = blip2_loop._pass(tuning, examples, "", optimiser)
+        _, steps = blip2_loop._pass(tuning, examples, np.arange(8), "", optimiser)
         assert steps == 2
         after.append(tuning.parts.state_dict())
     for name, tensor in after[0].items():

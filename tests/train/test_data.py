@@ -188,6 +188,10 @@ COCO_2017 = ["train2017/000000000001.jpg", "train2017/000000000002.jpg",
         ("images", [*COCO_SPLITS]),
         ("Images", [path.split("/")[1] for path in COCO_SPLITS]),
         (".", COCO_2017),
+        *(
+            (".", [f"{path.split('/')[0]}/{path}" for path in some])
+            for some in (COCO_SPLITS, COCO_2017)
+        ),
     ],
 )
 def test_karpathys_coco(below: str, photos: list[str], tmp_path: Path):
@@ -219,6 +223,32 @@ def test_cocos_validation_split_is_halved(year: str, tmp_path: Path, capsys):
     assert (dataset.official, sizes(dataset), dataset.skipped) == ("", [4, 1, 1], {})
 
 
+def test_cocos_photos_in_one_folder(tmp_path: Path):
+    folder = coco(tmp_path / "coco", 5, 6)
+    (folder / "images").mkdir()
+    for photo in folder.glob("*2017/*"):
+        photo.rename(folder / "images" / photo.name)
+    for half in ("train2017", "val2017"):
+        (folder / half).rmdir()
+    assert sizes(read_dataset(folder, 0.1, 0.1, 0)) == [5, 3, 3]
+
+
+@pytest.mark.parametrize("year", ["2014", "2017"])
+def test_coco_in_folders_of_its_archives_names(year: str, tmp_path: Path):
+    folder = coco(tmp_path / "coco", 5, 6, year)
+    for inner, outer in (
+        (f"train{year}", f"train{year}"),
+        (f"val{year}", f"val{year}"),
+        ("annotations", f"annotations_trainval{year}"),
+    ):
+        (folder / inner).rename(tmp_path / inner)
+        (folder / outer).mkdir()
+        (tmp_path / inner).rename(folder / outer / inner)
+    dataset = read_dataset(folder, 0.1, 0.1, 0)
+    assert sizes(dataset) == [5, 3, 3]
+    assert dataset.splits["train"][0].name.startswith(f"train{year}/train{year}/")
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_an_image_folder_of_hugging_face(name: str, tmp_path: Path):
     photos = [f"{n}.png" for n in range(10)]
@@ -244,6 +274,9 @@ def test_an_image_folder_of_hugging_face(name: str, tmp_path: Path):
     shutil.rmtree(tmp_path / "parts" / "validation")
     split = read_dataset(tmp_path / "parts", 0.2, 0.1, 0)
     assert (split.official, sizes(split)) == ("train/, test/", [4, 1, 3])
+    (tmp_path / "parts" / "test").rename(tmp_path / "parts" / "eval")
+    split = read_dataset(tmp_path / "parts", 0.2, 0.1, 0)
+    assert (split.official, sizes(split)) == ("train/, eval/", [4, 1, 3])
 
 
 def test_which_of_several_counts(tmp_path: Path, capsys):
@@ -340,12 +373,14 @@ def test_the_split_is_80_10_10_by_photo_and_the_same_everywhere(tmp_path: Path):
     assert names(read_dataset(folder, 0.1, 0.1, seed=0)) == first
 
 
-def test_the_official_split_counts_where_it_is(tmp_path: Path):
+@pytest.mark.parametrize("texts", ["Flickr8k_text", "Flickr_TextData"])
+def test_the_official_split_counts_where_it_is(texts: str, tmp_path: Path):
     folder = original(tmp_path)
+    (folder / "Flickr8k_text").rename(folder / texts)
     wanted = {"train": range(12), "validation": range(12, 15), "test": range(15, 20)}
     for split, official in (("train", "train"), ("validation", "dev"), ("test", "test")):
         text = "".join(f"{index:03}.jpg\n" for index in wanted[split])
-        (folder / "Flickr8k_text" / f"Flickr_8k.{official}Images.txt").write_text(text)
+        (folder / texts / f"Flickr_8k.{official}Images.txt").write_text(text)
     assert names(read_dataset(folder, 0.1, 0.1, seed=0)) == {
         split: [f"{index:03}.jpg" for index in indices] for split, indices in wanted.items()
     }

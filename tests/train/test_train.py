@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from capexport import Captioner, DownloadError
 from capexport.cli import main as capexport
 from capexport.families.cnn_lstm import Vocabulary
-from capexport.models.checkpoint import load_checkpoint
+from capexport.models.checkpoint import load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
 from capexport.preprocessing import ImageSpec, preprocess
 from train import loop
@@ -119,6 +119,25 @@ def test_padding_changes_neither_loss_nor_gradient():
     alone = [batch_loss(model, batch[i : i + 1], features[i : i + 1]) for i in range(2)]
     mean = sum(loss * tokens for loss, tokens in alone) / sum(tokens for _, tokens in alone)
     torch.testing.assert_close(together, mean)
+
+
+def test_captions_that_a_photo_lacks_look_nowhere():
+    torch.manual_seed(0)
+    config = CnnLstmConfig(20, embed_size=8, hidden_size=8, decoder="attention")
+    model, penalised = CnnLstm(config).eval(), TrainConfig(data=Path(), attention_penalty=1)
+    features = torch.randn(2, 1280, 2, 2)
+    batch = [(Path(), [[1, 5, 6, 2], [1, 7, 2]]), (Path(), [[1, 8, 9, 10, 11, 2]])]
+
+    def penalty(photos: slice) -> float:
+        plain, added = (
+            batch_loss(model, batch[photos], features[photos], config)[0].item()
+            for config in (None, penalised)
+        )
+        return added - plain
+
+    both, first, second = map(penalty, (slice(2), slice(1), slice(1, 2)))
+    assert both == pytest.approx((2 * first + second) / 3, rel=1e-5)
+    assert first != pytest.approx(second, rel=1e-2)
 
 
 def test_the_backbone_stays_frozen_with_its_statistics(options, backbone, tmp_path):
@@ -256,6 +275,16 @@ def test_a_kill_between_the_state_and_the_history_loses_no_epoch(options, tmp_pa
     assert json.loads((run / "history.json").read_text()) == epochs
     assert (run / "history.csv").read_text() == whole
     assert not list(run.rglob("*.partial"))
+
+
+def test_a_run_whose_state_is_gone_keeps_its_best(options, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*options, "--out", str(run), "--epochs", "2"]) == 0
+    (run / "last.safetensors").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["--resume", str(run)]) == 2
+    assert "last.safetensors: gone, so the run cannot go on" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_run_killed_while_its_options_are_written_can_begin_anew(options, tmp_path, capsys):
@@ -655,6 +684,32 @@ def test_an_averaged_run_goes_on_as_if_it_had_not_stopped(options, tmp_path, mon
     monkeypatch.undo()
     assert main(["--resume", str(stopped)]) == 0
     assert same_tensors(stopped / "last.safetensors", tmp_path / "whole" / "last.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("letters", "flags", "message"),
+    [(True, [], "single letters: pass --keep"), (False, ["--keep-articles"], "no single letters")],
+)
+def test_what_is_begun_with_must_have_been_cleaned_alike(
+    letters, flags, message, options, tmp_path, capsys, checkpoint
+):
+    words = ("a", "dog") if letters else ("dog", "runs")
+    vocabulary = Vocabulary((*Vocabulary.SPECIALS, *words))
+    model = CnnLstm(CnnLstmConfig(len(vocabulary), embed_size=8, hidden_size=8))
+    begun = dataclasses.replace(checkpoint, model=model, vocabulary=vocabulary)
+    save_checkpoint(begun, tmp_path / "begun")
+    again = [*options, "--init", str(tmp_path / "begun"), *flags, "--out", str(tmp_path / "run")]
+    assert main(again) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_photo_is_trained_on():
+    examples = of_lengths((3, 5))
+    model = CnnLstm(CnnLstmConfig(60, embed_size=8, hidden_size=8, decoder="attention"))
+    features = FromMemory(torch.randn(1, 1280, 2, 2))
+    trainer = loop.Trainer(model, features, examples, TrainConfig(data=Path()))
+    assert trainer.epoch(1) > trainer.epoch(2) > 0
 
 
 def test_captions_of_like_length_come_together_and_each_photo_once():
