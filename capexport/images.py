@@ -423,7 +423,7 @@ def _decoding_bytes(image: ImageFile.ImageFile, in_scans: bool) -> float:
         return max(4, len(image.getbands()) * 7 / 3) if in_scans else 4
     taken = _SLOW_MODES.get(image.mode, 4)
     if raw := re.search(r"(\w+);16[BLN]", str(image.tile[:1])):
-        taken = max(taken, {3: 4.5, 4: 8}.get(len(raw[1]), 4))
+        taken = max(taken, {2: 4.5, 3: 4.5, 4: 8}.get(len(raw[1]), 4))
     tags = getattr(image, "tag_v2", {})
     if tags.get(_COMPRESSION, 1) != 1:  # a strip or tile is unpacked whole, however large it says
         wide, high = tags.get(_TILE_WIDTH, image.width), tags.get(_TILE_LENGTH, image.height)

@@ -266,7 +266,7 @@ def _actors(device: str, workers: int | None, threads: int | None, small: bool) 
     room = int(sum(machine.get("GPU", 0) for machine in machines))
     if device == "cuda":  # machines without a GPU lend it no cores
         beside = [
-            machine.get("CPU", 0) // machine["GPU"] for machine in machines if "GPU" in machine
+            machine.get("CPU", 0) // machine["GPU"] for machine in machines if machine.get("GPU")
         ]
         threads = threads or max(1, int(min(beside, default=1)))
     else:

@@ -108,6 +108,8 @@ class _Asked:
             refuse("n above 1 goes with one image, not with several")
         if value(content, "logprobs", bool, False):
             refuse("logprobs: captions come without the probabilities of their tokens")
+        if content.get("tool_choice") not in (None, "none", "auto"):
+            refuse("tool_choice: this model calls no tools; response_format gives JSON")
         return asked
 
 

@@ -242,6 +242,8 @@ def test_openai_errors(openais, photo: Path):
         {"n": 99},
         {"max_tokens": 0},
         {"logprobs": True},
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "describe"}}},
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
         {"response_format": {"type": "xml"}},
         {"messages": [{"role": "user", "content": [
