@@ -1,5 +1,6 @@
 """Image captioning without PyTorch: `Captioner.load(folder).caption("photo.jpg").text`."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
         ParityError,
     )
     from capexport.preprocessing import ImageSpec
+
+# onnxruntime 1.31 and later report home unless this is set before they are imported, and their
+# reporting thread hangs the exit of a forked process. What is set already stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.2.0.dev0"
 

@@ -31,10 +31,6 @@ Value: TypeAlias = Any
 # As `onnxruntime.InferenceSession` takes them: names, or names with options.
 Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 
-# onnxruntime 1.31 and later report home unless this is set before they are imported, and their
-# reporting thread hangs the exit of a forked process. What is set already stays.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
 _SILENT = 4  # onnxruntime raises what it logs as an error, too
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 

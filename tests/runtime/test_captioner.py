@@ -322,6 +322,9 @@ print(Captioner.load().caption(sys.argv[1]).text, os.environ["ORT_DISABLE_TELEME
     assert said.endswith(" 1\n")
     assert list(home.iterdir()) == []
     assert run_python(code, photos[0], ORT_DISABLE_TELEMETRY="0").endswith(" 0\n")
+    # Whichever of capexport's modules come after onnxruntime. This process has set it already.
+    code = "import os; del os.environ[(name := 'ORT_DISABLE_TELEMETRY')]; import capexport"
+    assert run_python(f"{code}; print(os.environ[name])", ORT_DISABLE_TELEMETRY="1") == "1\n"
 
 
 def test_it_pickles_as_what_it_was_loaded_from(
