@@ -24,7 +24,8 @@ from capexport.bench.results import Footprint, Result, Run
 from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner, open_artifact
 from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
-from capexport.decoding import DecodingKeywords
+from capexport.cli.decoding import add_decoding, given_decoding
+from capexport.decoding import changed
 from capexport.errors import ArtifactError, ImageNotFoundError, OptionError, OutputExistsError
 from capexport.export.pairs import Pair, Variants, open_pair
 from capexport.export.parity import relative_error
@@ -97,9 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=int, default=50, metavar="N", help="batches of each size (default: 50)"
     )
-    parser.add_argument(
-        "--num-beams", type=int, metavar="N", help="of every captioner (default: the model's own)"
-    )
+    add_decoding(parser.add_argument_group("how every captioner decodes"))
     _add_outputs(parser)
     return parser
 
@@ -233,15 +232,14 @@ class _Bench:
         self._options, self._pair, self._artifacts = options, pair, artifacts
         self._target, self._paths = target, paths
         self._photos = [np.asarray(load_image(path)) for path in paths]
-        self._decoding: DecodingKeywords = {}
-        if options.num_beams is not None:
-            self._decoding["num_beams"] = options.num_beams
+        self._decoding = given_decoding(options)
         self._exported: dict[str, Captioner] = {}
         self._clocks: dict[str, Clock] = {}
         for name, (folder, manifest) in artifacts.items():
             graph = find_family(manifest.family).image_graph
             clocked = ClockedTarget(**vars(target), image_graph=graph)
             self._exported[name] = open_artifact(folder, manifest, clocked)
+            changed(self._exported[name].options, self._decoding)  # refused now
             self._clocks[name] = clocked.clock
 
     def run(self, references: Mapping[str, Sequence[str]]) -> Result:
@@ -268,7 +266,7 @@ class _Bench:
             unavailable=unavailable,
             footprint=footprint,
             feature_errors=errors,
-            num_beams=options.num_beams,
+            decoding=dict(self._decoding),
         )
 
     def _peers(self) -> tuple[Contenders, dict[str, str]]:

@@ -27,7 +27,7 @@ def render(result: Result) -> str:
         f"{result.model} on {result.device} ({machine.cpu}, {machine.threads} threads, "
         f"{machine.memory_gb_per_second:.0f} GB/s from memory; {versions})",
         f"{result.photos} decoded photos in turn, {result.repeats} batches of each size, "
-        + (f"{result.num_beams} beams, " if result.num_beams else "")
+        + "".join(f"{name} {value}, " for name, value in result.decoding.items())
         + "medians where nothing else is said; of several variants the fastest counts:",
         *(
             f"- batch {run.batch_size}: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Any
 
 # A caption's way from a decoded photo to text: the whole, and its parts.
 STAGES = ("total", "preprocess", "encode", "decode")
@@ -78,7 +79,7 @@ class Environment:
 class Result:
     """
     Attributes:
-        num_beams: of every captioner; None where each has its model's own.
+        decoding: options of every captioner, where each has not its model's own.
         metrics: caption metrics, by captioner.
         feature_errors: of the encoder's outputs the largest relative error against PyTorch's, by
             captioner; none on a GPU, or where PyTorch's captioner has no encoder of its own.
@@ -95,7 +96,7 @@ class Result:
     unavailable: dict[str, str]
     footprint: dict[str, Footprint]
     feature_errors: dict[str, float] = dataclasses.field(default_factory=dict)
-    num_beams: int | None = None
+    decoding: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self, indent: int | None = None) -> str:
         return json.dumps(dataclasses.asdict(self), indent=indent)

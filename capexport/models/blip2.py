@@ -79,13 +79,14 @@ class HuggingFaceCaptioner:
         *,
         prompt: str | Sequence[str] | None = None,
         max_tokens: int | None = None,
+        min_tokens: int | None = None,
         batch_size: int = 32,
         **options: Any,
     ) -> list[Caption]:
         """As `Captioner.caption`, for a list of images; `options` go to `generate`, whose own
-        default `max_tokens` None is."""
-        if max_tokens is not None:
-            options["max_new_tokens"] = max_tokens
+        defaults None of `max_tokens` and `min_tokens` is."""
+        bounds = {"max_new_tokens": max_tokens, "min_new_tokens": min_tokens}
+        options |= {name: bound for name, bound in bounds.items() if bound is not None}
         captions: list[Caption] = []
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)

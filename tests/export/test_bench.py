@@ -147,14 +147,16 @@ def test_blip2_against_generate_and_the_sheet(
     sheet = tmp_path / "sheet"
     arguments = [str(blip2_checkpoint("opt")), "--artifact", str(blip2_export("opt"))]
     arguments += ["--photos", *map(str, photos[:5]), "--repeats", "2", "--batch-sizes", "2"]
-    arguments += ["--sheet", str(sheet), "--beside", str(artifact), "--num-beams", "3"]
-    arguments += ["--threads", "1"]
+    arguments += ["--sheet", str(sheet), "--beside", str(artifact), "--threads", "1"]
+    decoding = {"num_beams": 3, "length_penalty": -1.0, "early_stopping": "never", "min_tokens": 4}
+    for name, value in decoding.items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
     assert main([*arguments, "--references", str(references)]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert result["model"] == "blip2 opt"
-    assert result["num_beams"] == 3
-    assert "2 batches of each size, 3 beams, medians" in table[1]
+    assert result["decoding"] == decoding
+    assert "num_beams 3, length_penalty -1.0, early_stopping never, medians" in table[1]
     assert result["runs"][0]["variants"]["PyTorch"] == "generate()"
     assert result["runs"][0]["paths"]["ONNX fp32"]["identical_captions"] == 1
     assert any("- batch 2: PyTorch: generate()" in line for line in table)
@@ -165,9 +167,11 @@ def test_blip2_against_generate_and_the_sheet(
     assert "A &lt;b&gt;dog&lt;/b&gt; , running" in page
     for folder, title in ((blip2_export("opt"), "blip2 fp32"), (artifact, "cnn-lstm fp32")):
         assert f"<th>{title}</th>" in page
-        captions = Captioner.load(folder).caption(photos[:5], num_beams=3)
+        captions = Captioner.load(folder).caption(photos[:5], **decoding)
         assert all(f"<td>{html.escape(caption.text)}</td>" in page for caption in captions)
     with Image.open(sheet / "captions.png") as image:
         assert image.width > 1000
     assert main([*arguments[:1], "--artifact", str(artifact)]) == 2
     assert "was not exported from" in capsys.readouterr().err
+    assert main([*arguments, "--num-return-sequences", "4"]) == 2
+    assert "at most num_beams (3), got 4" in capsys.readouterr().err
