@@ -115,7 +115,7 @@ def _add_outputs(group: Any) -> None:
         "--out-dir",
         type=_folder,
         metavar="DIR",
-        help="txt: folder for the files, in subfolders alike",
+        help="txt: write the files below this folder, in the same subfolders",
     )
     group.add_argument(
         "--extension", metavar=".EXT", help="txt: of the files' names (default: .txt)"
