@@ -356,7 +356,7 @@ def memory(
         command = [sys.executable, "-m", "capexport", "caption", "-m", artifact, files]
         command += ["--format", "jsonl", "--out", folder / f"{size} files.jsonl"]
         command += ["--threads", threads, "--batch-size", batch_size]
-        resident = _resident_megabytes([str(word) for word in command], folder / "errors")
+        resident = resident_megabytes([str(word) for word in command], folder / "errors")
         peaks[size] = float(resident[:, 0].max())
         steady = resident[len(resident) // 3 :, 1]
         medians[size] = float(np.median(steady))
@@ -379,7 +379,7 @@ def _list_kilobytes(folder: Path) -> float:
     return held / 1e3
 
 
-def _resident_megabytes(command: Sequence[str], errors: Path) -> NDArray[np.float64]:
+def resident_megabytes(command: Sequence[str], errors: Path) -> NDArray[np.float64]:
     """What a process holds, resident and private, time and again until it ends: (samples, 2)."""
     samples = []
     with errors.open("w+") as stream:
