@@ -12,16 +12,17 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from capexport import Captioner
+from capexport.artifact import replace_file
 from capexport.bench.cli import sample_photos
+from capexport.bench.report import cpu_model, load, table
 from capexport.cli import run_command, teaching
 from capexport.errors import OptionError, ParityError
 from capexport.export.cnn_lstm import export_cnn_lstm
@@ -46,24 +47,31 @@ def main(argv: list[str] | None = None) -> int:
             "Export backbones with random weights and print a table: files, milliseconds of the "
             "image encoder at batch 1 (PyTorch in channels_last), and what differs.",
             "python benchmarks/backbones.py --threads 2",
-            "python benchmarks/backbones.py resnet18 efficientnet_b0",
+            "python benchmarks/backbones.py resnet18 efficientnet_b0 --markdown FILE",
         ),
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BACKBONES))
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table")
     options = parser.parse_args(argv)
-    return run_command("backbones.py", lambda: _table(options.names or BACKBONES, options.threads))
+    names = options.names or tuple(BACKBONES)
+    return run_command("backbones.py", lambda: _table(names, options.threads, options.markdown))
 
 
-def _table(names: Any, threads: int) -> int:
+def _table(names: Sequence[str], threads: int, out: Path | None) -> int:
     if unknown := set(names) - set(BACKBONES):
         raise OptionError(f"unknown: {', '.join(unknown)}; there are {', '.join(BACKBONES)}")
     torch.set_num_threads(threads)
-    for row in (HEAD, ("---",) * len(HEAD)):
-        print("|", " | ".join(row), "|", flush=True)
+    rows = [HEAD]
+    print(*HEAD, sep=", ", file=sys.stderr)
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            print("|", " | ".join(_row(name, Path(folder), threads)), "|", flush=True)
+            rows.append(_row(name, Path(folder), threads))
+        print(*rows[-1], sep=", ", file=sys.stderr)
+    text = f"{cpu_model()}, {threads} threads, load {load():.1f}\n\n{table(rows)}"
+    if out:
+        replace_file(out, text + "\n")
+    print(text)
     return 0
 
 

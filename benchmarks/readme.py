@@ -76,6 +76,15 @@ SECTIONS = (
         "serve.md",
     ),
     (
+        "CNN-LSTM: backbones at their full size",
+        "python benchmarks/backbones.py",
+        "The image encoder at batch 1 with random weights, and the batch-norm statistics of 16 "
+        "photos: sizes, times and what float32 differs by are those of trained weights. What int8 "
+        "loses is not: errors grow through many random layers, and where they pass 0.5 the export "
+        "is refused.",
+        "backbones.md",
+    ),
+    (
         "BLIP-2 at its full size",
         "python benchmarks/blip2_full_size.py",
         "Random weights of blip2-opt-2.7b's dimensions. The floor is the time in which the bytes "
