@@ -55,7 +55,9 @@ class AttentionDecoder(nn.Module):
         """The state before `<SOS>`, from the map, (batch, channels, rows, columns)."""
         regions = self.dropout(features.flatten(2).transpose(1, 2))
         keys, values = self.key(regions), self.value(regions)
-        first = self.first(values.mean(1))
+        # Of several photos, onnxruntime sums a mean over this axis in another order; a pool not.
+        mean = F.avg_pool1d(values.transpose(1, 2), values.shape[1]).squeeze(2)
+        first = self.first(mean)
         hidden, cell = first.tanh().chunk(2, dim=1)
         keys, values = (part.unflatten(2, (self.heads, -1)) for part in (keys, values))
         return {
