@@ -395,19 +395,6 @@ def test_a_stream_takes_images_as_captions_are_asked_for(captioner: Captioner, p
     assert [caption.tokens for _, caption in results] == [caption.tokens for caption in wanted]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_what_the_encoder_says_of_an_image_does_not_depend_on_its_batch(threads: int):
-    encoder = Captioner.load(
-        threads=threads
-    ).encoder  # in 8 bits, where the last bit may tip a step
-    size = encoder.graph.inputs["images"].shape[2]
-    images = np.random.default_rng(0).normal(size=(5, 3, size, size)).astype(np.float32)
-    together = encoder(images)
-    for number in range(len(images)):
-        for name, values in encoder(images[number : number + 1]).items():
-            np.testing.assert_array_equal(values[0], together[name][number], name)
-
-
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
 def test_a_bad_image_in_a_stream(captioner: Captioner, photos: list[Path], batch_size: int):
     wanted = [caption.tokens for caption in captioner.caption(photos)]
