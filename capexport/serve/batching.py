@@ -145,11 +145,8 @@ class Batcher:
                 self._changed.wait(pause)
 
     def _fair_share(self) -> int:
-        """How many images make a batch: so many that each thread has as much to do, or half of
-        that where there are several threads, so that one captions while the clients of the other's
-        last batch ask anew."""
-        batches = 2 * self._at_once if self._at_once > 1 else 1
-        return min(self._batch_size, math.ceil(self.held / batches))
+        """How many images make a batch: as many as give each thread the same to do."""
+        return min(self._batch_size, math.ceil(self.held / self._at_once))
 
     def _take_batch(self) -> list[_Item]:
         """The images that have waited longest, all with the same options."""
