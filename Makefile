@@ -54,6 +54,9 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/serve.py --photos $(FLICKR8K)/Images --markdown benchmarks/serve.md
 	$(BIN)/python benchmarks/operators.py --markdown benchmarks/operators.md
 	$(BIN)/python benchmarks/blip2_peers.py --markdown benchmarks/blip2_peers.md
+	$(BIN)/python benchmarks/blip2_peers.py --dims small --layers 12 --parts beams --repeats 10 \
+		--markdown benchmarks/blip2_beams.md
+	$(BIN)/python benchmarks/backbones.py --markdown benchmarks/backbones.md
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python -m pytest benchmarks
 
