@@ -189,7 +189,7 @@ class OnnxDecoder(Decoder):
             graph.expect_shape(ATTENTION, None, self.regions[0] * self.regions[1])
         return graph
 
-    @property
+    @cached_property
     def shared(self) -> frozenset[str]:  # type: ignore[override]
         """All that is constant, but of graphs that were exported to take it once a row."""
         inputs = self.step_graph.inputs
