@@ -56,6 +56,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/blip2_peers.py --markdown benchmarks/blip2_peers.md
 	$(BIN)/python benchmarks/blip2_peers.py --dims small --layers 12 --parts beams --repeats 10 \
 		--markdown benchmarks/blip2_beams.md
+	$(BIN)/python benchmarks/products.py --markdown benchmarks/products.md
 	$(BIN)/python benchmarks/backbones.py --markdown benchmarks/backbones.md
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python -m pytest benchmarks

@@ -3,8 +3,8 @@
 Writes a checkpoint with the dimensions of blip2-opt-2.7b, exports it in each precision, captions
 photos with every export and with `generate()`, and prints a table. Each measurement is a process
 of its own, since two such models don't fit into the memory of most machines; they take turns, and
-the medians count. `--dims small` (about 150 million parameters) takes minutes. With `--device cuda`
-PyTorch computes in float16, as one does there, and memory is the GPU's.
+the medians count. PyTorch computes in float32 and bfloat16, or with `--device cuda` in float16, and
+memory is then the GPU's. `--dims small` (about 150 million parameters) takes minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
                  "max_position_embeddings": 256},
     },
 }  # fmt: skip
+# What PyTorch computes in; the first is as exact as the export that it is compared with.
+TORCH = {"cpu": {"fp32": "float32", "bf16": "bfloat16"}, "cuda": {"fp16": "float16"}}
 # Tokens after the first, timed together, and how often.
 STEPS = {"cpu": (8, 3), "cuda": (32, 10)}
 
@@ -104,19 +106,20 @@ def main(argv: list[str] | None = None) -> None:
 def _run(options: argparse.Namespace, folder: Path) -> str:
     checkpoint = folder / "checkpoint"
     device, sizes = options.device, options.batch_sizes
-    dtype = "float32" if device == "cpu" else "float16"
+    first, *_ = TORCH[device].values()
     if not checkpoint.exists():
-        _process("checkpoint", options.dims, checkpoint, dtype, options.layers or "")
+        _process("checkpoint", options.dims, checkpoint, first, options.layers or "")
     exports = {
-        precision: _export(checkpoint, folder / precision, precision)
+        f"ONNX {precision}": _export(checkpoint, folder / precision, precision)
         for precision in tqdm(options.precisions, "exporting")
     }
     if not options.turns:
         return f"exported to {folder}"
-    runs: dict[str, list[dict[str, Any]]] = {"torch": [], **{name: [] for name in exports}}
+    names = [*(f"PyTorch {precision}" for precision in TORCH[device]), *exports]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in tqdm(range(options.turns), "captioning"):
         for path, outcomes in runs.items():
-            model = checkpoint if path == "torch" else folder / path
+            model = exports[path]["folder"] if path in exports else checkpoint
             # On a shared machine it changes within minutes, and a token's time with it.
             bandwidth = _process("bandwidth", device)["bytes_per_second"]
             outcome = _process("caption", path, model, device, *sizes)
@@ -125,7 +128,9 @@ def _run(options: argparse.Namespace, folder: Path) -> str:
         path: {key: statistics.median(run[key] for run in outcomes) for key in outcomes[0]}
         for path, outcomes in runs.items()
     }
-    profiles = {path: _process("profile", folder / path, device) for path in exports}
+    profiles = {
+        path: _process("profile", export["folder"], device) for path, export in exports.items()
+    }
     return _report(options, exports, measured, profiles)
 
 
@@ -140,6 +145,7 @@ def _export(checkpoint: Path, out: Path, precision: str) -> dict[str, Any]:
     return {
         **outcome,
         **manifest["parity"]["captions"],
+        "folder": out,
         "bytes": sum(record["bytes"] for record in files.values()),
         "step_bytes": files["decoder_model_merged.onnx.data"]["bytes"],
     }
@@ -192,11 +198,14 @@ def caption(path: str, model: str, device: str, *sizes: str) -> None:
     """Load a captioner and time it on a few batches of each size."""
     began = time.perf_counter()
     result: dict[str, float] = {}
+    kind, precision = path.split()
     with _gpu_memory(result) if device == "cuda" else contextlib.nullcontext():
-        captioner = _torch_captioner(Path(model), device) if path == "torch" else None
-        captioner = captioner or Captioner.load(model, device=device)
+        if kind == "PyTorch":
+            captioner = _torch_captioner(Path(model), device, TORCH[device][precision])
+        else:
+            captioner = Captioner.load(model, device=device)
         result["load"] = time.perf_counter() - began
-        minimum = "min_new_tokens" if path == "torch" else "min_tokens"
+        minimum = "min_new_tokens" if kind == "PyTorch" else "min_tokens"
         for size in map(int, sizes):
             result.update(_timed(captioner, minimum, size, *STEPS[device]))
     print(json.dumps(result))
@@ -238,31 +247,47 @@ def _gpu_memory(result: dict[str, float]) -> Iterator[None]:
 
 
 def profile(model: str, device: str) -> None:
-    """The shares of operators in the time of decoding steps, as onnxruntime itself counts them."""
+    """The shares of operators in the time of each stage, as onnxruntime itself counts them."""
     from benchmarks.operators import profile as profiled
 
     steps, _ = STEPS[device]
 
     def caption(captioner: Captioner) -> None:
-        captioner.caption(sample_photos()[:1], max_tokens=1 + steps, min_tokens=1 + steps)
+        for _ in range(2):  # of which the second counts
+            captioner.caption(sample_photos()[:1], max_tokens=1 + steps, min_tokens=1 + steps)
 
-    events = profiled(Path(model), caption, device=device)["decoder_model_merged"]
-    _, *runs = [event for event in events if event["name"] == "model_run"]
+    graphs = profiled(Path(model), caption, device=device)
+    encoder, decoder = graphs["vision_encoder"], graphs["decoder_model_merged"]
+    prefill, *others = _runs(decoder)[1 + steps :]
+    stages = (
+        ("image encoder", encoder, _runs(encoder)[1:]),
+        ("prefill", decoder, [prefill]),
+        ("a step", decoder, others),
+    )
+    print(json.dumps({name: _shares(events, runs) for name, events, runs in stages}))
+
+
+def _runs(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["name"] == "model_run"]
+
+
+def _shares(events: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, float]:
+    """The share of each operator in the time of these runs, which follow each other."""
+    begin, end = runs[0]["ts"], runs[-1]["ts"] + runs[-1]["dur"]
     total = sum(run["dur"] for run in runs)
     shares: Counter[str] = Counter()
     for event in events:
-        if event["name"].endswith("_kernel_time") and event["ts"] >= runs[0]["ts"]:
+        if event["name"].endswith("_kernel_time") and begin <= event["ts"] < end:
             shares[event["args"]["op_name"]] += event["dur"] / total
-    print(json.dumps(dict(shares.most_common())))
+    return dict(shares.most_common())
 
 
-def _torch_captioner(folder: Path, device: str) -> Any:
+def _torch_captioner(folder: Path, device: str, dtype: str) -> Any:
     import torch
 
     from capexport.models.blip2 import HuggingFaceCaptioner
 
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    return HuggingFaceCaptioner.load(folder, device, dtype)
+    return HuggingFaceCaptioner.load(folder, device, getattr(torch, dtype))
 
 
 def bandwidth(device: str) -> None:
@@ -273,25 +298,23 @@ def _report(
     options: argparse.Namespace,
     exports: dict[str, dict[str, Any]],
     measured: dict[str, dict[str, float]],
-    profiles: dict[str, dict[str, float]],
+    profiles: dict[str, dict[str, dict[str, float]]],
 ) -> str:
     on_gpu = options.device == "cuda"
-    reference = measured["torch"]
-    exact = exports.get("fp16" if on_gpu else "fp32", {}).get("step_bytes")
+    torch = [path for path in measured if path not in exports]
 
-    def row(title: str, torch: str, cell: Callable[[str], str]) -> tuple[str, ...]:
-        return (title, torch, *map(cell, exports))
-
-    def floor(bytes_read: float | None, path: str, token: str) -> str:
-        outcome = measured[path]
-        return f"{bytes_read / outcome['bandwidth'] / outcome[token]:.2f}" if bytes_read else ""
+    def row(title: str, cell: Callable[[str], str], paths: Collection[str]) -> tuple[str, ...]:
+        return (title, *(cell(path) if path in paths else "" for path in measured))
 
     rows = [
-        ("", f"PyTorch {'fp16' if on_gpu else 'fp32'}", *(f"ONNX {name}" for name in exports)),
-        row("export (s)", "", lambda p: f"{exports[p]['seconds']:.0f}"),
-        row("export: peak anonymous memory (GB)", "", lambda p: _gb(exports[p]["anonymous"])),
-        row("on disk (GB)", "", lambda p: _gb(exports[p]["bytes"])),
+        ("", *measured),
+        row("export (s)", lambda p: f"{exports[p]['seconds']:.0f}", exports),
+        row("export: peak anonymous memory (GB)", lambda p: _gb(exports[p]["anonymous"]), exports),
+        row("on disk (GB)", lambda p: _gb(exports[p]["bytes"]), exports),
     ]
+    read = {path: export["step_bytes"] for path, export in exports.items()}
+    if exact := read.get(torch[0].replace("PyTorch", "ONNX")):
+        read |= {path: exact / (2 if path.endswith("bf16") else 1) for path in torch}
     stages = [
         (f"{stage} {size}", f"{title}, batch {size} (ms)", 1e3)
         for size in options.batch_sizes
@@ -302,30 +325,44 @@ def _report(
         *stages, ("anonymous", "running: peak anonymous memory (GB)", 1e-9),
         *([("gpu", "running: peak GPU memory (GB)", 1e-9)] if on_gpu else []),
     ):  # fmt: skip
-        values = {path: f"{unit * outcome[key]:.2f}" for path, outcome in measured.items()}
-        rows.append(row(title, values["torch"], values.__getitem__))
+        values = {path: unit * outcome[key] for path, outcome in measured.items()}
+        rows.append(row(title, lambda p, of=values: f"{of[p]:.2f}", measured))
         if title.endswith("(ms)"):
-            ratios = {path: f"{reference[key] / measured[path][key]:.2f}x" for path in exports}
-            rows.append(row("  against PyTorch", "", ratios.__getitem__))
+            best = min(values[path] for path in torch)
+            rows.append(
+                row("  against PyTorch", lambda p, b=best, of=values: f"{b / of[p]:.2f}x", measured)
+            )
         if key.startswith("token"):
-            own = {path: floor(exports[path]["step_bytes"], path, key) for path in exports}
-            first = floor(exact, "torch", key)
-            rows.append(row("  share of the memory floor", first, own.__getitem__))
-    operators = {name for shares in profiles.values() for name in shares} - {"seconds", "anonymous"}
-    largest = {name: max(shares.get(name, 0) for shares in profiles.values()) for name in operators}
-    for name in sorted(operators, key=largest.__getitem__, reverse=True):
-        if largest[name] >= 0.01:
-            title = f"a step: share of {name}"
-            rows.append(row(title, "", lambda p, n=name: f"{profiles[p].get(n, 0):.1%}"))
+            floors = {p: bytes_ / measured[p]["bandwidth"] for p, bytes_ in read.items()}
+            shares = {p: floor / measured[p][key] for p, floor in floors.items()}
+            rows.append(
+                row("  share of the memory floor", lambda p, of=shares: f"{of[p]:.2f}", shares)
+            )
+    rows += _profile_rows(profiles, row)
     rows += [
-        row("identical tokens", "", lambda p: f"{exports[p]['token_agreement']:.1%}"),
-        row("error of the first logits", "", lambda p: f"{exports[p]['logit_error']:.1g}"),
+        row("identical tokens", lambda p: f"{exports[p]['token_agreement']:.1%}", exports),
+        row("error of the first logits", lambda p: f"{exports[p]['logit_error']:.1g}", exports),
     ]
     depth = f" with at most {options.layers} layers a part" if options.layers else ""
     return (
         f"{options.dims}{depth}, random weights, {cpu_model()}, {available_cores()} cores"
         f"{', ' + gpu_model() if on_gpu else ''}; {datetime.date.today()}\n\n{table(rows)}"
     )
+
+
+def _profile_rows(
+    profiles: dict[str, dict[str, dict[str, float]]], row: Callable[..., tuple[str, ...]]
+) -> Iterator[tuple[str, ...]]:
+    """The operators that take at least a fiftieth of a stage, the largest first."""
+    for stage in ("image encoder", "prefill", "a step"):
+        shares = {path: stages[stage] for path, stages in profiles.items()}
+        largest = Counter[str]()
+        for found in shares.values():
+            largest |= Counter(found)
+        for name, most in largest.most_common():
+            if most >= 0.02:
+                cell = lambda p, of=shares, n=name: f"{of[p].get(n, 0):.1%}"  # noqa: E731
+                yield row(f"{stage}: share of {name}", cell, shares)
 
 
 def _gb(count: float) -> str:
