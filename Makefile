@@ -11,7 +11,8 @@ help:
 	@echo "make test   run the tests"
 	@echo "make lint   ruff, mypy and the import contracts"
 	@echo "make bench FLICKR8K=DIR"
-	@echo "            measure anew what benchmarks/README.md shows, but for BLIP-2 at full size"
+	@echo "            measure anew what benchmarks/README.md shows, but for BLIP-2 at full size,"
+	@echo "            BLIP-2 trained, and GPUs: about an hour"
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,7 +42,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m pip install -q -e '.[peers]'
 	$(BIN)/python -m train.data --data $(FLICKR8K) --split test | $(BIN)/capbench --peers \
-		--photos - --references $(FLICKR8K)/captions.txt --threads 2 --batch-sizes 1 32 \
+		--photos - --references $(FLICKR8K)/captions.txt --threads 2 --batch-sizes 1 32 --repeats 20 \
 		--json benchmarks/results.json --markdown benchmarks/results.md \
 		--picture benchmarks/ratios.png
 	$(BIN)/python benchmarks/bulk.py --photos $(FLICKR8K)/Images --threads 2 \
@@ -50,8 +51,10 @@ bench: $(VENV)/ready
 		--count 64 --batch-size 8 --rounds 3 --files 0 \
 		--markdown benchmarks/bulk_12mp.md --json benchmarks/bulk_12mp.json
 	$(BIN)/python benchmarks/growth.py --photos $(FLICKR8K)/Images \
+		--files 10 100 1000 10000 100000 \
 		--markdown benchmarks/growth.md --picture benchmarks/growth.png
 	$(BIN)/python benchmarks/serve.py --photos $(FLICKR8K)/Images --markdown benchmarks/serve.md
+	$(BIN)/python benchmarks/cluster.py --photos $(FLICKR8K)/Images --markdown benchmarks/cluster.md
 	$(BIN)/python benchmarks/operators.py --markdown benchmarks/operators.md
 	$(BIN)/python benchmarks/blip2_peers.py --markdown benchmarks/blip2_peers.md
 	$(BIN)/python benchmarks/blip2_peers.py --dims small --layers 12 --parts beams --repeats 10 \

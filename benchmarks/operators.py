@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,11 +30,13 @@ def main(argv: list[str] | None = None) -> int:
         **teaching(
             "Print the operators that a captioner's graphs spend their time in.",
             "python benchmarks/operators.py                             # the bundled one",
-            "python benchmarks/operators.py artifacts/first --batch-size 32 --markdown FILE",
+            "python benchmarks/operators.py artifacts/first --batch-sizes 8 --markdown FILE",
         ),
     )
     parser.add_argument("artifact", nargs="?", type=Path, default=BUNDLED_ARTIFACT)
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 32], metavar="N", help="default: 1 32"
+    )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables")
     options = parser.parse_args(argv)
@@ -41,16 +44,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    photos = (sample_photos() * options.batch_size)[: options.batch_size]
+    parts = []
+    for size in options.batch_sizes:
+        photos = list(itertools.islice(itertools.cycle(sample_photos()), size))
 
-    def caption(captioner: Captioner) -> None:
-        for _ in range(RUNS):
-            captioner.caption(photos, batch_size=options.batch_size)
+        def caption(captioner: Captioner, photos: Sequence[Any] = photos) -> None:
+            for _ in range(RUNS):
+                captioner.caption(photos, batch_size=len(photos))
 
-    title = f"{options.artifact.name}, batch {options.batch_size}, {options.threads} threads, "
-    found = profile(options.artifact, caption, options.threads)
-    ran = {name: events for name, events in found.items() if len(_rows(name, events)) > 1}
-    parts = [title + cpu_model(), *(table(_rows(name, events)) for name, events in ran.items())]
+        parts.append(
+            f"{options.artifact.name}, batch {size}, {options.threads} threads, {cpu_model()}"
+        )
+        found = profile(options.artifact, caption, options.threads)
+        tables = (_rows(name, events) for name, events in found.items())
+        parts += [table(rows) for rows in tables if len(rows) > 1]
     text = "\n\n".join(parts)
     if options.markdown:
         replace_file(options.markdown, text + "\n")

@@ -31,8 +31,10 @@ SECTIONS = (
     (
         "CNN-LSTM: the operators behind a caption",
         "python benchmarks/operators.py",
-        "What remains at batch 1 in int8: convolutions and matrix products, which read their "
-        "weights from the caches of two cores. Profiling itself adds 1 to 3 microseconds a call.",
+        "What remains in int8: convolutions and matrix products, which read their weights from the "
+        "caches of two cores. At batch 32 the encoder works on parts of two images, one on each "
+        "core, so its times are those of both cores together. Profiling itself adds 1 to 3 "
+        "microseconds a call.",
         "operators.md",
     ),
     (
