@@ -122,7 +122,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     threads = options.threads or available_cores()
     if min(options.count, options.rounds, options.batch_size, threads) < 1:
         raise ValueError("--count, --rounds, --batch-size and --threads must be at least 1")
-    photos = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    photos = find_images(options.photos, sys.stdin) or sample_photos()
     pair = open_pair(options.checkpoint or str(bundled_checkpoint()), "cpu", threads)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 def _benchmark(options: argparse.Namespace) -> int:
     if min(*options.count, options.rounds) < 1:
         raise ValueError("--count and --rounds must be at least 1")
-    photos = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    photos = find_images(options.photos, sys.stdin) or sample_photos()
     size = statistics.mean(photo.stat().st_size for photo in photos)
     result: dict[str, Any] = {
         "cores": available_cores(),

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _grow(options: argparse.Namespace) -> int:
-    photos = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    photos = find_images(options.photos, sys.stdin) or sample_photos()
     with tempfile.TemporaryDirectory() as folder:
         curves = _curves(options, photos, Path(folder))
     title = (

@@ -25,13 +25,13 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from capexport.artifact import local_folder, replace_file
+from capexport.artifact import replace_file
 from capexport.bench.cli import sample_photos
 from capexport.bench.report import environment, table
 from capexport.bulk.files import find_images
 from capexport.bulk.outputs import FileOutput
 from capexport.bulk.run import caption_files, open_captioner
-from capexport.captioner import BUNDLED_ARTIFACT
+from capexport.captioner import model_folder
 from capexport.cli import run_command, show_progress, teaching
 from capexport.sessions import available_cores
 
@@ -86,8 +86,8 @@ def _benchmark(options: argparse.Namespace) -> int:
     threads = options.threads or available_cores()
     if min(options.requests, options.clients, options.rounds, threads) < 1:
         raise ValueError("--requests, --clients, --rounds and --threads must be at least 1")
-    photos = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
-    model = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
+    photos = find_images(options.photos, sys.stdin) or sample_photos()
+    model = model_folder(options.model)
     captioner = open_captioner(model, threads=threads)
     wanted = [caption.text for caption in captioner.caption(photos)]
     requests = make_requests([photo.read_bytes() for photo in photos], wanted, options.requests)

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    paths = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    paths = find_images(options.photos, sys.stdin) or sample_photos()
     photos = [load_image(path) for path in paths[: options.count]]
     large = [photo.resize(LARGE, Image.Resampling.BICUBIC) for photo in photos[:3]]
     manifest = Manifest.read(options.artifact)

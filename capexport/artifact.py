@@ -221,6 +221,11 @@ class Manifest:
         if not all(1e-3 < std < 1e3 for std in image.std):
             raise ValueError(f"image.std is out of range: {image.std}")
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(record.bytes for record in self.files.values())
+
     def to_json(self) -> str:
         return json.dumps(_plain(self), indent=1)
 

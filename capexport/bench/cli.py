@@ -156,7 +156,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     threads = options.threads or available_cores()
     target = targets(options.device, threads)[0]
     target.require_provider()
-    paths = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    paths = find_images(options.photos, sys.stdin) or sample_photos()
     references = read_references(options.references) if options.references else {}
     if _cover(references, paths):
         scorers()

@@ -60,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     # What the arguments alone tell is refused before torch is imported.
     refuse_existing(options.out)
     require_writable(options.out)
-    photos = find_images(options.photos, sys.stdin) if options.photos else []
+    photos = find_images(options.photos, sys.stdin)
     if options.references and not photos:
         raise OptionError("--references are of --photos: pass both")
     references = given_references(options)
@@ -73,11 +73,10 @@ def _run(options: argparse.Namespace) -> int:
     )
     assert manifest.parity is not None
     captions = manifest.parity.captions
-    size = sum(record.bytes for record in manifest.files.values()) / 1e6
     print(
-        f"{options.out}: {size:.1f} MB; {captions.identical} of {captions.compared} captions "
-        f"identical to generate()'s, {captions.token_agreement:.0%} of their tokens; error of "
-        f"the first logits {captions.logit_error:.1g}"
+        f"{options.out}: {manifest.size / 1e6:.1f} MB; {captions.identical} of "
+        f"{captions.compared} captions identical to generate()'s, {captions.token_agreement:.0%} "
+        f"of their tokens; error of the first logits {captions.logit_error:.1g}"
     )
     for name, metrics in (manifest.parity.metrics or {}).items():
         print(f"{name}: {format_scores(metrics)}")

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from capexport.artifact import FILE_NAME, local_folder, replacing_binary_file, sha256_of
+from capexport.artifact import FILE_NAME, replacing_binary_file, sha256_of
 from capexport.bulk.files import READERS, Found, search
 from capexport.bulk.names import shown
 from capexport.bulk.outputs import (
@@ -30,7 +30,7 @@ from capexport.bulk.outputs import (
     refuse_existing,
 )
 from capexport.bulk.run import caption_files, open_captioner
-from capexport.captioner import BUNDLED_ARTIFACT, Captioner
+from capexport.captioner import Captioner, model_folder
 from capexport.cli.command import say, teaching
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import ImageError, OptionError, OutputExistsError
@@ -166,7 +166,7 @@ def _run(options: argparse.Namespace) -> int:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     changes: Any = given_decoding(options)
     found = search(options.paths, sys.stdin, not options.no_recursive)
-    model = local_folder(BUNDLED_ARTIFACT if options.model is None else options.model)
+    model = model_folder(options.model)
     captioner = open_captioner(model, options.device, options.threads)
     captioner.truncated, captioner.full_size = options.truncated, options.full_size
     if options.attention:

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from capexport.artifact import Manifest, Parity, Provenance, local_folder
+from capexport.artifact import Manifest, Parity, Provenance
 from capexport.bulk.names import shown
-from capexport.captioner import BUNDLED_ARTIFACT
+from capexport.captioner import model_folder
 from capexport.cli.command import teaching
 from capexport.metrics import format_scores
 
@@ -35,14 +35,13 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    folder = local_folder(BUNDLED_ARTIFACT if options.model is None else options.model)
+    folder = model_folder(options.model)
     manifest = Manifest.read(folder, thorough=True)
     if options.json:
         print(manifest.to_json())
         return 0
-    size = sum(record.bytes for record in manifest.files.values()) / 1e6
     print(shown(f"{folder}: a {manifest.family} captioner in {manifest.precision}"))
-    print(f"  files: {len(manifest.files)}, {size:.1f} MB, all as the manifest says")
+    print(f"  files: {len(manifest.files)}, {manifest.size / 1e6:.1f} MB, all as the manifest says")
     for title, words in [
         *_use(manifest),
         *_origin(manifest.provenance),
