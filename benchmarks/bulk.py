@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import operator
 import statistics
 import subprocess
@@ -25,16 +24,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from capexport.artifact import Manifest, replace_file
+from capexport.artifact import Manifest
 from capexport.beam import beam_search
-from capexport.bench.cli import sample_photos
+from capexport.bench.cli import add_outputs, add_photos, chosen_photos, write_outputs
 from capexport.bench.measure import fastest
 from capexport.bench.report import environment, load, table
 from capexport.bulk.files import find_images
 from capexport.bulk.outputs import FileOutput
 from capexport.bulk.run import caption_files, open_captioner
 from capexport.captioner import Captioner
-from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
+from capexport.cli import run_parser, teaching
+from capexport.cli.lstm import bundled_checkpoint
 from capexport.decoding import greedy
 from capexport.errors import ArtifactError
 from capexport.export.pairs import open_pair
@@ -56,9 +56,7 @@ STAGES = (READING, ENCODER, DECODER)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns its exit code, 2 where it cannot be run."""
-    options = _parser().parse_args(argv)
-    show_progress()
-    return run_command("bulk.py", lambda: _benchmark(options))
+    return run_parser(_parser(), _benchmark, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,13 +73,7 @@ def _parser() -> argparse.ArgumentParser:
             "python benchmarks/bulk.py --megapixels 12 --count 64 --batch-size 8 --files 0",
         ),
     )
-    parser.add_argument(
-        "--photos",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="folders, files or patterns, taken in rotation (default: scikit-image's samples)",
-    )
+    add_photos(parser)
     parser.add_argument(
         "--megapixels", type=float, metavar="N", help="scale the photos, to JPEGs of this size"
     )
@@ -113,8 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="folder sizes to compare memory at; 0: don't (default: 1000 10000)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report")
+    add_outputs(parser)
     return parser
 
 
@@ -122,7 +113,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     threads = options.threads or available_cores()
     if min(options.count, options.rounds, options.batch_size, threads) < 1:
         raise ValueError("--count, --rounds, --batch-size and --threads must be at least 1")
-    photos = find_images(options.photos, sys.stdin) or sample_photos()
+    photos = chosen_photos(options)
     pair = open_pair(options.checkpoint or str(bundled_checkpoint()), "cpu", threads)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -158,13 +149,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         }
         sizes = sorted(size for size in options.files if size)
         result["memory"] = memory(artifact, photos, sizes, threads, options.batch_size, folder)
-    text = render(result)
-    if options.json:
-        replace_file(options.json, json.dumps(result, indent=1) + "\n")
-    if options.markdown:
-        replace_file(options.markdown, text + "\n")
-    print(text)
-    print(json.dumps(result))
+    write_outputs(options, render(result), result)
     return 0
 
 

@@ -104,7 +104,7 @@ def _models(folder: Path, device: str) -> Iterator[Compared]:
 
 
 def _cnn_lstm(folder: Path, device: str) -> Iterator[Compared]:
-    from capexport.cli import bundled_checkpoint
+    from capexport.cli.lstm import bundled_checkpoint
     from capexport.export.cnn_lstm import export_cnn_lstm
     from capexport.models.checkpoint import load_checkpoint
     from capexport.models.torch_captioner import torch_captioner

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from capexport.artifact import FILE_NAME
-from capexport.cli import run_command, teaching
+from capexport.cli import run_parser, teaching
 from capexport.errors import DatasetError, ImageError
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.preprocessing import load_image
@@ -353,14 +353,13 @@ def main(argv: list[str] | None = None) -> int:
         help="split as in the training of this run, checkpoint or exported folder",
     )
     parser.add_argument("--seed", type=int, help="seed of the split, where there is no --run")
-    options = parser.parse_args(argv)
+    return run_parser(parser, _show, argv)
 
-    def show() -> int:
-        photos = photos_as_trained(options.data, options.split, options.run, options.seed)
-        print(*(photo.path for photo in photos), sep="\n")
-        return 0
 
-    return run_command("train.data", show)
+def _show(options: argparse.Namespace) -> int:
+    photos = photos_as_trained(options.data, options.split, options.run, options.seed)
+    print(*(photo.path for photo in photos), sep="\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from capexport import Captioner
 from capexport.artifact import FILE_NAME, replace_file, require_writable
-from capexport.cli import run_command, teaching
+from capexport.cli import run_parser, teaching
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import importing
 from capexport.metrics import format_scores, score, scorers
@@ -59,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="photos a batch (default: 32)")
     parser.add_argument("--captions", type=Path, help="also write {photo: caption} to this JSON")
     add_decoding(parser.add_argument_group("how it decodes"))
-    options = parser.parse_args(argv)
-    return run_command("train.score", lambda: _score(options))
+    return run_parser(parser, _score, argv)
 
 
 def _score(options: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +96,3 @@ class Result:
     footprint: dict[str, Footprint]
     feature_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     decoding: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def to_json(self, indent: int | None = None) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=indent)

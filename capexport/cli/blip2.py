@@ -10,7 +10,7 @@ from typing import Any
 from capexport.artifact import refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
-from capexport.cli.comparing import add_references, given_references
+from capexport.cli.comparing import add_photos, add_references, given_references
 from capexport.errors import OptionError, importing
 from capexport.metrics import format_scores
 
@@ -45,13 +45,7 @@ def add_parser(commands: Any) -> None:
         help="fp32: exact (default); fp16: half the size, for CUDA; int8, int4: the language "
         "model's weights in 8 or 4 bits, the image part's in 8, for CPU",
     )
-    parser.add_argument(
-        "--photos",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="photos to compare captions on (default: seeded colour fields)",
-    )
+    add_photos(parser, "the first 16; with --references, all are scored")
     add_references(parser)
     parser.set_defaults(run=_run)
 

@@ -57,14 +57,17 @@ def add_parser(commands: Any) -> None:
         "-m",
         "--model",
         metavar="DIR",
-        help="exported folder, or its id on the hub (default: the bundled Flickr8k captioner)",
+        help="exported folder, or its id on the hub (default: the bundled captioner)",
     )
     _add_files(parser.add_argument_group("which images"))
     _add_outputs(parser.add_argument_group("where captions go"))
     _add_captions(parser.add_argument_group("what captions say"))
     running = parser.add_argument_group("how it runs")
     running.add_argument(
-        "--device", default="cpu", help="cpu (default), cuda, cuda:1, or auto: the first that works"
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="cpu (default), cuda, cuda:1, or auto: the first that works",
     )
     running.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     running.add_argument(

@@ -9,7 +9,7 @@ from typing import Any
 from capexport.artifact import Manifest, Parity, Provenance
 from capexport.bulk.names import shown
 from capexport.captioner import model_folder
-from capexport.cli.command import teaching
+from capexport.cli.command import add_model, teaching
 from capexport.metrics import format_scores
 
 
@@ -24,12 +24,7 @@ def add_parser(commands: Any) -> None:
             "capexport inspect artifacts/first --json",
         ),
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="DIR",
-        help="exported folder, or its id on the hub (default: the bundled captioner)",
-    )
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print the manifest instead")
     parser.set_defaults(run=_run)
 

@@ -10,7 +10,8 @@ from capexport import Captioner
 from capexport.artifact import Manifest
 from capexport.bench.cli import sample_photos
 from capexport.captioner import BUNDLED_ARTIFACT
-from capexport.cli import bundled_checkpoint, main
+from capexport.cli import main
+from capexport.cli.lstm import bundled_checkpoint
 from capexport.export.card import model_card
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.checkpoint import load_checkpoint
