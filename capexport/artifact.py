@@ -67,7 +67,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Decoding(DecodingOptions):
-    """The default options, and the token that begins captions where the decoder needs one."""
+    """The default options of decoding, and the token that begins a caption if there is one."""
 
     start_token: int | None = None
 
@@ -546,15 +546,16 @@ _DRAFT = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
 
 
 def _target_of(draft: str) -> str | None:
-    """The name that a draft of this name is to get, as far as it says; None for other names."""
+    """The final name of a draft, or as much of it as the draft's name holds; None if `draft` is not
+    the name of a draft."""
     match = _DRAFT.fullmatch(draft)
     return match and match[1]
 
 
 @contextmanager
 def _draft(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
-    """A new file (or folder) beside `path`, locked, and its open descriptor; the caller closes that
-    of a file. What is left of the draft at the end of the block is removed."""
+    """A new, locked file (or folder) beside `path`, and its open descriptor, which the caller
+    closes if it is a file. The draft is removed at the end of the block, unless it was renamed."""
     stem = os.fsencode(path.name)[:100].decode("utf-8", "ignore") or "file"
     draft, number = path, -1
     try:

@@ -62,7 +62,8 @@ class _EncoderGraph(nn.Module):
 
 
 class _StepGraph(nn.Module):
-    """A token and the state to logits, what changes of the state, and where the step looked."""
+    """A token and the state to logits and the new values of the state; with attention also to where
+    the step looked."""
 
     def __init__(self, model: CnnLstm) -> None:
         super().__init__()
@@ -179,10 +180,11 @@ def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:
     encoder = _EncoderGraph(_folded(model))
     export_graph(encoder, [example], ["images"], names, draft / "encoder.onnx")
     log.info("exporting decoder_step.onnx and decoder_loop.onnx")
-    shared = getattr(model.decoder, "shared", ())
     following = {name: f"next_{name}" for name in names if name not in model.decoder.constant}
     looks = [ATTENTION] if regions_of(checkpoint) else []
-    beams = {n: v if n in shared else v.repeat_interleave(2, 0) for n, v in state.items()}
+    beams = {
+        n: v if n in model.decoder.shared else v.repeat_interleave(2, 0) for n, v in state.items()
+    }
     export_graph(
         _StepGraph(model),
         [torch.zeros(4, dtype=torch.int64), beams],
@@ -195,8 +197,8 @@ def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:
 
 
 def _folded(model: CnnLstm) -> CnnLstm:
-    """A copy with the batch norms of its backbone within the convolutions, and no activation in
-    place: the exporter does the same, to the bit, and takes three times as long for it."""
+    """A copy with the batch norms of its backbone folded into the convolutions, and no activation
+    in place. The exporter would do the same, to the bit, but takes three times as long."""
     if not isinstance(model.encoder, ImageEncoder):
         return model
     model = copy.deepcopy(model)

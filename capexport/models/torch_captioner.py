@@ -61,7 +61,7 @@ class TorchDecoder(Decoder):
         self._model = model
         self._device = device
         self.constant = model.decoder.constant
-        self.shared = getattr(model.decoder, "shared", frozenset())
+        self.shared = model.decoder.shared
         self.regions = regions
 
     def start(
@@ -160,7 +160,7 @@ def _optimised(encoder: ImageEncoder, form: Form, example: Tensor) -> nn.Module:
 @torch.no_grad()
 def regions_of(checkpoint: Checkpoint) -> Regions | None:
     """Rows and columns of the regions that the decoder looks at; None where it looks at none."""
-    if not getattr(checkpoint.model.decoder, "attends", False):
+    if not checkpoint.model.decoder.attends:
         return None
     size = checkpoint.image.crop
     parameter = next(checkpoint.model.parameters())
