@@ -191,7 +191,8 @@ class OnnxDecoder(Decoder):
 
     @cached_property
     def shared(self) -> frozenset[str]:  # type: ignore[override]
-        """All constant values; none of them in older exports, whose graphs take them for each row."""
+        """All constant values; none of them in older exports, whose graphs take them for each
+        row."""
         inputs = self.step_graph.inputs
         rows = inputs["tokens"].shape
         return frozenset(name for name in self.constant if inputs[name].shape[:1] != rows)
