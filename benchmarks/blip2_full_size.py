@@ -74,20 +74,31 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dims", choices=DIMENSIONS, default="blip2-opt-2.7b")
+    parser.add_argument(
+        "--dims", choices=DIMENSIONS, default="blip2-opt-2.7b", help="default: %(default)s"
+    )
     parser.add_argument(
         "--layers", type=int, metavar="N", help="at most N in each part, of the same width"
     )
     parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, help="default: all; fp16 with --device cuda"
     )
-    parser.add_argument("--device", choices=STEPS, default="cpu")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--device", choices=STEPS, default="cpu", help="default: %(default)s")
     parser.add_argument(
-        "--folder", type=Path, help="where models are written, and found again (default: temporary)"
+        "--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help="default: 1"
     )
     parser.add_argument(
-        "--turns", type=int, default=3, help="processes a path (default: 3; 0: only export)"
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="where models are written, and found again (default: temporary)",
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=3,
+        metavar="N",
+        help="processes for each export and PyTorch (default: 3; 0: only export)",
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table")
     options = parser.parse_args(argv)
@@ -311,12 +322,9 @@ def _report(
             own = {path: floor(exports[path]["step_bytes"], path, key) for path in exports}
             first = floor(exact, "torch", key)
             rows.append(row("  share of the memory floor", first, own.__getitem__))
-    operators = {name for shares in profiles.values() for name in shares} - {"seconds", "anonymous"}
-    largest = {name: max(shares.get(name, 0) for shares in profiles.values()) for name in operators}
-    for name in sorted(operators, key=largest.__getitem__, reverse=True):
-        if largest[name] >= 0.01:
-            title = f"a step: share of {name}"
-            rows.append(row(title, "", lambda p, n=name: f"{profiles[p].get(n, 0):.1%}"))
+    for name in _operators(profiles):
+        title = f"a step: share of {name}"
+        rows.append(row(title, "", lambda p, n=name: f"{profiles[p].get(n, 0):.1%}"))
     rows += [
         row("identical tokens", "", lambda p: f"{exports[p]['token_agreement']:.1%}"),
         row("error of the first logits", "", lambda p: f"{exports[p]['logit_error']:.1g}"),
@@ -326,6 +334,14 @@ def _report(
         f"{options.dims}{depth}, random weights, {cpu_model()}, {available_cores()} cores"
         f"{', ' + gpu_model() if on_gpu else ''}; {datetime.date.today()}\n\n{table(rows)}"
     )
+
+
+def _operators(profiles: dict[str, dict[str, float]]) -> list[str]:
+    """Those that take a hundredth of some export's steps or more, the largest share first."""
+    names = {name for shares in profiles.values() for name in shares} - {"seconds", "anonymous"}
+    largest = {name: max(shares.get(name, 0) for shares in profiles.values()) for name in names}
+    ordered = sorted(names, key=largest.__getitem__, reverse=True)
+    return [name for name in ordered if largest[name] >= 0.01]
 
 
 def _gb(count: float) -> str:

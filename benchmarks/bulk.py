@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
             "python benchmarks/bulk.py --megapixels 12 --count 64 --batch-size 8 --files 0",
         ),
     )
-    add_photos(parser)
     parser.add_argument(
         "--megapixels", type=float, metavar="N", help="scale the photos, to JPEGs of this size"
     )
@@ -83,19 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--artifact", type=Path, metavar="DIR", help="its export (default: made for this run)"
     )
-    parser.add_argument(
-        "--count",
-        type=int,
-        default=256,
-        metavar="N",
-        help="photos a round, up to whole batches (default: 256)",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="timed rounds, medians of (default: 5)"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="of both sides (default: 32)"
+    add_photos(
+        parser,
+        count=(256, "photos a round, rounded up to whole batches"),
+        rounds=(5, "timed rounds, of which medians are reported"),
+        threads=(None, "CPU threads"),
+        batch_size=(32, "batch size of both sides"),
     )
     parser.add_argument(
         "--files",
@@ -233,20 +226,7 @@ def onnx_paths(
             captioner.preprocess(path, row)
         return pixels
 
-    def each(
-        function: Callable[[Any], Any], items: Sequence[Any], workers: int = threads
-    ) -> Callable[[], None]:
-        pool = ThreadPoolExecutor(workers)
-
-        def one(item: Any) -> None:
-            function(item)
-
-        def run() -> None:
-            for _ in pool.map(one, itertools.islice(itertools.cycle(items), len(batches))):
-                pass
-
-        return run
-
+    each = partial(_each, count=len(batches), workers=threads)
     decode: Any = beam_search if captioner.options.num_beams > 1 else greedy
     ready = [read(batch) for batch in batches[: max(1, READY // batch_size)]]
     features = [captioner.encoder(pixels) for pixels in ready]
@@ -257,6 +237,22 @@ def onnx_paths(
         TOGETHER: each(together.encoder, ready, workers=1),
         DECODER: each(lambda item: decode(captioner.decoder, item, captioner.options), features),
     }
+
+
+def _each(
+    function: Callable[[Any], Any], items: Sequence[Any], count: int, workers: int
+) -> Callable[[], None]:
+    """Calls `function` with `count` of the items, taken in rotation, on as many threads."""
+    pool = ThreadPoolExecutor(workers)
+
+    def one(item: Any) -> None:
+        function(item)
+
+    def run() -> None:
+        for _ in pool.map(one, itertools.islice(itertools.cycle(items), count)):
+            pass
+
+    return run
 
 
 def speed(

@@ -61,7 +61,6 @@ def _parser() -> argparse.ArgumentParser:
             "python benchmarks/cluster.py --count 500 1000 --rounds 2",
         ),
     )
-    add_photos(parser)
     parser.add_argument(
         "--count",
         type=int,
@@ -71,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="files in a folder; of several, the last is what speed is told of (default: 2000 "
         "10000)",
     )
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="default: 1")
+    add_photos(parser, rounds=(1, "rounds of both sides in turn"))
     add_outputs(parser)
     return parser
 

@@ -44,10 +44,14 @@ def main(argv: list[str] | None = None) -> int:
             "python benchmarks/growth.py --files 10 100           # without the longest part",
         ),
     )
-    parser.add_argument("artifact", nargs="?", type=Path, default=BUNDLED_ARTIFACT)
-    add_photos(parser)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--files", type=int, nargs="+", default=FILES, metavar="N")
+    parser.add_argument(
+        "artifact", nargs="?", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR",
+        help="exported CNN-LSTM (default: the bundled captioner)",
+    )  # fmt: skip
+    add_photos(parser, rounds=(5, "timed rounds, of which medians are reported"))
+    parser.add_argument(
+        "--files", type=int, nargs="+", default=FILES, metavar="N", help="numbers of files"
+    )
     parser.add_argument("--picture", type=Path, metavar="PNG", help="also draw the curves")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables")
     return run_parser(parser, _grow, argv)

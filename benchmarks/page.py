@@ -39,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
             "python benchmarks/page.py --picture benchmarks/page.png",
         ),
     )
-    parser.add_argument("--artifact", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR")
+    parser.add_argument(
+        "--artifact", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR",
+        help="exported CNN-LSTM (default: the bundled captioner)",
+    )  # fmt: skip
     parser.add_argument("--runtime", type=Path, metavar="DIR", help="as of `capexport web`")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="where to draw the page")
     return run_parser(parser, _draw, argv)

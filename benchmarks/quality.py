@@ -46,8 +46,12 @@ def main(argv: list[str] | None = None) -> int:
             "python benchmarks/quality.py --checkpoint small --data flickr8k",
         ),
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--data", type=Path, required=True, help="folder, as of `python -m train`")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="BLIP-2 checkpoint"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="as of `python -m train`"
+    )
     parser.add_argument(
         "--precisions", nargs="+", choices=TOLERANCES, default=[*TOLERANCES], metavar="NAME",
         help="default: all",

@@ -55,21 +55,16 @@ def _parser() -> argparse.ArgumentParser:
             "python benchmarks/serve.py --photos photos/ --clients 8 --requests 500 --rounds 1",
         ),
     )
-    add_photos(parser)
     parser.add_argument(
         "-m", "--model", metavar="DIR", help="exported folder (default: the bundled one)"
     )
-    counts = {
-        "requests": (2000, "requests a round"),
-        "clients": (32, "clients that ask at the same time, one request after the other"),
-        "rounds": (3, "timed rounds, medians of"),
-        "threads": (None, "CPU threads of both sides"),
-    }
-    for name, (default, what) in counts.items():
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N",
-            help=f"{what} (default: {default or 'all'})",
-        )  # fmt: skip
+    add_photos(
+        parser,
+        requests=(2000, "requests a round"),
+        clients=(32, "clients that ask at the same time, one request after the other"),
+        rounds=(3, "timed rounds, of which medians are reported"),
+        threads=(None, "CPU threads of both sides"),
+    )
     add_outputs(parser)
     return parser
 

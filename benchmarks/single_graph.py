@@ -39,10 +39,11 @@ def main(argv: list[str] | None = None) -> int:
             "python benchmarks/single_graph.py --photos flickr8k/Images --threads 1",
         ),
     )
-    parser.add_argument("--artifact", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR")
-    add_photos(parser)
-    parser.add_argument("--count", type=int, default=20, metavar="N", help="photos that are timed")
-    parser.add_argument("--threads", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--artifact", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR",
+        help="exported CNN-LSTM (default: the bundled captioner)",
+    )  # fmt: skip
+    add_photos(parser, count=(20, "photos that are timed"), threads=(1, "CPU threads"))
     return run_parser(parser, _benchmark, argv)
 
 

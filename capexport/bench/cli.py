@@ -73,6 +73,24 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoint or run folder of `python -m train` (default: bundled), or a BLIP-2's "
         "folder or Hugging Face id",
     )
+    _add_contenders(parser)
+    add_photos(parser, threads=(None, "CPU threads"), repeats=(50, "batches of each size"))
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help="cpu (default), cuda or cuda:1"
+    )
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8"
+    )
+    add_decoding(parser.add_argument_group("how every captioner decodes"))
+    parser.add_argument(
+        "--picture", type=Path, metavar="PNG", help="also draw the ratios and the stages"
+    )
+    add_outputs(parser)
+    _add_sheet(parser)
+    return parser
+
+
+def _add_contenders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--artifact",
         type=Path,
@@ -88,28 +106,11 @@ def _parser() -> argparse.ArgumentParser:
         help="also try torch.compile, and measure PyTorch as most people run it, BLIP-2 in 16 "
         "bits, and OpenVINO on the same graphs and with NNCF's int8 (needs the extra `peers`)",
     )
-    add_photos(parser)
-    parser.add_argument(
-        "--device", default="cpu", metavar="NAME", help="cpu (default), cuda or cuda:1"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=50, metavar="N", help="batches of each size (default: 50)"
-    )
-    add_decoding(parser.add_argument_group("how every captioner decodes"))
-    parser.add_argument(
-        "--picture", type=Path, metavar="PNG", help="also draw the ratios and the stages"
-    )
-    add_outputs(parser)
-    _add_sheet(parser)
-    return parser
 
 
-def add_photos(parser: argparse.ArgumentParser) -> None:
-    """Add `--photos`, which `chosen_photos` reads."""
+def add_photos(parser: argparse.ArgumentParser, **numbers: tuple[int | None, str]) -> None:
+    """Add `--photos`, which `chosen_photos` reads, and a flag for each number, from its default
+    (None: all that there are) and its help."""
     parser.add_argument(
         "--photos",
         nargs="+",
@@ -117,6 +118,9 @@ def add_photos(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="files, folders or patterns, taken in rotation (default: scikit-image's samples)",
     )
+    for name, (default, what) in numbers.items():
+        flag, shown = f"--{name.replace('_', '-')}", f"{what} (default: {default or 'all'})"
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=shown)
 
 
 def chosen_photos(options: argparse.Namespace) -> list[Path]:
