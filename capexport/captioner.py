@@ -441,7 +441,8 @@ class Captioner:
             ) from error
 
     def _caption(self, hypotheses: Sequence[Hypothesis], timing: Timing) -> Caption:
-        """The first of an image's hypotheses, the others behind it."""
+        """The caption of an image: the first of its hypotheses, with all of them as
+        alternatives."""
         alternatives = []
         for hypothesis in hypotheses:
             tokens, log_probability = tuple(hypothesis.tokens), hypothesis.log_probability

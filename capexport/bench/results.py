@@ -78,7 +78,7 @@ class Environment:
 class Result:
     """
     Attributes:
-        decoding: options of every captioner, where each has not its model's own.
+        decoding: options that were given to every captioner, in place of its model's own.
         metrics: caption metrics, by captioner.
         feature_errors: of the encoder's outputs the largest relative error against PyTorch's, by
             captioner; none on a GPU, or where PyTorch's captioner has no encoder of its own.

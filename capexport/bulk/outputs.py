@@ -264,7 +264,7 @@ class FileOutput:
             raise OutputExistsError(
                 f"{self._journal.path}: was removed during the run; {self._out} stays as it is"
             )
-        # The record is there first: an output without one could not be gone on with.
+        # The record is replaced first: an output without one could not be resumed.
         with replacing_file(self._out) as file, replacing_file(record_of(self._out)) as record:
             record.write(self._journal.header.decode())
             file.write("\ufeff" if self._style == "csv" else "")  # tells Excel that this is UTF-8

@@ -68,7 +68,7 @@ Captioners: TypeAlias = tuple[HuggingFaceCaptioner, Captioner]
 
 @contextlib.contextmanager
 def export_patches() -> Iterator[None]:
-    """What must be otherwise while Optimum exports, and is as before afterwards."""
+    """Patches of PyTorch and Optimum that hold while Optimum exports."""
     export = torch.onnx.export
 
     def export_by_dynamo(model: nn.Module, args: Any, f: str, **options: Any) -> None:

@@ -30,10 +30,10 @@ from capexport.export.parity import (
     TOLERANCE,
     compare_captions,
     compare_outputs,
+    compared_images,
     image_names,
     relative_error,
     scored,
-    seeded_images,
     token_agreement,
 )
 from capexport.families.cnn_lstm import ATTENTION, AttentiveDecoder
@@ -100,9 +100,10 @@ def export_cnn_lstm(
             without references.
         MissingExtraError: `references` without pycocoevalcap.
     """
-    images = list(photos) or list(seeded_images())
+    images = compared_images(photos)
     names = image_names(images, references)
-    _check(images, precision, calibration)
+    if (precision == "int8") != bool(calibration):
+        raise OptionError("int8, and int8 alone, needs calibration photos: a hundred or so")
     CPU.require_provider()  # parity needs it, at the very end
     both: Any = {**checkpoint.decoding, **(decoding or {})}
     checkpoint = dataclasses.replace(checkpoint, decoding=both)
@@ -134,16 +135,6 @@ def export_cnn_lstm(
             parity = dataclasses.replace(parity, metrics=metrics)
         draft.manifest = dataclasses.replace(draft.manifest, parity=parity)
     return draft.manifest
-
-
-def _check(
-    images: Sequence[ImageSource], precision: str, calibration: Sequence[ImageSource]
-) -> None:
-    """Refuse what the arguments alone tell."""
-    if len(images) < IMAGES:
-        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(images)}")
-    if (precision == "int8") != bool(calibration):
-        raise OptionError("int8, and int8 alone, needs calibration photos: a hundred or so")
 
 
 def _manifest(checkpoint: Checkpoint, state: Mapping[str, str]) -> Manifest:

@@ -33,8 +33,8 @@ from capexport.export import single
 from capexport.export.head import image_head
 from capexport.export.loop import opset_of
 from capexport.export.parity import (
-    IMAGES,
     TOLERANCE,
+    compared_images,
     image_names,
     relative_error,
     scored,
@@ -64,8 +64,8 @@ class FileParity:
     Attributes:
         manifest: of the graphs that it was made of, with the decoding that it does.
         captions: the file's and `Captioner`'s, over graphs of the same precision.
-        sizes: how many sizes of images it makes ready bit for bit as `preprocess` does.
-        kept: of "w8", the shares of captions and of tokens that the int8 artifact says too.
+        sizes: at how many sizes of images its preprocessing has the bits of `preprocess`.
+        kept: of "w8", the shares of captions and of tokens that are the int8 artifact's.
         metrics: scores against human captions, by precision.
     """
 
@@ -100,16 +100,14 @@ def export_file(
         MissingExtraError: `references` without pycocoevalcap.
     """
     refuse_existing(out)
-    images = list(photos) or list(seeded_images())
-    if len(images) < IMAGES:
-        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(images)}")
+    images = compared_images(photos)
     names = image_names(images, references)
     artifact, given = Manifest.read(folder), decoding or {}
     options: Any = changed(artifact.decoding, given)
     manifest = dataclasses.replace(artifact, decoding=options)
     _check(folder, manifest, precision)
     own = open_artifact(folder, artifact, CPU)
-    own.full_size = True  # as the graph is given them
+    own.full_size = True  # the graph is given whole photos, too
     wanted = own.caption(images, **given)
     said = {manifest.precision: wanted}
     with tempfile.TemporaryDirectory() as draft:

@@ -212,7 +212,7 @@ def decoding_defaults(folder: Path, config: Blip2Config) -> Decoding:
         raise _refused(path, ["max_length"], "which leaves room for no token")
     try:
         return Decoding(
-            # Others can never be said; -1 means just that.
+            # An id outside the vocabulary, such as -1, means that nothing ends a caption.
             end_tokens=tuple(token for token in ends if 0 <= token < text.vocab_size),
             max_tokens=longest,
             min_tokens=min(shortest, longest),
