@@ -152,6 +152,8 @@ def _check(folder: Path, manifest: Manifest, precision: str) -> None:
         trouble = "the graph knows no repetition penalty: pass --repetition-penalty 1"
     elif decoding.no_repeat_ngram_size:
         trouble = "the graph lets words come again: pass --no-repeat-ngram-size 0"
+    elif decoding.num_return_sequences > 1:
+        trouble = "the graph gives one caption: pass --num-return-sequences 1"
     elif len(decoding.end_tokens) != 1:
         trouble = f"the graph ends captions with one token, not {len(decoding.end_tokens)}"
     if trouble:
