@@ -316,7 +316,8 @@ def typed(kind: type[T], value: Any, name: str = "") -> T:
     Raises:
         ValueError: it names a field that is missing, unknown, of another type or out of range.
     """
-    return _typed(kind, value, name)  # type: ignore[no-any-return]
+    found: T = _typed(kind, value, name)
+    return found
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:

@@ -42,7 +42,7 @@ class Checkpoint:
     model: CnnLstm
     vocabulary: Vocabulary
     image: ImageSpec
-    decoding: DecodingKeywords = field(default_factory=lambda: DecodingKeywords())
+    decoding: DecodingKeywords = field(default_factory=DecodingKeywords)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""

@@ -145,16 +145,17 @@ def torch_captioner(
 
 @torch.no_grad()
 def _optimised(encoder: ImageEncoder, form: Form, example: Tensor) -> nn.Module:
-    layers = [encoder.backbone]
+    layers: list[nn.Module] = [encoder.backbone]
     if encoder.pools:
-        layers += [encoder.pool, nn.Flatten(1), encoder.linear, encoder.norm]  # type: ignore[list-item]
+        layers += [encoder.pool, nn.Flatten(1), encoder.linear, encoder.norm]
     folded: nn.Module = fuse(nn.Sequential(*layers).eval())
     if form == "folded":
         return folded
     with warnings.catch_warnings():  # deprecated, but what people run, and on CPUs the fastest
         warnings.simplefilter("ignore", FutureWarning)
         traced = torch.jit.trace(folded, example)
-        return torch.jit.optimize_for_inference(traced)  # type: ignore[no-any-return]
+        frozen: nn.Module = torch.jit.optimize_for_inference(traced)
+    return frozen
 
 
 @torch.no_grad()
