@@ -151,8 +151,17 @@ class Provenance:
 
 @dataclass(frozen=True)
 class CaptionParity:
-    """How captions compare with PyTorch's: how many of them (`images`, or `compared` for a BLIP-2)
-    are identical, and how many of PyTorch's are distinct."""
+    """How captions compare with PyTorch's.
+
+    Attributes:
+        identical: how many are the same to the token.
+        distinct: how many different ones PyTorch's are: one for all images would prove little.
+        images: how many images were captioned; of a BLIP-2, `compared` are the captions, since each
+            image gets several.
+        max_log_probability_difference: the largest of a caption (CNN-LSTM).
+        token_agreement: the share of tokens that are the same (BLIP-2).
+        logit_error: the relative error of the first tokens' logits (BLIP-2).
+    """
 
     identical: int
     distinct: int

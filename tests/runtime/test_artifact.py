@@ -1,5 +1,6 @@
 """The manifest, typed to its leaves, and the files that it vouches for."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from conftest import edit_manifest
+from conftest import README, edit_manifest
 
 from capexport import (
     ArtifactError,
@@ -22,7 +23,16 @@ from capexport import (
     DownloadError,
     OptionError,
 )
-from capexport.artifact import Manifest, PromptSpec, sha256_of, typed
+from capexport.artifact import (
+    CaptionParity,
+    Decoding,
+    Manifest,
+    Parity,
+    PromptSpec,
+    Provenance,
+    sha256_of,
+    typed,
+)
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import main
 from capexport.onnx_file import _MESSAGES, check_graph
@@ -30,6 +40,13 @@ from capexport.preprocessing import ImageSpec
 
 BLANK = np.zeros((8, 8, 3), np.uint8)
 RECORD = {"bytes": 1, "sha256": "0" * 64}
+
+
+def test_the_description_of_the_manifest_has_every_field():
+    text = (README.parent / "artifacts" / "README.md").read_text(encoding="utf-8")
+    kinds = (Manifest, ImageSpec, Decoding, PromptSpec, Provenance, Parity, CaptionParity)
+    names = {item.name for kind in kinds for item in dataclasses.fields(kind)}
+    assert names == {name for name in names if f"`{name}`" in text}
 
 
 @pytest.fixture
