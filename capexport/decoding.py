@@ -12,7 +12,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -241,7 +241,10 @@ class DecodingKeywords(TypedDict, total=False):
     no_repeat_ngram_size: int | None
 
 
-def changed(options: DecodingOptions, given: DecodingKeywords) -> DecodingOptions:
+_Options = TypeVar("_Options", bound=DecodingOptions)
+
+
+def changed(options: _Options, given: DecodingKeywords) -> _Options:
     """`options` with what is given in place of their own."""
     values = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(options, **values) if values else options  # type: ignore[arg-type]

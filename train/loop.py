@@ -22,16 +22,11 @@ from tqdm import tqdm
 from capexport.bench.sheet import Entry, draw_sheet
 from capexport.decoding import greedy
 from capexport.errors import DatasetError, MissingExtraError
-from capexport.families.cnn_lstm import Vocabulary
+from capexport.families.cnn_lstm import DECODING, Vocabulary
 from capexport.metrics import cider, format_scores, score, scorers
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
-from capexport.models.torch_captioner import (
-    DECODING,
-    TorchDecoder,
-    require_torch_device,
-    torch_captioner,
-)
+from capexport.models.torch_captioner import TorchDecoder, require_torch_device, torch_captioner
 from capexport.preprocessing import ImageSpec, load_image
 from train import figures
 from train.config import TrainConfig

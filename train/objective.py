@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capexport.errors import importing
-from capexport.families.cnn_lstm import Vocabulary
+from capexport.families.cnn_lstm import DECODING, Vocabulary
 from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.steps import State
-from capexport.models.torch_captioner import DECODING
 from train.config import TrainConfig
 from train.data import Example, Examples, Ids
 

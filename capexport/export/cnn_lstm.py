@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from capexport.artifact import Manifest, Parity, Provenance
 from capexport.captioner import Caption, Captioner
-from capexport.decoding import DecodingKeywords, greedy
+from capexport.decoding import DecodingKeywords, changed, greedy
 from capexport.errors import OptionError, ParityError
 from capexport.export.draft import Draft, draft_artifact
 from capexport.export.graph import OPSET, export_graph, versions
@@ -36,11 +36,11 @@ from capexport.export.parity import (
     scored,
     token_agreement,
 )
-from capexport.families.cnn_lstm import ATTENTION, AttentiveDecoder
+from capexport.families.cnn_lstm import ATTENTION, DECODING, AttentiveDecoder
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm, ImageEncoder
 from capexport.models.steps import State
-from capexport.models.torch_captioner import DECODING, decoding_of, regions_of, torch_captioner
+from capexport.models.torch_captioner import regions_of, torch_captioner
 from capexport.preprocessing import ImageSource
 from capexport.sessions import CPU
 
@@ -142,7 +142,7 @@ def _manifest(checkpoint: Checkpoint, state: Mapping[str, str]) -> Manifest:
         family="cnn-lstm",
         precision="fp32",
         image=checkpoint.image,
-        decoding=decoding_of(checkpoint),
+        decoding=changed(DECODING, checkpoint.decoding),
         state=dict(state),
         regions=regions_of(checkpoint),
         files={},

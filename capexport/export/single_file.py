@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -103,8 +102,7 @@ def export_file(
     images = compared_images(photos)
     names = image_names(images, references)
     artifact, given = Manifest.read(folder), decoding or {}
-    options: Any = changed(artifact.decoding, given)
-    manifest = dataclasses.replace(artifact, decoding=options)
+    manifest = dataclasses.replace(artifact, decoding=changed(artifact.decoding, given))
     _check(folder, manifest, precision)
     own = open_artifact(folder, artifact, CPU)
     own.full_size = True  # the graph is given whole photos, too
