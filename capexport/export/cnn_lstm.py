@@ -107,7 +107,7 @@ def export_cnn_lstm(
     CPU.require_provider()  # parity needs it, at the very end
     both: Any = {**checkpoint.decoding, **(decoding or {})}
     checkpoint = dataclasses.replace(checkpoint, decoding=both)
-    reference = torch_captioner(checkpoint)
+    pytorch = torch_captioner(checkpoint)
     with draft_artifact(out) as draft:
         state = _export_graphs(checkpoint, draft.folder)
         words = json.dumps(checkpoint.vocabulary.words, ensure_ascii=False, indent=0)
@@ -115,16 +115,16 @@ def export_cnn_lstm(
         draft.manifest = _manifest(checkpoint, state)
         log.info("checking parity with PyTorch")
         exported = made = draft.captioner()
-        wanted = reference.caption(images)
+        wanted = pytorch.caption(images)
         parity = Parity(
             inputs="photos" if photos else "seeded images",
             tolerance=TOLERANCE,
-            max_difference=_compare_graphs(reference, exported, images),
+            max_difference=_compare_graphs(pytorch, exported, images),
             captions=compare_captions(wanted, exported, images),
         )
-        if reference.options.num_beams > 1:  # loop and steps are compared all the same
+        if pytorch.options.num_beams > 1:  # loop and steps are compared all the same
             alone: DecodingKeywords = {"num_beams": 1, "num_return_sequences": 1}
-            compare_captions(reference.caption(images, **alone), exported, images, **alone)
+            compare_captions(pytorch.caption(images, **alone), exported, images, **alone)
         if precision == "int8":
             made = _quantized(draft, state, exported, calibration)
             lost = _compare_quantized(exported, made, wanted, images)
@@ -249,22 +249,22 @@ def _quantize(
 
 
 def _compare_graphs(
-    reference: Captioner, exported: Captioner, images: Sequence[ImageSource]
+    pytorch: Captioner, exported: Captioner, images: Sequence[ImageSource]
 ) -> dict[str, float]:
     """The largest difference of a value from PyTorch's, by graph."""
-    pixels = np.stack([reference.preprocess(image) for image in images[:IMAGES]])
+    pixels = np.stack([pytorch.preprocess(image) for image in images[:IMAGES]])
     rng = np.random.default_rng(0)
     worst = {"encoder.onnx": 0.0, "decoder_step.onnx": 0.0}
     for batch in (1, 3, IMAGES):
-        wanted = _arrays(reference.encoder(pixels[:batch]))
+        wanted = _arrays(pytorch.encoder(pixels[:batch]))
         difference = compare_outputs("encoder.onnx", wanted, exported.encoder(pixels[:batch]))
         worst["encoder.onnx"] = max(worst["encoder.onnx"], difference)
         # Both steps start from PyTorch's state, so the second graph is judged alone.
-        tokens = rng.integers(len(reference.text), size=2 * batch)  # two beams of each image
-        shared = reference.decoder.shared
+        tokens = rng.integers(len(pytorch.text), size=2 * batch)  # two beams of each image
+        shared = pytorch.decoder.shared
         wanted = {n: v if n in shared else np.repeat(v, 2, axis=0) for n, v in wanted.items()}
         tensors = {name: torch.from_numpy(value) for name, value in wanted.items()}
-        logits, following = reference.decoder.step(tokens, tensors)
+        logits, following = pytorch.decoder.step(tokens, tensors)
         actual, state = exported.decoder.step(tokens, wanted)
         got = {"logits": actual, **state}
         if exported.decoder.regions:
