@@ -11,7 +11,7 @@ from capexport.artifact import refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
 from capexport.cli.comparing import add_photos, add_references, given_references
-from capexport.errors import OptionError, importing
+from capexport.errors import importing
 from capexport.metrics import format_scores
 
 
@@ -55,8 +55,6 @@ def _run(options: argparse.Namespace) -> int:
     refuse_existing(options.out)
     require_writable(options.out)
     photos = find_images(options.photos, sys.stdin)
-    if options.references and not photos:
-        raise OptionError("--references are of --photos: pass both")
     references = given_references(options)
     with importing("exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'`"):
         from capexport.export.blip2 import export_blip2

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from capexport.errors import OptionError
 from capexport.metrics import scorers
 from capexport.references import read_references
 
@@ -41,9 +42,12 @@ def given_references(options: argparse.Namespace) -> Mapping[str, Sequence[str]]
     """What `--references` names, if it was given.
 
     Raises:
+        OptionError: there are no `--photos`.
         MissingExtraError: what scores captions is not installed.
         DatasetError: as `read_references`.
     """
+    if options.references and not options.photos:
+        raise OptionError("--references are human captions of --photos: pass both")
     references = read_references(options.references) if options.references else None
     if references:
         scorers()

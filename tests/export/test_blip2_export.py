@@ -446,7 +446,7 @@ def test_command_line(
     assert main([*command, *scored]) == 2
     assert f"1 photos without human captions, {photos[0].name}" in capsys.readouterr().err
     assert main([*command, *scored[-2:]]) == 2
-    assert "--references are of --photos" in capsys.readouterr().err
+    assert "--references are human captions of --photos" in capsys.readouterr().err
     humans.write_text("\n".join(["image,caption", *rows]))
     assert main([*command, *scored]) == 0
     output = capsys.readouterr()

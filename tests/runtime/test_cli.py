@@ -191,6 +191,13 @@ def test_refusals(artifact, photos, arguments, message, capsys):
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["lstm", "blip2", "graph"])
+def test_references_without_photos_are_refused(command: str, tmp_path: Path, capsys):
+    arguments = ["--out", str(tmp_path / "out"), "--references", "captions.txt"]
+    assert main([command, *arguments]) == 2
+    assert "--references are human captions of --photos: pass both" in capsys.readouterr().err
+
+
 def test_empty_folders_and_existing_outputs(artifact, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["caption", "-m", str(artifact), str(tmp_path / "empty")]) == 2
