@@ -482,7 +482,8 @@ def new_artifact(out: Path) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path) -> None:
-    """
+    """Refuse an output folder that holds something.
+
     Raises:
         OutputExistsError: there is something at `out` other than an empty folder.
     """

@@ -329,7 +329,8 @@ class Captioner:
         return size
 
     def check_attention(self, wanted: bool = True) -> None:
-        """
+        """Check that the decoder can say where it looked, if that is wanted.
+
         Raises:
             OptionError: attention is wanted, but the decoder has none.
         """

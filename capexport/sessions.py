@@ -204,7 +204,8 @@ class Target:
         return self.device.name if self.index is None else f"{self.device.name}:{self.index}"
 
     def require_provider(self) -> None:
-        """
+        """Check that this onnxruntime has the device's provider.
+
         Raises:
             MissingExtraError, DeviceError: no onnxruntime, or none with this provider.
         """
@@ -396,7 +397,8 @@ class Graph:
             self._session = None
 
     def expect(self, inputs: Collection[str], outputs: Collection[str]) -> None:
-        """
+        """Check the names of the graph's inputs and outputs.
+
         Raises:
             ArtifactError: inputs or outputs have other names.
         """

@@ -101,7 +101,8 @@ class _ParallelSession(_Session):
 
 @dataclass(frozen=True)
 class _OpenVinoTarget(Target):
-    """
+    """Opens graphs in OpenVINO instead of onnxruntime.
+
     Attributes:
         images: the graph that images go through, and whether streams share a batch of them.
         replaced: models in place of the artifact's, by the names of their files.

@@ -76,7 +76,8 @@ class Environment:
 
 @dataclass(frozen=True)
 class Result:
-    """
+    """All that a run of `capbench` found.
+
     Attributes:
         decoding: options that were given to every captioner, in place of its model's own.
         metrics: caption metrics, by captioner.

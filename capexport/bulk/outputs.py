@@ -154,7 +154,8 @@ def _lock_folders(folders: Sequence[str]) -> list[int]:
 
 
 def refuse_existing(out: Path, accepted: bool) -> None:
-    """
+    """Refuse an output file that is there already, unless the run accepts it.
+
     Raises:
         OutputExistsError: there is something at `out`, unless a file there is `accepted`.
     """

@@ -198,7 +198,8 @@ def _opened(model: onnx.ModelProto, folder: str) -> Graph:
 def _compare_captions(
     graph: Graph, captioner: Captioner, images: Sequence[ImageSource], given: DecodingKeywords
 ) -> CaptionParity:
-    """
+    """Caption each image with the graph and with the captioner.
+
     Raises:
         ParityError: a caption's tokens or words differ, or its log-probability by too much.
     """

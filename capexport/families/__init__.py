@@ -35,7 +35,8 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """
+    """What the runtime knows of a family.
+
     Attributes:
         open: opens an artifact's folder on a target.
         batch_size: how many images of a list go through the graphs together by default.
@@ -79,7 +80,8 @@ class Family:
 
 
 def find_family(name: str) -> Family:
-    """
+    """The family of this name.
+
     Raises:
         ArtifactError: this version knows no such family.
     """

@@ -68,7 +68,8 @@ def quiet() -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
+    """The JSON object in a file of a checkpoint.
+
     Raises:
         CheckpointError: `path` is not there, or holds no JSON object.
     """
