@@ -30,8 +30,7 @@ class ImageReader:
         side: int,
         preprocess: Callable[[ImageSource, FloatArray], object],
     ) -> tuple[FloatArray, list[ImageError | None]]:
-        """Read a batch of images.
-
+        """
         Args:
             preprocess: writes an image's pixels, float32 (3, side, side), into its second argument.
         Returns:
