@@ -282,6 +282,19 @@ def captioner(artifact: Path):
 
 
 @pytest.fixture
+def wanted(captioner, photos: list[Path]) -> list[str]:
+    """What the small model says of `photos`."""
+    return [caption.text for caption in captioner.caption(photos)]
+
+
+def key(artifact: Path, options: str = "{}") -> str:
+    """What a journal of `capexport caption` says of the captions in it."""
+    from capexport.artifact import sha256_of
+
+    return f"{sha256_of(artifact / 'manifest.json')} {options} prompt=None"
+
+
+@pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache of the Hugging Face hub, and no network."""
     from huggingface_hub import constants
