@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROMPTS, assert_same, draw_photo, edit_manifest
+from conftest import PROMPTS, assert_same, draw_photo, edit_manifest, vouch
 from PIL import Image
 
 from capexport import (
@@ -20,7 +20,6 @@ from capexport import (
     MissingExtraError,
     OptionError,
 )
-from capexport.artifact import sha256_of
 from capexport.cli import main
 
 
@@ -144,9 +143,7 @@ def test_truncated_missing_and_altered_files(copied: Path):
 def replace_file(folder: Path, name: str, content: bytes) -> None:
     """Put another file in the place of `name`, hash and all."""
     (folder / name).write_bytes(content)
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    files[name] = {"bytes": len(content), "sha256": sha256_of(folder / name)}
-    edit_manifest(folder, files=files)
+    vouch(folder, name)
 
 
 def test_swapped_graphs(copied: Path):
