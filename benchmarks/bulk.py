@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from capexport.artifact import Manifest
 from capexport.beam import beam_search
-from capexport.bench.cli import add_outputs, add_photos, chosen_photos, write_outputs
+from capexport.bench.cli import add_inputs, add_outputs, chosen_photos, write_outputs
 from capexport.bench.measure import fastest
 from capexport.bench.report import environment, load, table
 from capexport.bulk.files import find_images
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--artifact", type=Path, metavar="DIR", help="its export (default: made for this run)"
     )
-    add_photos(
+    add_inputs(
         parser,
         count=(256, "photos a round, rounded up to whole batches"),
         rounds=(5, "timed rounds, of which medians are reported"),

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from capexport.bench.cli import add_outputs, add_photos, chosen_photos, write_outputs
+from capexport.bench.cli import add_inputs, add_outputs, chosen_photos, write_outputs
 from capexport.bench.report import table
 from capexport.cli import run_parser, teaching
 from capexport.sessions import available_cores
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="files in a folder; of several, the last is what speed is told of (default: 2000 "
         "10000)",
     )
-    add_photos(parser, rounds=(1, "rounds of both sides in turn"))
+    add_inputs(parser, rounds=(1, "rounds of both sides in turn"))
     add_outputs(parser)
     return parser
 

@@ -19,7 +19,7 @@ from bulk import scaled
 from tqdm import tqdm
 
 from capexport.artifact import Manifest, replace_file
-from capexport.bench.cli import add_photos, chosen_photos
+from capexport.bench.cli import add_inputs, chosen_photos
 from capexport.bench.report import cpu_model, load, table
 from capexport.bench.sheet import new_figure, save_figure
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         "artifact", nargs="?", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR",
         help="exported CNN-LSTM (default: the bundled captioner)",
     )  # fmt: skip
-    add_photos(parser, rounds=(5, "timed rounds, of which medians are reported"))
+    add_inputs(parser, rounds=(5, "timed rounds, of which medians are reported"))
     parser.add_argument(
         "--files", type=int, nargs="+", default=FILES, metavar="N", help="numbers of files"
     )

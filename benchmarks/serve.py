@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from capexport.bench.cli import add_outputs, add_photos, chosen_photos, write_outputs
+from capexport.bench.cli import add_inputs, add_outputs, chosen_photos, write_outputs
 from capexport.bench.report import environment, table
 from capexport.bulk.outputs import FileOutput
 from capexport.bulk.run import caption_files, open_captioner
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-m", "--model", metavar="DIR", help="exported folder (default: the bundled one)"
     )
-    add_photos(
+    add_inputs(
         parser,
         requests=(2000, "requests a round"),
         clients=(32, "clients that ask at the same time, one request after the other"),

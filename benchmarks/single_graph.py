@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from capexport import Captioner
 from capexport.artifact import Manifest
-from capexport.bench.cli import add_photos, chosen_photos
+from capexport.bench.cli import add_inputs, chosen_photos
 from capexport.bench.report import cpu_model, table
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import run_parser, teaching
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         "--artifact", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR",
         help="exported CNN-LSTM (default: the bundled captioner)",
     )  # fmt: skip
-    add_photos(parser, count=(20, "photos that are timed"), threads=(1, "CPU threads"))
+    add_inputs(parser, count=(20, "photos that are timed"), threads=(1, "CPU threads"))
     return run_parser(parser, _benchmark, argv)
 
 

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "folder or Hugging Face id",
     )
     _add_contenders(parser)
-    add_photos(parser, threads=(None, "CPU threads"), repeats=(50, "batches of each size"))
+    add_inputs(parser, threads=(None, "CPU threads"), repeats=(50, "batches of each size"))
     parser.add_argument(
         "--device", default="cpu", metavar="NAME", help="cpu (default), cuda or cuda:1"
     )
@@ -108,7 +108,7 @@ def _add_contenders(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_photos(parser: argparse.ArgumentParser, **numbers: tuple[int | None, str]) -> None:
+def add_inputs(parser: argparse.ArgumentParser, **numbers: tuple[int | None, str]) -> None:
     """Add `--photos`, which `chosen_photos` reads, and a flag for each number, from its default
     (None: all that there are) and its help."""
     parser.add_argument(
