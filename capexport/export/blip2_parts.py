@@ -144,6 +144,7 @@ class PartConfig(OnnxConfig):
     """What Optimum's exporter asks about a part: names, dynamic axes and example inputs."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedConfig
+    fused_norms = True  # whether a norm and the sum before it become one node
     use_past = False  # Optimum sets `use_cache` of every submodule to it
 
     def __init__(self, part: nn.Module, dtype: torch.dtype) -> None:
@@ -182,7 +183,8 @@ class PartConfig(OnnxConfig):
         named after a sum of others.
         """
         model = onnx.load(model_path, load_external_data=False)
-        fuse_skip_connections(model.graph)  # which compares shapes: before their names change
+        if self.fused_norms:
+            fuse_skip_connections(model.graph)  # which compares shapes: before their names change
         axes = {**self.inputs, **self.outputs}
         for value in (*model.graph.input, *model.graph.output):
             for axis, name in axes[value.name].items():

@@ -300,6 +300,7 @@ def test_quantised_graphs_hold_what_their_precision_says(blip2_export: Make):
         assert not any("FusedMatMul" in found for found in kinds.values())
         assert "MatMulIntegerToFloat" in kinds["vision_encoder"]
         assert "MatMulNBits" not in kinds["vision_encoder"]
+        assert not any("SkipLayerNormalization" in found for found in kinds.values())
         widths = {
             node.input[1].removesuffix(".packed"): helper.get_node_attr_value(node, "bits")
             for node in nodes["decoder_model_merged"]
@@ -371,6 +372,29 @@ def test_quantised_weights_are_near_the_exact_ones(bits: int, blip2_export: Make
     assert np.abs(restored - exact[name]).max() <= scales.max() * 0.51
     untouched = "decoder.final_layer_norm.bias"
     np.testing.assert_array_equal(parts[untouched], exact[untouched])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_product_with_long_rows_comes_in_pieces_and_says_the_same(
+    bits: int, blip2_export: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = blip2_export("opt") / "decoder_model_merged.onnx"
+    monkeypatch.setattr(quantize, "BLOCK_SIZES", {4: 16, 8: 16})
+    results, products = [], []
+    for columns in (64, 32, 20):  # rows have 32 or, behind the activation, 64
+        monkeypatch.setattr(quantize, "_COLUMNS", columns)
+        quantize.quantize_graph(source, target := tmp_path / f"{columns}.onnx", bits)
+        graph = CPU.open(target)
+        batch = {name: graph.empty(name, 2) for name in graph.inputs if "past" in name}
+        embeds = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
+        mask = np.ones((2, 5), np.int64)
+        feeds = {**batch, "inputs_embeds": embeds, "attention_mask": mask}
+        results.append(graph.run(feeds, ["logits"])["logits"])
+        nodes = onnx.load(target, load_external_data=False).graph.node
+        products.append(sum(node.op_type == "MatMulNBits" for node in nodes))
+    assert products == [9, 7 + 2 * 2, 7 * 2 + 2 * 4]
+    for result in results[1:]:
+        assert relative_error(results[0], result) < 1e-5
 
 
 def test_fp16_survives_what_overflows_a_naive_cast(blip2_checkpoint: Make, tmp_path: Path):
