@@ -71,7 +71,10 @@ def add_parser(commands: Any) -> None:
     )
     running.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     running.add_argument(
-        "--batch-size", type=int, metavar="N", help="default: 32 images, for a BLIP-2 8"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="how many images go through the model together (default: 32, for a BLIP-2 8)",
     )
     running.add_argument(
         "--quiet", action="store_true", help="print nothing but captions and errors"
@@ -113,7 +116,9 @@ def _add_outputs(group: Any) -> None:
         "image, as LoRA trainers read them (default: by the ending of --out, .jsonl, .csv, or "
         ".json for coco; txt with --out-dir or --extension; else text)",
     )
-    group.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+    group.add_argument(
+        "--out", type=Path, metavar="FILE", help="file to write (default: standard output)"
+    )
     group.add_argument(
         "--out-dir",
         type=_folder,
