@@ -303,16 +303,7 @@ def _report(
         row("export: peak anonymous memory (GB)", "", lambda p: _gb(exports[p]["anonymous"])),
         row("on disk (GB)", "", lambda p: _gb(exports[p]["bytes"])),
     ]
-    stages = [
-        (f"{stage} {size}", f"{title}, batch {size} (ms)", 1e3)
-        for size in options.batch_sizes
-        for stage, title in (("encode", "image encoder"), ("prefill", "prefill"), ("token", "step"))
-    ]
-    for key, title, unit in (
-        ("load", "load (s)", 1), ("bandwidth", "memory bandwidth at that time (GB/s)", 1e-9),
-        *stages, ("anonymous", "running: peak anonymous memory (GB)", 1e-9),
-        *([("gpu", "running: peak GPU memory (GB)", 1e-9)] if on_gpu else []),
-    ):  # fmt: skip
+    for key, title, unit in _figures(options.batch_sizes, on_gpu):
         values = {path: f"{unit * outcome[key]:.2f}" for path, outcome in measured.items()}
         rows.append(row(title, values["torch"], values.__getitem__))
         if title.endswith("(ms)"):
@@ -322,18 +313,38 @@ def _report(
             own = {path: floor(exports[path]["step_bytes"], path, key) for path in exports}
             first = floor(exact, "torch", key)
             rows.append(row("  share of the memory floor", first, own.__getitem__))
-    for name in _operators(profiles):
-        title = f"a step: share of {name}"
-        rows.append(row(title, "", lambda p, n=name: f"{profiles[p].get(n, 0):.1%}"))
+    rows += [
+        row(f"a step: share of {name}", "", lambda p, n=name: f"{profiles[p].get(n, 0):.1%}")
+        for name in _operators(profiles)
+    ]
     rows += [
         row("identical tokens", "", lambda p: f"{exports[p]['token_agreement']:.1%}"),
         row("error of the first logits", "", lambda p: f"{exports[p]['logit_error']:.1g}"),
     ]
+    return f"{_title(options)}\n\n{table(rows)}"
+
+
+def _figures(sizes: list[int], on_gpu: bool) -> list[tuple[str, str, float]]:
+    """What was measured: its key, its row's title, and the factor to the title's unit."""
+    stages = [
+        (f"{stage} {size}", f"{title}, batch {size} (ms)", 1e3)
+        for size in sizes
+        for stage, title in (("encode", "image encoder"), ("prefill", "prefill"), ("token", "step"))
+    ]
+    return [
+        ("load", "load (s)", 1),
+        ("bandwidth", "memory bandwidth at that time (GB/s)", 1e-9),
+        *stages,
+        ("anonymous", "running: peak anonymous memory (GB)", 1e-9),
+        *([("gpu", "running: peak GPU memory (GB)", 1e-9)] if on_gpu else []),
+    ]
+
+
+def _title(options: argparse.Namespace) -> str:
     depth = f" with at most {options.layers} layers a part" if options.layers else ""
-    return (
-        f"{options.dims}{depth}, random weights, {cpu_model()}, {available_cores()} cores"
-        f"{', ' + gpu_model() if on_gpu else ''}; {datetime.date.today()}\n\n{table(rows)}"
-    )
+    gpu = f", {gpu_model()}" if options.device == "cuda" else ""
+    machine = f"{cpu_model()}, {available_cores()} cores{gpu}"
+    return f"{options.dims}{depth}, random weights, {machine}; {datetime.date.today()}"
 
 
 def _operators(profiles: dict[str, dict[str, float]]) -> list[str]:
