@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from capexport import Captioner
 from capexport.artifact import replace_file
 from capexport.bench.cli import sample_photos
 from capexport.bench.report import cpu_model, load, table
-from capexport.cli import run_command, teaching
+from capexport.cli import run_parser, teaching
 from capexport.errors import OptionError, ParityError
 from capexport.export.cnn_lstm import export_cnn_lstm
 from capexport.families.cnn_lstm import Vocabulary
@@ -53,12 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BACKBONES))
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table")
-    options = parser.parse_args(argv)
-    names = options.names or tuple(BACKBONES)
-    return run_command("backbones.py", lambda: _table(names, options.threads, options.markdown))
+    return run_parser(parser, _table, argv)
 
 
-def _table(names: Sequence[str], threads: int, out: Path | None) -> int:
+def _table(options: argparse.Namespace) -> int:
+    names, threads = options.names or tuple(BACKBONES), options.threads
     if unknown := set(names) - set(BACKBONES):
         raise OptionError(f"unknown: {', '.join(unknown)}; there are {', '.join(BACKBONES)}")
     torch.set_num_threads(threads)
@@ -69,8 +68,8 @@ def _table(names: Sequence[str], threads: int, out: Path | None) -> int:
             rows.append(_row(name, Path(folder), threads))
         print(*rows[-1], sep=", ", file=sys.stderr)
     text = f"{cpu_model()}, {threads} threads, load {load():.1f}\n\n{table(rows)}"
-    if out:
-        replace_file(out, text + "\n")
+    if options.markdown:
+        replace_file(options.markdown, text + "\n")
     print(text)
     return 0
 

@@ -76,20 +76,31 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dims", choices=DIMENSIONS, default="blip2-opt-2.7b")
+    parser.add_argument(
+        "--dims", choices=DIMENSIONS, default="blip2-opt-2.7b", help="default: %(default)s"
+    )
     parser.add_argument(
         "--layers", type=int, metavar="N", help="at most N in each part, of the same width"
     )
     parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, help="default: all; fp16 with --device cuda"
     )
-    parser.add_argument("--device", choices=STEPS, default="cpu")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--device", choices=STEPS, default="cpu", help="default: %(default)s")
     parser.add_argument(
-        "--folder", type=Path, help="where models are written, and found again (default: temporary)"
+        "--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help="default: 1"
     )
     parser.add_argument(
-        "--turns", type=int, default=3, help="processes a path (default: 3; 0: only export)"
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="where models are written, and found again (default: temporary)",
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=3,
+        metavar="N",
+        help="processes for each export and PyTorch (default: 3; 0: only export)",
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table")
     options = parser.parse_args(argv)
@@ -315,16 +326,7 @@ def _report(
     read = {path: export["step_bytes"] for path, export in exports.items()}
     if exact := read.get(torch[0].replace("PyTorch", "ONNX")):
         read |= {path: exact / (2 if path.endswith("bf16") else 1) for path in torch}
-    stages = [
-        (f"{stage} {size}", f"{title}, batch {size} (ms)", 1e3)
-        for size in options.batch_sizes
-        for stage, title in (("encode", "image encoder"), ("prefill", "prefill"), ("token", "step"))
-    ]
-    for key, title, unit in (
-        ("load", "load (s)", 1), ("bandwidth", "memory bandwidth at that time (GB/s)", 1e-9),
-        *stages, ("anonymous", "running: peak anonymous memory (GB)", 1e-9),
-        *([("gpu", "running: peak GPU memory (GB)", 1e-9)] if on_gpu else []),
-    ):  # fmt: skip
+    for key, title, unit in _figures(options.batch_sizes, on_gpu):
         values = {path: unit * outcome[key] for path, outcome in measured.items()}
         rows.append(row(title, lambda p, of=values: f"{of[p]:.2f}", measured))
         if title.endswith("(ms)"):
@@ -343,11 +345,30 @@ def _report(
         row("identical tokens", lambda p: f"{exports[p]['token_agreement']:.1%}", exports),
         row("error of the first logits", lambda p: f"{exports[p]['logit_error']:.1g}", exports),
     ]
+    return f"{_title(options)}\n\n{table(rows)}"
+
+
+def _figures(sizes: list[int], on_gpu: bool) -> list[tuple[str, str, float]]:
+    """What was measured: its key, its row's title, and the factor to the title's unit."""
+    stages = [
+        (f"{stage} {size}", f"{title}, batch {size} (ms)", 1e3)
+        for size in sizes
+        for stage, title in (("encode", "image encoder"), ("prefill", "prefill"), ("token", "step"))
+    ]
+    return [
+        ("load", "load (s)", 1),
+        ("bandwidth", "memory bandwidth at that time (GB/s)", 1e-9),
+        *stages,
+        ("anonymous", "running: peak anonymous memory (GB)", 1e-9),
+        *([("gpu", "running: peak GPU memory (GB)", 1e-9)] if on_gpu else []),
+    ]
+
+
+def _title(options: argparse.Namespace) -> str:
     depth = f" with at most {options.layers} layers a part" if options.layers else ""
-    return (
-        f"{options.dims}{depth}, random weights, {cpu_model()}, {available_cores()} cores"
-        f"{', ' + gpu_model() if on_gpu else ''}; {datetime.date.today()}\n\n{table(rows)}"
-    )
+    gpu = f", {gpu_model()}" if options.device == "cuda" else ""
+    machine = f"{cpu_model()}, {available_cores()} cores{gpu}"
+    return f"{options.dims}{depth}, random weights, {machine}; {datetime.date.today()}"
 
 
 def _profile_rows(

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import operator
 import statistics
 import subprocess
@@ -16,6 +15,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from capexport.artifact import Manifest, replace_file
+from capexport.artifact import Manifest
 from capexport.beam import beam_search
-from capexport.bench.cli import sample_photos
+from capexport.bench.cli import add_inputs, add_outputs, chosen_photos, write_outputs
 from capexport.bench.measure import fastest
 from capexport.bench.report import environment, load, table
 from capexport.bulk.files import find_images
 from capexport.bulk.outputs import FileOutput
 from capexport.bulk.run import caption_files, open_captioner
 from capexport.captioner import Captioner
-from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
+from capexport.cli import run_parser, teaching
+from capexport.cli.lstm import bundled_checkpoint
 from capexport.decoding import greedy
 from capexport.errors import ArtifactError
 from capexport.export.pairs import open_pair
@@ -56,9 +57,7 @@ STAGES = (READING, ENCODER, DECODER)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns its exit code, 2 where it cannot be run."""
-    options = _parser().parse_args(argv)
-    show_progress()
-    return run_command("bulk.py", lambda: _benchmark(options))
+    return run_parser(_parser(), _benchmark, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,13 +75,6 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
-        "--photos",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="folders, files or patterns, taken in rotation (default: scikit-image's samples)",
-    )
-    parser.add_argument(
         "--megapixels", type=float, metavar="N", help="scale the photos, to JPEGs of this size"
     )
     parser.add_argument(
@@ -91,19 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--artifact", type=Path, metavar="DIR", help="its export (default: made for this run)"
     )
-    parser.add_argument(
-        "--count",
-        type=int,
-        default=256,
-        metavar="N",
-        help="photos a round, up to whole batches (default: 256)",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="timed rounds, medians of (default: 5)"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="of both sides (default: 32)"
+    add_inputs(
+        parser,
+        count=(256, "photos a round, rounded up to whole batches"),
+        rounds=(5, "timed rounds, of which medians are reported"),
+        threads=(None, "CPU threads"),
+        batch_size=(32, "batch size of both sides"),
     )
     parser.add_argument(
         "--files",
@@ -113,8 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="folder sizes to compare memory at; 0: don't (default: 1000 10000)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report")
+    add_outputs(parser)
     return parser
 
 
@@ -122,7 +106,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     threads = options.threads or available_cores()
     if min(options.count, options.rounds, options.batch_size, threads) < 1:
         raise ValueError("--count, --rounds, --batch-size and --threads must be at least 1")
-    photos = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    photos = chosen_photos(options)
     pair = open_pair(options.checkpoint or str(bundled_checkpoint()), "cpu", threads)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -158,13 +142,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         }
         sizes = sorted(size for size in options.files if size)
         result["memory"] = memory(artifact, photos, sizes, threads, options.batch_size, folder)
-    text = render(result)
-    if options.json:
-        replace_file(options.json, json.dumps(result, indent=1) + "\n")
-    if options.markdown:
-        replace_file(options.markdown, text + "\n")
-    print(text)
-    print(json.dumps(result))
+    write_outputs(options, render(result), result)
     return 0
 
 
@@ -248,20 +226,7 @@ def onnx_paths(
             captioner.preprocess(path, row)
         return pixels
 
-    def each(
-        function: Callable[[Any], Any], items: Sequence[Any], workers: int = threads
-    ) -> Callable[[], None]:
-        pool = ThreadPoolExecutor(workers)
-
-        def one(item: Any) -> None:
-            function(item)
-
-        def run() -> None:
-            for _ in pool.map(one, itertools.islice(itertools.cycle(items), len(batches))):
-                pass
-
-        return run
-
+    each = partial(_each, count=len(batches), workers=threads)
     decode: Any = beam_search if captioner.options.num_beams > 1 else greedy
     ready = [read(batch) for batch in batches[: max(1, READY // batch_size)]]
     features = [captioner.encoder(pixels) for pixels in ready]
@@ -272,6 +237,22 @@ def onnx_paths(
         TOGETHER: each(together.encoder, ready, workers=1),
         DECODER: each(lambda item: decode(captioner.decoder, item, captioner.options), features),
     }
+
+
+def _each(
+    function: Callable[[Any], Any], items: Sequence[Any], count: int, workers: int
+) -> Callable[[], None]:
+    """Calls `function` with `count` of the items, taken in rotation, on as many threads."""
+    pool = ThreadPoolExecutor(workers)
+
+    def one(item: Any) -> None:
+        function(item)
+
+    def run() -> None:
+        for _ in pool.map(one, itertools.islice(itertools.cycle(items), count)):
+            pass
+
+    return run
 
 
 def speed(

@@ -19,11 +19,9 @@ from typing import Any
 
 import psutil
 
-from capexport.artifact import replace_file
-from capexport.bench.cli import sample_photos
+from capexport.bench.cli import add_inputs, add_outputs, chosen_photos, write_outputs
 from capexport.bench.report import table
-from capexport.bulk.files import find_images
-from capexport.cli import run_command, show_progress, teaching
+from capexport.cli import run_parser, teaching
 from capexport.sessions import available_cores
 
 SAMPLE = 1.0  # seconds between two looks at the processes' memory
@@ -48,9 +46,7 @@ print(seconds, tracemalloc.get_traced_memory()[1])
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns its exit code, 2 where it cannot be run."""
-    options = _parser().parse_args(argv)
-    show_progress()
-    return run_command("cluster.py", lambda: _benchmark(options))
+    return run_parser(_parser(), _benchmark, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,13 +62,6 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
-        "--photos",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="folders, files or patterns, taken in rotation (default: scikit-image's samples)",
-    )
-    parser.add_argument(
         "--count",
         type=int,
         nargs="+",
@@ -81,16 +70,15 @@ def _parser() -> argparse.ArgumentParser:
         help="files in a folder; of several, the last is what speed is told of (default: 2000 "
         "10000)",
     )
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report")
+    add_inputs(parser, rounds=(1, "rounds of both sides in turn"))
+    add_outputs(parser)
     return parser
 
 
 def _benchmark(options: argparse.Namespace) -> int:
     if min(*options.count, options.rounds) < 1:
         raise ValueError("--count and --rounds must be at least 1")
-    photos = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    photos = chosen_photos(options)
     size = statistics.mean(photo.stat().st_size for photo in photos)
     result: dict[str, Any] = {
         "cores": available_cores(),
@@ -108,13 +96,7 @@ def _benchmark(options: argparse.Namespace) -> int:
                 result["runs"].append({"contender": contender, "count": count, **run})
                 print(f"{contender}, {count} files: {json.dumps(run)}", file=sys.stderr)
     result["paper"] = on_paper(result)
-    text = render(result)
-    if options.json:
-        replace_file(options.json, json.dumps(result, indent=1) + "\n")
-    if options.markdown:
-        replace_file(options.markdown, text + "\n")
-    print(text)
-    print(json.dumps(result))
+    write_outputs(options, render(result), result)
     return 0
 
 

@@ -104,19 +104,19 @@ def _models(folder: Path, device: str) -> Iterator[Compared]:
 
 
 def _cnn_lstm(folder: Path, device: str) -> Iterator[Compared]:
-    from capexport.cli import bundled_checkpoint
+    from capexport.cli.lstm import bundled_checkpoint
     from capexport.export.cnn_lstm import export_cnn_lstm
     from capexport.models.checkpoint import load_checkpoint
     from capexport.models.torch_captioner import torch_captioner
 
     checkpoint = load_checkpoint(bundled_checkpoint())
     export_cnn_lstm(checkpoint, folder)
-    reference = torch_captioner(checkpoint, device)
+    pytorch = torch_captioner(checkpoint, device)
     photos = sample_photos()
     for precision, artifact in (("fp32", folder), ("int8", BUNDLED_ARTIFACT)):
         exported = Captioner.load(artifact, device=device)
         for beams in (1, 3):
-            wanted, got = (each.caption(photos, num_beams=beams) for each in (reference, exported))
+            wanted, got = (each.caption(photos, num_beams=beams) for each in (pytorch, exported))
             yield f"CNN-LSTM {precision}{_beams(beams)}", artifact, wanted, got
 
 
@@ -140,14 +140,14 @@ def _blip2(folder: Path, kind: str, precision: str, device: str) -> Iterator[Com
 
     artifact = folder / f"{kind}-{precision}"
     dtype = torch.float32 if precision == "fp32" or device == "cpu" else torch.float16
-    reference = HuggingFaceCaptioner.load(folder / kind, device, dtype)
+    pytorch = HuggingFaceCaptioner.load(folder / kind, device, dtype)
     exported = Captioner.load(artifact, device=device)
     photos = sample_photos()
     for beams in (1, 3):
         wanted, got = [], []
         for prompt in (None, *PROMPTS):
             options: Any = {"prompt": prompt, "num_beams": beams}
-            wanted += reference.caption(photos, max_tokens=20, **options)
+            wanted += pytorch.caption(photos, max_tokens=20, **options)
             got += exported.caption(photos, max_tokens=20, **options)
         yield f"BLIP-2 {kind} {precision}{_beams(beams)}", artifact, wanted, got
 

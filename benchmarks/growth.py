@@ -19,12 +19,11 @@ from bulk import scaled
 from tqdm import tqdm
 
 from capexport.artifact import Manifest, replace_file
-from capexport.bench.cli import sample_photos
+from capexport.bench.cli import add_inputs, chosen_photos
 from capexport.bench.report import cpu_model, load, table
 from capexport.bench.sheet import new_figure, save_figure
-from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner
-from capexport.cli import run_command, show_progress, teaching
+from capexport.cli import run_parser, teaching
 from capexport.preprocessing import load_image
 from capexport.sessions import available_cores
 
@@ -45,19 +44,21 @@ def main(argv: list[str] | None = None) -> int:
             "python benchmarks/growth.py --files 10 100           # without the longest part",
         ),
     )
-    parser.add_argument("artifact", nargs="?", type=Path, default=BUNDLED_ARTIFACT)
-    parser.add_argument("--photos", nargs="+", default=[], metavar="PATH")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--files", type=int, nargs="+", default=FILES, metavar="N")
+    parser.add_argument(
+        "artifact", nargs="?", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR",
+        help="exported CNN-LSTM (default: the bundled captioner)",
+    )  # fmt: skip
+    add_inputs(parser, rounds=(5, "timed rounds, of which medians are reported"))
+    parser.add_argument(
+        "--files", type=int, nargs="+", default=FILES, metavar="N", help="numbers of files"
+    )
     parser.add_argument("--picture", type=Path, metavar="PNG", help="also draw the curves")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables")
-    options = parser.parse_args(argv)
-    show_progress()
-    return run_command("growth.py", lambda: _grow(options))
+    return run_parser(parser, _grow, argv)
 
 
 def _grow(options: argparse.Namespace) -> int:
-    photos = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    photos = chosen_photos(options)
     with tempfile.TemporaryDirectory() as folder:
         curves = _curves(options, photos, Path(folder))
     title = (

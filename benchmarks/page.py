@@ -20,7 +20,7 @@ from PIL import Image
 from capexport.bench.cli import sample_photos
 from capexport.bench.report import cpu_model
 from capexport.captioner import BUNDLED_ARTIFACT
-from capexport.cli import run_command, show_progress, teaching
+from capexport.cli import run_parser, teaching
 from capexport.errors import MissingExtraError, importing
 from capexport.web import write_site
 
@@ -39,12 +39,13 @@ def main(argv: list[str] | None = None) -> int:
             "python benchmarks/page.py --picture benchmarks/page.png",
         ),
     )
-    parser.add_argument("--artifact", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR")
+    parser.add_argument(
+        "--artifact", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR",
+        help="exported CNN-LSTM (default: the bundled captioner)",
+    )  # fmt: skip
     parser.add_argument("--runtime", type=Path, metavar="DIR", help="as of `capexport web`")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="where to draw the page")
-    options = parser.parse_args(argv)
-    show_progress()
-    return run_command("page.py", lambda: _draw(options))
+    return run_parser(parser, _draw, argv)
 
 
 def _draw(options: argparse.Namespace) -> int:

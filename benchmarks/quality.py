@@ -15,7 +15,7 @@ from capexport import Captioner
 from capexport.artifact import replace_file
 from capexport.bench.report import table
 from capexport.captioner import Caption
-from capexport.cli import run_command, teaching
+from capexport.cli import run_parser, teaching
 from capexport.export.blip2 import TOLERANCES, export_blip2
 from capexport.export.parity import IMAGES, scored, token_agreement
 from capexport.metrics import ciders, scorers
@@ -46,16 +46,19 @@ def main(argv: list[str] | None = None) -> int:
             "python benchmarks/quality.py --checkpoint small --data flickr8k",
         ),
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--data", type=Path, required=True, help="folder, as of `python -m train`")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="BLIP-2 checkpoint"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="as of `python -m train`"
+    )
     parser.add_argument(
         "--precisions", nargs="+", choices=TOLERANCES, default=[*TOLERANCES], metavar="NAME",
         help="default: all",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="photos (default: the split)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
-    options = parser.parse_args(argv)
-    return run_command("quality.py", lambda: _run(options))
+    return run_parser(parser, _run, argv)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -25,14 +25,12 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from capexport.artifact import local_folder, replace_file
-from capexport.bench.cli import sample_photos
+from capexport.bench.cli import add_inputs, add_outputs, chosen_photos, write_outputs
 from capexport.bench.report import environment, table
-from capexport.bulk.files import find_images
 from capexport.bulk.outputs import FileOutput
 from capexport.bulk.run import caption_files, open_captioner
-from capexport.captioner import BUNDLED_ARTIFACT
-from capexport.cli import run_command, show_progress, teaching
+from capexport.captioner import model_folder
+from capexport.cli import run_parser, teaching
 from capexport.sessions import available_cores
 
 BAD_EVERY = 20  # of so many requests one is bad
@@ -42,9 +40,7 @@ HEADERS = {"Content-Type": "application/json"}
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns its exit code, 2 where it cannot be run."""
-    options = _parser().parse_args(argv)
-    show_progress()
-    return run_command("serve.py", lambda: _benchmark(options))
+    return run_parser(_parser(), _benchmark, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,25 +56,16 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
-        "--photos", nargs="+", default=[], metavar="PATH",
-        help="folders, files or patterns, taken in rotation (default: scikit-image's samples)",
-    )  # fmt: skip
-    parser.add_argument(
         "-m", "--model", metavar="DIR", help="exported folder (default: the bundled one)"
     )
-    counts = {
-        "requests": (2000, "requests a round"),
-        "clients": (32, "clients that ask at the same time, one request after the other"),
-        "rounds": (3, "timed rounds, medians of"),
-        "threads": (None, "CPU threads of both sides"),
-    }
-    for name, (default, what) in counts.items():
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N",
-            help=f"{what} (default: {default or 'all'})",
-        )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report")
+    add_inputs(
+        parser,
+        requests=(2000, "requests a round"),
+        clients=(32, "clients that ask at the same time, one request after the other"),
+        rounds=(3, "timed rounds, of which medians are reported"),
+        threads=(None, "CPU threads of both sides"),
+    )
+    add_outputs(parser)
     return parser
 
 
@@ -86,8 +73,8 @@ def _benchmark(options: argparse.Namespace) -> int:
     threads = options.threads or available_cores()
     if min(options.requests, options.clients, options.rounds, threads) < 1:
         raise ValueError("--requests, --clients, --rounds and --threads must be at least 1")
-    photos = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
-    model = local_folder(options.model) if options.model else BUNDLED_ARTIFACT
+    photos = chosen_photos(options)
+    model = model_folder(options.model)
     captioner = open_captioner(model, threads=threads)
     wanted = [caption.text for caption in captioner.caption(photos)]
     requests = make_requests([photo.read_bytes() for photo in photos], wanted, options.requests)
@@ -115,13 +102,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         "load_average": {"before": load, "after": os.getloadavg()[0]},
         **measured,
     }
-    text = render(result)
-    if options.json:
-        replace_file(options.json, json.dumps(result, indent=1) + "\n")
-    if options.markdown:
-        replace_file(options.markdown, text + "\n")
-    print(text)
-    print(json.dumps(result))
+    write_outputs(options, render(result), result)
     return 1 if result["wrong"] or result["lost"] else 0
 
 

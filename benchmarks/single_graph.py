@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +17,10 @@ from tqdm import tqdm
 
 from capexport import Captioner
 from capexport.artifact import Manifest
-from capexport.bench.cli import sample_photos
+from capexport.bench.cli import add_inputs, chosen_photos
 from capexport.bench.report import cpu_model, table
-from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT
-from capexport.cli import run_command, show_progress, teaching
+from capexport.cli import run_parser, teaching
 from capexport.export.head import image_head
 from capexport.export.single_file import export_file
 from capexport.preprocessing import load_image, preprocess
@@ -41,17 +39,16 @@ def main(argv: list[str] | None = None) -> int:
             "python benchmarks/single_graph.py --photos flickr8k/Images --threads 1",
         ),
     )
-    parser.add_argument("--artifact", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR")
-    parser.add_argument("--photos", nargs="+", default=[], metavar="PATH")
-    parser.add_argument("--count", type=int, default=20, metavar="N", help="photos that are timed")
-    parser.add_argument("--threads", type=int, default=1, metavar="N")
-    options = parser.parse_args(argv)
-    show_progress()
-    return run_command("single_graph.py", lambda: _benchmark(options))
+    parser.add_argument(
+        "--artifact", type=Path, default=BUNDLED_ARTIFACT, metavar="DIR",
+        help="exported CNN-LSTM (default: the bundled captioner)",
+    )  # fmt: skip
+    add_inputs(parser, count=(20, "photos that are timed"), threads=(1, "CPU threads"))
+    return run_parser(parser, _benchmark, argv)
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    paths = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    paths = chosen_photos(options)
     photos = [load_image(path) for path in paths[: options.count]]
     large = [photo.resize(LARGE, Image.Resampling.BICUBIC) for photo in photos[:3]]
     manifest = Manifest.read(options.artifact)

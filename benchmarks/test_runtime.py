@@ -12,7 +12,7 @@ from benchmarks.random_blip2 import blip2_config, save_checkpoint
 from capexport import Captioner
 from capexport.beam import beam_search
 from capexport.bench.cli import sample_photos
-from capexport.cli import bundled_checkpoint
+from capexport.cli.lstm import bundled_checkpoint
 from capexport.decoding import greedy, greedy_by_steps
 from capexport.preprocessing import load_image, preprocess
 

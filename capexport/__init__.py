@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ArtifactNotFoundError,
         CapexportError,
         CheckpointError,
+        DatasetError,
         DeviceError,
         DownloadError,
         ImageError,
@@ -37,6 +38,7 @@ __all__ = [
     "Caption",
     "Captioner",
     "CheckpointError",
+    "DatasetError",
     "DecodingOptions",
     "DeviceError",
     "DownloadError",
@@ -50,7 +52,7 @@ __all__ = [
     "Timing",
 ]
 
-# Names that are no errors, by the module that they are from.
+# The modules of all names but the errors.
 _HOMES = {
     "Alternative": "captioner",
     "Caption": "captioner",

@@ -67,7 +67,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Decoding(DecodingOptions):
-    """The default options, and the token that begins captions where the decoder needs one."""
+    """The default options of decoding, and the token that begins a caption if there is one."""
 
     start_token: int | None = None
 
@@ -151,8 +151,17 @@ class Provenance:
 
 @dataclass(frozen=True)
 class CaptionParity:
-    """How captions compare with PyTorch's: how many of them (`images`, or `compared` for a BLIP-2)
-    are identical, and how many of PyTorch's are distinct."""
+    """How captions compare with PyTorch's.
+
+    Attributes:
+        identical: how many are the same to the token.
+        distinct: how many different ones PyTorch's are: one for all images would prove little.
+        images: how many images were captioned; of a BLIP-2, `compared` are the captions, since each
+            image gets several.
+        max_log_probability_difference: the largest of a caption (CNN-LSTM).
+        token_agreement: the share of tokens that are the same (BLIP-2).
+        logit_error: the relative error of the first tokens' logits (BLIP-2).
+    """
 
     identical: int
     distinct: int
@@ -220,6 +229,11 @@ class Manifest:
             raise ValueError(f"image.mean is out of range: {image.mean}")
         if not all(1e-3 < std < 1e3 for std in image.std):
             raise ValueError(f"image.std is out of range: {image.std}")
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(record.bytes for record in self.files.values())
 
     def to_json(self) -> str:
         return json.dumps(_plain(self), indent=1)
@@ -311,7 +325,8 @@ def typed(kind: type[T], value: Any, name: str = "") -> T:
     Raises:
         ValueError: it names a field that is missing, unknown, of another type or out of range.
     """
-    return _typed(kind, value, name)  # type: ignore[no-any-return]
+    found: T = _typed(kind, value, name)
+    return found
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
@@ -467,7 +482,8 @@ def new_artifact(out: Path) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path) -> None:
-    """
+    """Refuse an output folder that holds something.
+
     Raises:
         OutputExistsError: there is something at `out` other than an empty folder.
     """
@@ -541,15 +557,16 @@ _DRAFT = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
 
 
 def _target_of(draft: str) -> str | None:
-    """The name that a draft of this name is to get, as far as it says; None for other names."""
+    """The final name of a draft, or as much of it as the draft's name holds; None if `draft` is not
+    the name of a draft."""
     match = _DRAFT.fullmatch(draft)
     return match and match[1]
 
 
 @contextmanager
 def _draft(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
-    """A new file (or folder) beside `path`, locked, and its open descriptor; the caller closes that
-    of a file. What is left of the draft at the end of the block is removed."""
+    """A new, locked file (or folder) beside `path`, and its open descriptor, which the caller
+    closes if it is a file. The draft is removed at the end of the block, unless it was renamed."""
     stem = os.fsencode(path.name)[:100].decode("utf-8", "ignore") or "file"
     draft, number = path, -1
     try:

@@ -200,8 +200,12 @@ def _candidates(
 def _select(
     decoder: Decoder, state: State, rows: list[int], images: list[int] | None, widened: bool
 ) -> State:
-    """The state of `rows`. What all rows of an image have in common stays where it is, unless only
-    some `images` go on, or each is `widened` to more beams."""
+    """The state of `rows`, without copying what stays the same.
+
+    Args:
+        images: the images whose search goes on; None if all do.
+        widened: whether each image now has more beams than before.
+    """
     aligned = images is None and not widened
     if aligned and rows == list(range(len(rows))):
         return state

@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 # Trained on Flickr8k, in int8; artifacts/README.md says how it was made.
 BUNDLED_ARTIFACT = Path(__file__).parent / "default"
 
+
+def model_folder(model: str | os.PathLike[str] | None, revision: str | None = None) -> Path:
+    """The `local_folder` of a model; of the bundled captioner where none is named."""
+    return local_folder(BUNDLED_ARTIFACT if model is None else model, revision)
+
+
 log = logging.getLogger("capexport")
 
 
@@ -188,7 +194,7 @@ class Captioner:
             "session_options": session_options,
         }
         candidates = targets(**settings)
-        path = local_folder(BUNDLED_ARTIFACT if folder is None else folder, revision)
+        path = model_folder(folder, revision)
         captioner = open_artifact(path, Manifest.read(path), *candidates)
         if folder is not None and path == Path(folder):
             folder = path.absolute()
@@ -323,7 +329,8 @@ class Captioner:
         return size
 
     def check_attention(self, wanted: bool = True) -> None:
-        """
+        """Check that the decoder can say where it looked, if that is wanted.
+
         Raises:
             OptionError: attention is wanted, but the decoder has none.
         """
@@ -435,7 +442,8 @@ class Captioner:
             ) from error
 
     def _caption(self, hypotheses: Sequence[Hypothesis], timing: Timing) -> Caption:
-        """The first of an image's hypotheses, the others behind it."""
+        """The caption of an image: the first of its hypotheses, with all of them as
+        alternatives."""
         alternatives = []
         for hypothesis in hypotheses:
             tokens, log_probability = tuple(hypothesis.tokens), hypothesis.log_probability

@@ -12,7 +12,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -56,7 +56,7 @@ class Prompts:
         mask: int64 (batch, length), 0 for padding.
         context: int64 (batch, n), the ids that count as said before the caption begins, for the
             repetition penalty and for sequences that must not come twice.
-        room: int64 (batch,), how many tokens the model has positions for after each prompt; None
+        room: int64 (batch,), for how many tokens after each prompt the model has positions; None
             if it has no limit.
     """
 
@@ -70,9 +70,9 @@ class Decoder(Protocol):
     """Runs once for every token.
 
     Attributes:
-        constant: the names of what no step changes in its state.
-        shared: of these, the names of what has one row for each image, however many beams it has.
-        regions: of a decoder with attention, the grid that it looks at before each token.
+        constant: the names of the values in its state that no step changes.
+        shared: those of them that have one row for each image, however many beams it has.
+        regions: the grid that a decoder with attention looks at before each token, else None.
     """
 
     constant: frozenset[str] = frozenset()
@@ -102,7 +102,7 @@ class Decoder(Protocol):
     def select(self, state: State, rows: NDArray[np.intp]) -> State:
         """The state of these `rows`, in this order: to drop finished rows, and to reorder beams.
 
-        `state` may be a part of a state, and a row may come several times.
+        `state` may hold only some of a state's values, and `rows` may name a row several times.
         """
 
     def attention(self, features: Features, captions: Sequence[Sequence[int]]) -> list[FloatArray]:
@@ -241,7 +241,10 @@ class DecodingKeywords(TypedDict, total=False):
     no_repeat_ngram_size: int | None
 
 
-def changed(options: DecodingOptions, given: DecodingKeywords) -> DecodingOptions:
+_Options = TypeVar("_Options", bound=DecodingOptions)
+
+
+def changed(options: _Options, given: DecodingKeywords) -> _Options:
     """`options` with what is given in place of their own."""
     values = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(options, **values) if values else options  # type: ignore[arg-type]
@@ -310,8 +313,8 @@ def greedy_by_steps(
 def begin(
     logits: FloatArray, options: DecodingOptions, prompts: Prompts | None
 ) -> tuple[TokenArray, TokenArray]:
-    """What counts as said in each row, token ids int64 (batch, n), and how many tokens each row may
-    have, int64 (batch,).
+    """The tokens that count as said in each row before its caption begins, int64 (batch, n), and
+    how many tokens each row may have, int64 (batch,).
 
     Raises:
         OptionError: the options name tokens that have no logits.

@@ -25,7 +25,7 @@ class ArtifactNotFoundError(ArtifactError, FileNotFoundError):
 
 
 class CheckpointError(CapexportError, ValueError):
-    """A checkpoint is missing, damaged or not one of capexport's."""
+    """A PyTorch checkpoint is missing, damaged, or of a kind that cannot be exported."""
 
 
 class DatasetError(CapexportError, ValueError):
@@ -33,7 +33,7 @@ class DatasetError(CapexportError, ValueError):
 
 
 class OutputExistsError(CapexportError, FileExistsError):
-    """The output is already there; capexport never overwrites it."""
+    """The output is there already, or another run is writing it."""
 
 
 class ParityError(CapexportError, ArithmeticError):
@@ -53,7 +53,7 @@ class MissingExtraError(CapexportError, ImportError):
 
 
 class DownloadError(CapexportError, ConnectionError):
-    """Pretrained weights cannot be downloaded."""
+    """A model, weights or another package's files cannot be downloaded."""
 
 
 @contextmanager

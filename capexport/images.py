@@ -33,8 +33,8 @@ from capexport.pixels import (
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 
-# What photos come in: nothing that runs a program (EPS) or holds no photo, and no icons, which
-# Pillow decodes before their size can be seen. TGA has no signature, so it is tried last.
+# The formats of photos. None runs a program, as EPS does, and icons are left out because Pillow
+# decodes them before their size can be checked. TGA has no signature, so it is tried last.
 FORMATS = (
     "JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM",
     "QOI", "PSD", "DDS", "PCX", "SGI", "TGA",
@@ -45,13 +45,14 @@ MAX_PIXELS = 120_000_000
 # Each scan of a JPEG in several goes over all its pixels. Encoders write about ten; more are for
 # small images.
 _MAX_SCANS, _MAX_SCANNED_PIXELS = 32, 200_000_000
-# Bytes of a file that is read as a whole, twice for a moment; the largest photos have a third.
+# Of a file that is read as a whole, in bytes. It is in memory twice for a moment; the largest
+# photos have a third of this.
 _MAX_BYTES = 100_000_000
 # Bytes a pixel that stand for the time that some modes take to become RGB, by measurements,
 _SLOW_MODES = {"CMYK": 5.0, "I": 7.0, "F": 7.0}
 # and decoders that are written in Python, and read a pixel at a time.
 _BY_PIXEL = {"qoi": 8.0, "ppm": 8.0, "dds_rgb": 8.0, "bmp_rle": 24.0}
-# A second or so; the parts of a photo are thousands at most.
+# So many take about a second; a photo is read in thousands of pieces at most.
 _MOST_READS = 1_000_000
 # A TIFF's tags.
 _ORIENTATION, _COLORMAP, _COMPRESSION, _ROWS_PER_STRIP = 274, 320, 259, 278
@@ -193,7 +194,8 @@ def _lock_of(source: object) -> contextlib.AbstractContextManager[object]:
 def decoded(
     source: ImageSource, max_pixels: int, truncated: bool, enough: int | None = None
 ) -> Loaded:
-    """Of a JPEG file, all pixels, or so many that neither edge has fewer than `enough`."""
+    """Decode `source`. A JPEG file is reduced while decoding if `enough` is given: as far as each
+    edge keeps at least so many pixels."""
     if isinstance(source, Image.Image):
         with _lock_of(source):
             if isinstance(source, ImageFile.ImageFile):
@@ -271,8 +273,8 @@ def _read(file: BinaryIO, max_pixels: int, truncated: bool, enough: int | None) 
 
 
 class _Patient:
-    """A file that is read in so many pieces and no more: some formats are searched for their next
-    part byte by byte, which in a gigabyte of zeros takes minutes."""
+    """A file that refuses to be read in more than `_MOST_READS` pieces. Pillow searches some
+    formats for their next part byte by byte, which takes minutes in a gigabyte of zeros."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._left = file, _MOST_READS
@@ -324,7 +326,7 @@ def _decode(file: BinaryIO, max_pixels: int, truncated: bool, enough: int | None
 
 
 def _is_in_scans(image: ImageFile.ImageFile, file: BinaryIO) -> bool:
-    """Is it a JPEG whose scans each hold but a part of all pixels, so that they are gathered?"""
+    """Is it a JPEG in several scans, so that the decoder must hold all coefficients at once?"""
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
         return False
     return bool(image.info.get("progressive")) or first_scan(file) < len(image.getbands())
@@ -337,7 +339,8 @@ def _has_deep_colours(image: ImageFile.ImageFile) -> bool:
 
 
 def _mend_tiles(image: ImageFile.ImageFile, file: BinaryIO) -> None:
-    """Where Pillow would read an image's parts wrongly, or is kept from it, have it read them."""
+    """Correct an opened image's parts where Pillow would decode them wrongly, and let decoders that
+    read a pixel at a time past `_Patient`."""
     tags: Any = getattr(image, "tag_v2", {})
     if tags.get(_PLANES) == 2 and len(image.getbands()) == 1:  # which is as if none were said
         tags[_PLANES] = 1
@@ -411,8 +414,8 @@ def _check_size(image: ImageFile.ImageFile, max_pixels: int, in_scans: bool) -> 
 
 
 def _decoding_bytes(image: ImageFile.ImageFile, in_scans: bool) -> float:
-    """About how many bytes a pixel takes while such a file is decoded, by measurements; where its
-    time is worse than its memory, as many as take that time."""
+    """About how many bytes a pixel takes while such a file is decoded, by measurements. Where
+    decoding is slow rather than large, so many that the limits bound its time."""
     if image.format in ("WEBP", "AVIF", "HEIF"):
         return {"WEBP": 16, "AVIF": 8, "HEIF": 8}[image.format]
     if image.tile and image.tile[0].codec_name in _BY_PIXEL:

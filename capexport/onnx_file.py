@@ -27,27 +27,28 @@ _MESSAGES = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "external data"},
 }
-_UNBOUNDED = {b"Loop", b"Scan", b"SequenceMap"}
+_LOOPS = {b"Loop", b"Scan", b"SequenceMap"}
+_BOUNDED_LOOP = (b"Loop", "main node", b"max_tokens")  # operator, place, and first input: the count
 _FLOAT32, _UINT8, _INT8, _INT32, _INT64 = 1, 2, 3, 6, 7  # element types
 
 
-def check_graph(path: Path, files: Collection[str], bound: str = "max_tokens") -> None:
-    """Hold a graph to its artifact: external weights lie in `files`, and every loop is one of the
-    main graph that counts to the graph's input `bound`.
+def check_graph(path: Path, files: Collection[str]) -> None:
+    """Check that a graph reads no external weights but `files`, and that its only loops are some of
+    the main graph that count to the graph's input `max_tokens`.
 
     Raises:
         ArtifactError: it names another file, loops without that bound, or is not an ONNX graph.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            trouble = next(_troubles(data, files, bound.encode()), None)
+            trouble = next(_troubles(data, files), None)
     except (ValueError, IndexError) as error:
         raise ArtifactError(f"{path}: no ONNX graph: {error}; export again") from error
     if trouble:
         raise ArtifactError(f"{path}: {trouble}; export again")
 
 
-def _troubles(data: mmap.mmap, files: Collection[str], bound: bytes) -> Iterator[str]:
+def _troubles(data: mmap.mmap, files: Collection[str]) -> Iterator[str]:
     waiting = [("model", 0, len(data))]
     while waiting:
         kind, start, end = waiting.pop()
@@ -62,8 +63,8 @@ def _troubles(data: mmap.mmap, files: Collection[str], bound: bytes) -> Iterator
         if kind in ("node", "main node"):
             operator = next((data[a:z] for number, a, z in reversed(fields) if number == 4), b"")
             count = next((data[a:z] for number, a, z in fields if number == 1), b"")
-            if operator in _UNBOUNDED and (operator, kind, count) != (b"Loop", "main node", bound):
-                yield f"a {operator.decode()} that {bound.decode()} does not bound"
+            if operator in _LOOPS and (operator, kind, count) != _BOUNDED_LOOP:
+                yield f"a {operator.decode()} that max_tokens does not bound"
 
 
 def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
-from capexport.artifact import FILE_NAME, Manifest, local_folder, sha256_of
+from capexport.artifact import FILE_NAME, Manifest, sha256_of
 from capexport.bulk.files import is_searched, search
 from capexport.bulk.names import original_name, readable_name, shown
 from capexport.bulk.run import map_ahead
-from capexport.captioner import BUNDLED_ARTIFACT, Caption, Captioner
+from capexport.captioner import Caption, Captioner, model_folder
 from capexport.decoding import DecodingKeywords, changed
 from capexport.errors import (
     ArtifactError,
@@ -230,7 +230,7 @@ class _Work:
                 raise OptionError(f"{name} must be at least 1, got {number}")
         if (options.get("num_return_sequences") or 1) > 1:
             raise OptionError("num_return_sequences must be 1: a row has one caption")
-        folder = local_folder(BUNDLED_ARTIFACT if model is None else model)
+        folder = model_folder(model)
         manifest = Manifest.read(folder)
         changed(manifest.decoding.options, options)
         family = find_family(manifest.family)

@@ -42,7 +42,7 @@ class Device:
     Attributes:
         name: what `device=` calls it.
         provider, options: its execution provider, and the options of that.
-        extra: the extra of capexport that installs the provider.
+        extra: the extra of capexport that installs the provider; "" if none does.
         memory: where values stay between graphs, as onnxruntime names it.
         images_per_core: how many images of a batch each core takes through a small encoder at once;
             None if all cores take the whole batch together.
@@ -179,8 +179,8 @@ class Target:
         device: the kind of hardware; `index` says which one of several.
         threads: CPU threads of each graph; all cores by default.
         providers, session_options: the caller's own, in place of those in the device's row.
-        folded: a CPU computes float16 in float32. If folded, weights are converted once, into twice
-            their size; otherwise whenever they are used.
+        folded: what happens to float16 weights on a CPU, which computes in float32. If true, they
+            are converted once, into twice their size; if false, whenever they are used.
     """
 
     device: Device
@@ -204,14 +204,17 @@ class Target:
         return self.device.name if self.index is None else f"{self.device.name}:{self.index}"
 
     def require_provider(self) -> None:
-        """
+        """Check that this onnxruntime has the device's provider.
+
         Raises:
             MissingExtraError, DeviceError: no onnxruntime, or none with this provider.
         """
         if self.device.provider not in _import_onnxruntime().get_available_providers():
+            extra = self.device.extra
+            package = f"`capexport[{extra}]`" if extra else "the package of onnxruntime that has it"
             raise DeviceError(
-                f"this onnxruntime has no {self.device.provider}: install "
-                f"`capexport[{self.device.extra}]`, and no other package of onnxruntime beside it"
+                f"this onnxruntime has no {self.device.provider}: install {package}, and no other "
+                "package of onnxruntime beside it"
             )
 
     def open(
@@ -324,7 +327,7 @@ def _target_of_providers(providers: Providers, options: Any) -> Target:
     first = providers[0]
     name, settings = (first, {}) if isinstance(first, str) else first
     row = next((row for row in DEVICES if row.provider == name), None)
-    row = row or Device(name, name, extra="gpu")
+    row = row or Device(name, name, extra="")
     index = int(settings["device_id"]) if "device_id" in settings else None
     return Target(row, index, providers=tuple(providers), **options)
 
@@ -394,7 +397,8 @@ class Graph:
             self._session = None
 
     def expect(self, inputs: Collection[str], outputs: Collection[str]) -> None:
-        """
+        """Check the names of the graph's inputs and outputs.
+
         Raises:
             ArtifactError: inputs or outputs have other names.
         """

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one threa
 
 README = Path(__file__).parents[1] / "README.md"
 COMMITTED = Path(__file__).parent / "artifacts"  # by make_artifacts.py
+PROMPTS = ["a photo of", "Question: how many cats are there? Answer:", "two"]
 WORDS = [
     "a",
     "the",
@@ -112,6 +114,32 @@ def default_signals() -> None:
 def edit_manifest(folder: Path, **changes) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def vouch(folder: Path, *names: str) -> None:
+    """Put the sizes and hashes of these files, or of all that are there, into the manifest."""
+    from capexport.artifact import sha256_of
+
+    listed = json.loads((folder / "manifest.json").read_text())["files"] if names else {}
+    files = [folder / name for name in names] or [*folder.iterdir()]
+    records = {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in files
+        if file.name != "manifest.json" and file.is_file()
+    }
+    edit_manifest(folder, files={**listed, **records})
+
+
+def assert_same(got, wanted, tolerance: float = 1e-3) -> None:
+    """Captions, or alternatives, of the same tokens and text, and nearly the same probability."""
+    assert [c.tokens for c in got] == [c.tokens for c in wanted]
+    assert [c.text for c in got] == [c.text for c in wanted]
+    np.testing.assert_allclose(
+        [c.log_probability for c in got],
+        [c.log_probability for c in wanted],
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 def shapes(values) -> dict[str, list[int | str]]:
@@ -234,31 +262,31 @@ def attention_checkpoint(tmp_path_factory: pytest.TempPathFactory):
     return small_checkpoint(tmp_path_factory.mktemp("attention"), decoder="attention")
 
 
+def _exported(
+    request: pytest.FixtureRequest, factory: pytest.TempPathFactory, checkpoint: str, name: str
+) -> Path:
+    if find_spec("torch") is None:
+        return COMMITTED / name
+    from capexport.export.cnn_lstm import export_cnn_lstm
+
+    out = factory.mktemp("export") / name
+    export_cnn_lstm(request.getfixturevalue(checkpoint), out)
+    return out
+
+
 @pytest.fixture(scope="session")
 def attention_artifact(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The small model with attention, exported; where torch is not installed, one that is
     committed."""
-    if find_spec("torch") is None:
-        return COMMITTED / "attention"
-    from capexport.export.cnn_lstm import export_cnn_lstm
-
-    out = tmp_path_factory.mktemp("export") / "attention"
-    export_cnn_lstm(request.getfixturevalue("attention_checkpoint"), out)
-    return out
+    return _exported(request, tmp_path_factory, "attention_checkpoint", "attention")
 
 
 @pytest.fixture(scope="session")
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model, exported; where torch is not installed, one that is committed."""
-    if find_spec("torch") is None:
-        return COMMITTED / "cnn-lstm"
-    from capexport.export.cnn_lstm import export_cnn_lstm
-
-    out = tmp_path_factory.mktemp("export") / "small"
-    export_cnn_lstm(request.getfixturevalue("checkpoint"), out)
-    return out
+    return _exported(request, tmp_path_factory, "checkpoint", "cnn-lstm")
 
 
 @pytest.fixture(scope="session")
@@ -266,6 +294,24 @@ def captioner(artifact: Path):
     from capexport import Captioner
 
     return Captioner.load(artifact, threads=1)
+
+
+@pytest.fixture
+def wanted(captioner, photos: list[Path]) -> list[str]:
+    """What the small model says of `photos`."""
+    return [caption.text for caption in captioner.caption(photos)]
+
+
+@pytest.fixture
+def copied(artifact: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(artifact, tmp_path / "copied")
+
+
+def key(artifact: Path, options: str = "{}") -> str:
+    """What a journal of `capexport caption` says of the captions in it."""
+    from capexport.artifact import sha256_of
+
+    return f"{sha256_of(artifact / 'manifest.json')} {options} prompt=None"
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Training and scoring of the CNN-LSTM captioner: `python -m train`."""
+"""Training and scoring of captioners: `python -m train`, `train.blip2` and `train.score`."""

@@ -21,21 +21,12 @@ def _train(argv: list[str] | None) -> int:
         scorers()
     except MissingExtraError as error:
         print(f"train: {error}; until then the test split cannot be scored", file=sys.stderr)
-    try:
-        with run_folder(config.out, resume):
-            with importing("training needs `pip install -e '.[train]'`"):
-                # Importing torch takes long; what is refused before need not wait for it.
-                from train.loop import finish, train
-            checkpoint, dataset = train(config)
-            finish(checkpoint, dataset, config)
-    except KeyboardInterrupt:
-        if not (config.out / "last.safetensors").exists():
-            raise
-        print(
-            f"\ntrain: stopped; {config.out}/best is usable, --resume {config.out} goes on",
-            file=sys.stderr,
-        )
-        return 130
+    with run_folder(config.out, resume):
+        with importing("training needs `pip install -e '.[train]'`"):
+            # Importing torch takes long; what is refused before need not wait for it.
+            from train.loop import finish, train
+        checkpoint, dataset = train(config)
+        finish(checkpoint, dataset, config)
     print(f"done: {config.out}; export it with: capexport lstm {config.out} --out DIR")
     return 0
 

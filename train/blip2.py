@@ -20,7 +20,6 @@ class Blip2TrainConfig(RunOptions):
     et al. 2023, appendix; LAVIS, caption_coco_ft.yaml), with a warm-up that suits short runs too.
     """
 
-    data: Path = option("folder of Flickr8k, Flickr30k, COCO or another data set (README.md)")
     out: Path = option("run folder to create", default=Path("runs/blip2"))
     model: str = option(
         "Hugging Face id, or a local folder, of a BLIP-2 with OPT or Flan-T5",
@@ -52,15 +51,7 @@ class Blip2TrainConfig(RunOptions):
     weight_decay: float = option("AdamW's weight decay, of matrices alone", default=0.05)
     epochs: int = option("number of epochs, at most", default=5)
     patience: int = option("epochs without a better validation loss before stopping", default=2)
-    validation: float = option(
-        "share of photos for validation, if the data set has no split of its own", default=0.1
-    )
-    test: float = option(
-        "share of photos for the test, if the data set has no split of its own", default=0.1
-    )
     seed: int = option("seed of the split, the order of captions and of dropout", default=0)
-    device: str = option("torch device, such as cpu or cuda", default="cpu")
-    threads: int | None = option("CPU threads; all cores by default", default=None)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "epochs", "patience", "threads"):
@@ -98,17 +89,8 @@ def _train(argv: list[str] | None) -> int:
     # Importing torch takes long; --help and usage errors need not wait for it.
     with importing("training BLIP-2 needs `pip install -e '.[train,blip2]'`"):
         from train.blip2_loop import finish, train
-    try:
-        with run_folder(config.out, resume):
-            finish(train(config))
-    except KeyboardInterrupt:
-        if not (config.out / "last.safetensors").exists():
-            raise
-        print(
-            f"\ntrain.blip2: stopped; {config.out}/best is usable, --resume {config.out} goes on",
-            file=sys.stderr,
-        )
-        return 130
+    with run_folder(config.out, resume):
+        finish(train(config))
     print(
         f"done: {config.out}; export it with: capexport blip2 --model {config.out}/best --out DIR"
     )

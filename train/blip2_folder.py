@@ -78,7 +78,8 @@ def write_trained(folder: Path, trained: Mapping[str, Tensor]) -> None:
 
 
 def read_trained(folder: Path) -> dict[str, Tensor]:
-    """
+    """The tensors that `write_trained` wrote.
+
     Raises:
         CheckpointError: what `write_trained` wrote is gone, or damaged.
     """

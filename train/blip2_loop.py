@@ -56,11 +56,12 @@ from train.score import caption_photos
 
 _SAMPLES = 12  # photos on the sheet
 IGNORED = -100  # the label of what is not learnt
-_TOKENIZED = 1024  # captions at once: what a tokenizer makes of one is a hundred times its ids
+_TOKENIZED = 1024  # captions at once: a tokenizer's result takes a hundred times the ids' memory
 
 
 class TrainedParts(nn.Module):
-    """What is trained, by the names that it has in the whole model, with which it shares it."""
+    """The parts of a model that are trained, shared with it, under the names that it has for
+    them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -70,11 +71,12 @@ class TrainedParts(nn.Module):
 
 
 class CaptionInputs:
-    """How a caption becomes the model's inputs: what stands before it is what `generate()` and an
-    exported captioner put there, and the end token is learnt behind it.
+    """Turns captions into inputs of the model. Before a caption stands what `generate()` and an
+    exported captioner put there; behind it the end token, which is learnt, too.
 
     Attributes:
-        frame: the image's places and the prompt's ids, or the one that begins a caption.
+        frame: the ids before a caption: a token for each of the image's features, then the prompt,
+            or without one the token that begins a caption.
     """
 
     def __init__(self, checkpoint: Checkpoint, prompt: str | None) -> None:
@@ -97,13 +99,13 @@ class CaptionInputs:
         if config.image_token_index in framed:
             raise OptionError(f"--prompt must not contain the image token: {prompt!r}")
         self.frame = [config.image_token_index] * config.num_query_tokens + framed
-        # To a decoder alone it is one text; a prompt's encoder doesn't read the caption.
+        # A decoder alone reads prompt and caption as one text, which needs a space between them.
         joined = self._encoder_decoder or not prompt or prompt[-1].isspace()
         self._between = "" if joined else " "
 
     def encode(self, captions: Sequence[str]) -> list[list[int]]:
-        """Ids of each caption, as it is but for its white space; what looks like a special token
-        is text."""
+        """The ids of each caption. White space is normalised, nothing else is cleaned; what looks
+        like a special token counts as text."""
         texts = [self._between + " ".join(caption.split()) for caption in captions]
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         rows: list[list[int]] = self._tokenizer(texts, **options).input_ids if texts else []
@@ -193,7 +195,8 @@ def _frozen_dtype(config: Blip2TrainConfig) -> torch.dtype:
 
 
 def stored_parts(checkpoint: Checkpoint, parts: nn.Module) -> dict[str, Tensor]:
-    """What the checkpoint's files hold of `parts`, in float32: `load_pretrained` has rounded it."""
+    """The weights of `parts` in float32, from the checkpoint's files: a model that was loaded in
+    bfloat16 has them rounded."""
     weights = Weights(checkpoint.folder, checkpoint.folder)
     return {name: weights.stored([name])[1].float() for name in parts.state_dict()}
 
@@ -241,8 +244,8 @@ def learning_rate(step: int, steps: int, config: Blip2TrainConfig) -> float:
 
 
 def _run_epochs(tuning: FineTuning) -> None:
-    """Train from the last epoch that the run folder has; the best weights are in its `best/`, which
-    holds the model as it was before the first epoch has ended."""
+    """Train from the last epoch that the run folder has. The best weights are in its `best/`, which
+    holds the model as it was until the first epoch has ended."""
     config, parts, out = tuning.config, tuning.parts, tuning.config.out
     examples = _examples(tuning.dataset, tuning.inputs)
     optimiser = _optimiser(parts, config)

@@ -23,13 +23,19 @@ def option(help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the options of every training have; fields are made by `option`."""
+    """The options that every training has; fields are made by `option`."""
 
-    data: Path
-    out: Path
-    validation: float
-    test: float
-    seed: int
+    data: Path = option("folder of Flickr8k, Flickr30k, COCO or another data set (train/README.md)")
+    out: Path = option("run folder to create")
+    validation: float = option(
+        "share of photos for validation, if the data set has no split of its own", default=0.1
+    )
+    test: float = option(
+        "share of photos for the test, if the data set has no split of its own", default=0.1
+    )
+    seed: int = option("seed of the split and of all that is random in training", default=0)
+    device: str = option("torch device, such as cpu or cuda", default="cpu")
+    threads: int | None = option("CPU threads; all cores by default", default=None)
 
     @staticmethod
     def _require(name: str, holds: bool, what: str) -> None:
@@ -59,7 +65,6 @@ class RunOptions:
 class TrainConfig(RunOptions):
     """The options of one training run, as `config.json` in the run folder keeps them."""
 
-    data: Path = option("folder of Flickr8k, Flickr30k, COCO or another data set (train/README.md)")
     out: Path = option("run folder to create", default=Path("runs/cnn-lstm"))
     keep_articles: bool = option(
         'keep single letters, so that captions say "a dog"; the published cleaning drops them '
@@ -67,13 +72,6 @@ class TrainConfig(RunOptions):
         default=False,
     )
     min_count: int = option("words that occur less often become <UNK>", default=5)
-    validation: float = option(
-        "share of photos for validation, if the data set has no split of its own", default=0.1
-    )
-    test: float = option(
-        "share of photos for the test, if the data set has no split of its own", default=0.1
-    )
-    seed: int = option("seed of the split, the initial weights and the order of batches", default=0)
     backbone: str = option(
         "torchvision's image network", default="mobilenet_v2", choices=tuple(BACKBONES)
     )
@@ -176,8 +174,6 @@ class TrainConfig(RunOptions):
         default="float32",
         choices=("float32", "float16"),
     )
-    device: str = option("torch device, such as cpu or cuda", default="cpu")
-    threads: int | None = option("CPU threads; all cores by default", default=None)
 
     def __post_init__(self) -> None:
         whole = ("min_count", "embed_size", "hidden_size", "batch_size", "epochs", "patience")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from capexport.artifact import FILE_NAME
-from capexport.cli import run_command, teaching
+from capexport.cli import run_parser, teaching
 from capexport.errors import DatasetError, ImageError
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.preprocessing import load_image
@@ -84,11 +84,11 @@ def read_dataset(
 ) -> Dataset:
     """Read captions and split; whether the images can be decoded is found out later.
 
-    Which captions count is `train.formats`' to say, and is printed. The split is the one that
-    files tell. Without a test split, as in COCO, whose test captions are not public, the validation
-    split is halved; without a validation split the training split gives its share. Without any,
-    photos are ranked by a hash of seed and name, so the split is the same on every machine,
-    missing photos or not.
+    `train.formats` finds the captions in the folder, and a line on stderr says which it took. The
+    split is the one that the data set's files give. Without a test split, as in COCO, whose test
+    captions are not public, the validation split is halved; without a validation split the training
+    split gives its share. Without any, photos are ranked by a hash of seed and name, so the split
+    is the same on every machine, missing photos or not.
 
     Args:
         official: what tells the split, as an earlier `Dataset` had it.
@@ -126,7 +126,7 @@ def read_dataset(
 def _split(
     told: Mapping[str, list[str]], names: Iterable[str], validation: float, test: float, seed: int
 ) -> tuple[dict[str, list[str]], str]:
-    """The names of each split, and a word on who made it."""
+    """The names of each split, and in words where the split comes from."""
 
     def ranked(names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
@@ -230,8 +230,9 @@ class Examples:
 def encode_captions(
     photos: Sequence[Photo], vocabulary: Vocabulary, keep_articles: bool, whole: bool
 ) -> Examples:
-    """The captions of `photos`, cleaned; those without a word left are left out, and photos without
-    a caption. `whole` examples are photos with all of their captions."""
+    """The captions of `photos`, cleaned. Captions without a word left are left out, and so are
+    photos without a caption. An example is a photo with one caption or, if `whole`, with all of
+    them."""
     rows = (
         (place, vocabulary.encode(words))
         for place, photo in enumerate(photos)
@@ -242,7 +243,11 @@ def encode_captions(
 
 
 def pack(photos: Sequence[Photo], rows: Iterable[tuple[int, Ids]], whole: bool = False) -> Examples:
-    """Captions as ids, each behind the place of its photo in `photos`, in the order of those."""
+    """Put captions into `Examples`; `whole` is as of `encode_captions`.
+
+    Args:
+        rows: for each caption the place of its photo in `photos` and its ids, in the photos' order.
+    """
     places, ids, starts = array("i"), array("i"), array("q", [0])
     for place, row in rows:
         ids.extend(row)
@@ -344,7 +349,9 @@ def main(argv: list[str] | None = None) -> int:
             "python -m train.data --data flickr8k --run runs/first   # split as it was",
         ),
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of a data set")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="folder of a data set"
+    )
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     parser.add_argument(
         "--run",
@@ -352,15 +359,16 @@ def main(argv: list[str] | None = None) -> int:
         metavar="DIR",
         help="split as in the training of this run, checkpoint or exported folder",
     )
-    parser.add_argument("--seed", type=int, help="seed of the split, where there is no --run")
-    options = parser.parse_args(argv)
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="seed of the split, where there is no --run"
+    )
+    return run_parser(parser, _show, argv)
 
-    def show() -> int:
-        photos = photos_as_trained(options.data, options.split, options.run, options.seed)
-        print(*(photo.path for photo in photos), sep="\n")
-        return 0
 
-    return run_command("train.data", show)
+def _show(options: argparse.Namespace) -> int:
+    photos = photos_as_trained(options.data, options.split, options.run, options.seed)
+    print(*(photo.path for photo in photos), sep="\n")
+    return 0
 
 
 if __name__ == "__main__":

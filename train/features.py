@@ -171,7 +171,7 @@ def _views(path: Path, spec: ImageSpec, count: int) -> np.ndarray:
 
 
 def _cache_key(encoder: ImageEncoder, spec: ImageSpec, views: int) -> str:
-    """Of all that features hang on, Pillow's way of resizing too."""
+    """A hash of all that the features depend on, Pillow's version included."""
     place = (spec, encoder.train_from, encoder.pools, views, _CROPPED, PIL.__version__)
     digest = hashlib.sha256(repr(place).encode())
     for name, tensor in sorted(encoder.backbone[: encoder.train_from].state_dict().items()):
@@ -181,7 +181,7 @@ def _cache_key(encoder: ImageEncoder, spec: ImageSpec, views: int) -> str:
 
 
 def _written(file: Path, write: Callable[[Path], None]) -> bool:
-    """Whether `write(file)` went well; if not, that is said."""
+    """Call `write(file)`; False, after a line on stderr, where the file cannot be written."""
     try:
         write(file)
     except OSError as error:
@@ -214,7 +214,7 @@ def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 class LiveFeatures:
-    """The same, computed anew for every batch from the image files."""
+    """As `CachedFeatures`, but computed anew from the image files for every batch."""
 
     def __init__(self, encoder: ImageEncoder, spec: ImageSpec, augment: bool, device: str) -> None:
         self._encoder = encoder

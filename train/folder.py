@@ -12,10 +12,13 @@ from pathlib import Path
 from capexport.artifact import lock, remove_dead_drafts
 from capexport.errors import OutputExistsError
 
+STATE = "last.safetensors"  # what --resume goes on from
+
 
 @contextlib.contextmanager
 def run_folder(out: Path, resume: bool) -> Iterator[None]:
-    """Hold `out`, made if need be; it vanishes again if nothing was written there.
+    """Hold `out`, made if need be; it vanishes again if nothing was written there. A run that is
+    stopped says how to go on.
 
     Raises:
         OutputExistsError: another training holds it, or a new run would overwrite something.
@@ -23,7 +26,9 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out) as held:
         if not held:
-            raise OutputExistsError(f"{out}: another training is writing there")
+            raise OutputExistsError(
+                f"{out}: another training is writing there; wait for its end, or pick another --out"
+            )
         try:
             finished = [path for path in out.iterdir() if path.suffix != ".partial"]
             if not resume and (out / "config.json").exists():
@@ -37,6 +42,10 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
                     remove_dead_drafts(folder)
             tempfile.TemporaryFile(dir=out).close()  # now, not after the image features
             yield
+        except KeyboardInterrupt:
+            if (out / STATE).exists():
+                print(f"\n{out}/best is usable; --resume {out} goes on", file=sys.stderr)
+            raise
         finally:
             with contextlib.suppress(OSError):
                 out.rmdir()  # where it is empty

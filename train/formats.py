@@ -1,8 +1,9 @@
 """Which data set lies in a folder: its captions, photos and split, found by the names of files.
 
-Of several, the first of these counts of whose photos at least half are there, or else the one with
-the most: Karpathy's JSON (it holds the split that papers report), Flickr8k's and Flickr30k's own
-files, COCO's, a Hugging Face image folder (last, since `capexport caption` writes such files too).
+If there are several, the first in this order counts that has at least half of its photos, or if
+none does, the one with the most: Karpathy's JSON (it holds the split that papers report),
+Flickr8k's and Flickr30k's own files, COCO's, a Hugging Face image folder (last, since `capexport
+caption` writes such files too).
 """
 
 from __future__ import annotations
@@ -97,10 +98,11 @@ class Source:
 
 
 def find_captions(folder: Path, official: str | None) -> tuple[Source, Contents, list[str]]:
-    """The captions that count in a folder, and a word on each of those that don't.
+    """The captions that count in a folder, and in words which others lie there.
 
     Args:
-        official: what must tell the split; where it is empty, nothing should.
+        official: the `Source.split` that the captions must have; if empty, captions without a split
+            are preferred.
     Raises:
         DatasetError: no such folder, no such captions, or none whose photos are there.
     """
@@ -129,8 +131,8 @@ def find_captions(folder: Path, official: str | None) -> tuple[Source, Contents,
 
 
 def _best(folder: Path, sources: Sequence[Source]) -> tuple[Source, Contents, dict[str, str]]:
-    """The first source of whose photos half are there, or else the one with the most; and of
-    those that were read, how many are."""
+    """The first source that has half of its photos, or else the one with the most; and by the name
+    of each source that was read, how many photos it has."""
     best: tuple[Source, Contents] | None = None
     said = {}
     for source in sources:
@@ -187,7 +189,7 @@ def _flickr(folder: Path) -> Iterator[Source]:
 
 
 def _coco(folder: Path) -> Iterator[Source]:
-    """A year's captions; where the photos of val2017 alone are there, theirs alone."""
+    """The captions of a year: of the splits whose photos are there, or if none is, of all."""
     years: dict[str, dict[str, Path]] = {}
     for place in _PLACES:
         for file in sorted((folder / place).glob("captions_*.json")):
@@ -250,8 +252,8 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def _doubled(name: str) -> str:
-    """Where a photo in a folder lies as well: Kaggle and many programs unpack an archive, which
-    has that folder, into another of the same name."""
+    """Where else a photo may lie: Kaggle and many programs unpack train2017.zip, which holds a
+    folder train2017, into another folder train2017."""
     return f"{name.partition('/')[0]}/{name}"
 
 
@@ -271,7 +273,7 @@ def _located(
     images: Sequence[CaptionedImage],
     places: Callable[[CaptionedImage], Sequence[str]] = lambda image: (image.name,),
 ) -> Contents:
-    """The images held against the folder that most of them lie in.
+    """The images, looked for in the folder that most of them lie in.
 
     Args:
         places: where an image may lie below that folder; the first that is there is its name.

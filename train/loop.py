@@ -22,16 +22,11 @@ from tqdm import tqdm
 from capexport.bench.sheet import Entry, draw_sheet
 from capexport.decoding import greedy
 from capexport.errors import DatasetError, MissingExtraError
-from capexport.families.cnn_lstm import Vocabulary
+from capexport.families.cnn_lstm import DECODING, Vocabulary
 from capexport.metrics import cider, format_scores, score, scorers
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
-from capexport.models.torch_captioner import (
-    DECODING,
-    TorchDecoder,
-    require_torch_device,
-    torch_captioner,
-)
+from capexport.models.torch_captioner import TorchDecoder, require_torch_device, torch_captioner
 from capexport.preprocessing import ImageSpec, load_image
 from train import figures
 from train.config import TrainConfig
@@ -99,7 +94,8 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
 
 
 def _begun(init: Path, keep_articles: bool) -> Checkpoint:
-    """The checkpoint to begin with, whose captions must have been cleaned as those to come."""
+    """The checkpoint of --init. It must have learnt from captions that were cleaned in the same
+    way."""
     begun = load_checkpoint(init)
     letters = any(len(word) == 1 for word in begun.vocabulary.words)
     if letters != keep_articles:
@@ -223,11 +219,12 @@ def _run_epochs(
 
 
 def _takes_whole_photos(model: CnnLstm, config: TrainConfig) -> bool:
-    """Whether a photo's captions are gone through together."""
+    """Whether an example is a photo with all of its captions."""
     return model.config.decoder == "attention" or config.objective == "cider"
 
 
 def _worth(epoch: Mapping[str, float], config: TrainConfig) -> float:
+    """How good an epoch is by --best-by: the more, the better."""
     return epoch["validation_cider"] if config.best_by == "cider" else -epoch["validation_loss"]
 
 
@@ -320,9 +317,9 @@ class Trainer:
         return total / count
 
     def _shuffled(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        """The examples' numbers in random order; photos with all their captions so that those of
-        a batch have captions of like length, since all steps of the longest are computed for each.
-        """
+        """The examples' numbers in random order. Photos with all their captions are batched with
+        others whose longest caption is about as long, since every caption of a batch takes as many
+        steps as the longest."""
         order = rng.permutation(len(self._examples))
         if not self._whole:
             return order

@@ -1,4 +1,4 @@
-"""What training makes small: the surprise at people's captions, or what its own fall short of."""
+"""The losses of training: cross-entropy with human captions, and self-critical CIDEr."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capexport.errors import importing
-from capexport.families.cnn_lstm import Vocabulary
+from capexport.families.cnn_lstm import DECODING, Vocabulary
 from capexport.models.cnn_lstm import CnnLstm
 from capexport.models.steps import State
-from capexport.models.torch_captioner import DECODING
 from train.config import TrainConfig
 from train.data import Example, Examples, Ids
 
@@ -52,8 +51,11 @@ def batch_loss(
 
 
 def _padded(captions: Sequence[Sequence[Ids]]) -> tuple[Tensor, Tensor]:
-    """Captions by photo as int64 (rows, time), and their lengths: as many rows for each photo as
-    any has; of those that it lacks, which are padding, two ids are counted."""
+    """The captions of each photo as int64 (rows, time), padded, and their lengths, int64 (rows,).
+
+    Each photo gets as many rows as the one with the most captions. The rows that it lacks are all
+    padding, of length 2, the least that a decoder's `forward` takes.
+    """
     each = max(map(len, captions))
     rows = [ids for of_photo in captions for ids in ([*of_photo] + [[]] * each)[:each]]
     lengths = torch.tensor([max(len(caption), 2) for caption in rows])
@@ -66,7 +68,7 @@ def _padded(captions: Sequence[Sequence[Ids]]) -> tuple[Tensor, Tensor]:
 class CiderReward:
     """CIDEr-D of captions as ids, by pycocoevalcap's scorer (Vedantam et al. 2015).
 
-    How rare words are is counted in the references of all photos. The end token is a word as any,
+    How rare a word is, is counted in the references of all photos. The end token counts as a word,
     or captions would learn to break off (Rennie et al. 2017, section 5).
     """
 
@@ -84,7 +86,8 @@ class CiderReward:
             self._frequency.update(set().union(*self._references(captions)))
 
     def __call__(self, drawn: Sequence[Ids], batch: Sequence[Example]) -> NDArray[Any]:
-        """Rewards, float64 (rows,), of equally many captions in a row for each photo of a batch."""
+        """The reward of each of the captions `drawn`, float64 (rows,): equally many for each photo
+        of the batch, one photo after the other."""
         photos = self._photos
         each = len(drawn) // len(batch)
 
@@ -129,7 +132,8 @@ def self_critical_loss(
 
 @torch.no_grad()
 def _draw(model: CnnLstm, state: State) -> list[list[int]]:
-    """`_SAMPLES` captions in a row for each photo, from `<SOS>` to `<EOS>` or the longest."""
+    """Sample `_SAMPLES` captions of each photo, one photo after the other, from `<SOS>` to `<EOS>`
+    or to the greatest length."""
     state = {name: value.repeat_interleave(_SAMPLES, dim=0) for name, value in state.items()}
     rows = len(state["hidden"])
     tokens = torch.full((rows,), Vocabulary.START, device=state["hidden"].device)
@@ -146,6 +150,6 @@ def _draw(model: CnnLstm, state: State) -> list[list[int]]:
 
 
 def _choosable(logits: Tensor) -> Tensor:
-    """Without the words that no caption holds."""
+    """The logits, with minus infinity for the tokens that no caption may hold."""
     never = torch.tensor(DECODING.suppress_tokens, device=logits.device)
     return logits.index_fill(1, never, float("-inf"))

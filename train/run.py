@@ -1,4 +1,4 @@
-"""What a run folder holds, whole again after any kill.
+"""What a run folder holds. Whenever a run is killed, each file is whole: the old one or the new.
 
 config.json        the options of the run
 skipped.json       photos that were left out, by reason
@@ -36,8 +36,7 @@ from capexport.errors import CheckpointError
 from train import figures
 from train.config import RunOptions
 from train.data import Dataset
-
-STATE = "last.safetensors"
+from train.folder import STATE
 
 History: TypeAlias = list[dict[str, float]]
 
@@ -64,8 +63,8 @@ def origin_of(command: str, dataset: Dataset, config: RunOptions, *packages: str
 def start_run(
     out: Path, options: dict[str, Any], skipped: dict[str, list[str]], history: History
 ) -> None:
-    """Write what a run begins with; of one that goes on, also the history, which a kill may have
-    kept the last epoch from."""
+    """Write the options of a run and the photos that it leaves out; of a resumed run also the
+    history, whose last epoch is not in the folder if the run was killed before it was written."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "config.json").exists():
         # Written beside the folder, which a kill then leaves empty.
@@ -90,7 +89,7 @@ def save_state(
     history: History,
     data: Mapping[str, str],
 ) -> None:
-    """Keep what --resume needs; `data` tells one set of photos and captions from another."""
+    """Keep what --resume needs; `data` are hashes by which `load_state` notices other data."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors.update({f"optimiser.{index}.{name}": value for name, value in state.items()})

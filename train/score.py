@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from capexport import Captioner
 from capexport.artifact import FILE_NAME, replace_file, require_writable
-from capexport.cli import run_command, teaching
+from capexport.cli import run_parser, teaching
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import importing
 from capexport.metrics import format_scores, score, scorers
@@ -49,18 +49,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "captioner", type=Path, help="exported folder (ONNX), or checkpoint or run folder (PyTorch)"
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of a data set")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="folder of a data set"
+    )
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     parser.add_argument(
         "--seed",
         type=int,
+        metavar="N",
         help="seed of the split, for a captioner that doesn't say its own (default: 0)",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="photos a batch (default: 32)")
-    parser.add_argument("--captions", type=Path, help="also write {photo: caption} to this JSON")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="photos a batch (default: 32)"
+    )
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE", help="also write {photo: caption} as JSON"
+    )
     add_decoding(parser.add_argument_group("how it decodes"))
-    options = parser.parse_args(argv)
-    return run_command("train.score", lambda: _score(options))
+    return run_parser(parser, _score, argv)
 
 
 def _score(options: argparse.Namespace) -> int:

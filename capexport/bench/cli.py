@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -23,8 +24,10 @@ from capexport.bench.openvino import nncf_captioners, openvino_captioners
 from capexport.bench.results import Footprint, Result, Run
 from capexport.bulk.files import find_images
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner, open_artifact
-from capexport.cli import bundled_checkpoint, run_command, show_progress, teaching
+from capexport.cli import run_parser, teaching
+from capexport.cli.comparing import add_references
 from capexport.cli.decoding import add_decoding, given_decoding
+from capexport.cli.lstm import bundled_checkpoint
 from capexport.decoding import changed
 from capexport.errors import ArtifactError, ImageNotFoundError, OptionError, OutputExistsError
 from capexport.export.pairs import Pair, Variants, open_pair
@@ -48,9 +51,7 @@ _SAMPLES = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run `capbench`; returns its exit code, 2 where the benchmark cannot be run."""
-    options = _parser().parse_args(argv)
-    show_progress()
-    return run_command("capbench", lambda: _benchmark(options))
+    return run_parser(_parser(), _benchmark, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +73,24 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoint or run folder of `python -m train` (default: bundled), or a BLIP-2's "
         "folder or Hugging Face id",
     )
+    _add_contenders(parser)
+    add_inputs(parser, threads=(None, "CPU threads"), repeats=(50, "batches of each size"))
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help="cpu (default), cuda or cuda:1"
+    )
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8"
+    )
+    add_decoding(parser.add_argument_group("how every captioner decodes"))
+    parser.add_argument(
+        "--picture", type=Path, metavar="PNG", help="also draw the ratios and the stages"
+    )
+    add_outputs(parser)
+    _add_sheet(parser)
+    return parser
+
+
+def _add_contenders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--artifact",
         type=Path,
@@ -87,29 +106,45 @@ def _parser() -> argparse.ArgumentParser:
         help="also try torch.compile, and measure PyTorch as most people run it, BLIP-2 in 16 "
         "bits, and OpenVINO on the same graphs and with NNCF's int8 (needs the extra `peers`)",
     )
-    parser.add_argument(
-        "--photos", nargs="+", default=[], metavar="PATH", help="default: scikit-image's samples"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=50, metavar="N", help="batches of each size (default: 50)"
-    )
-    add_decoding(parser.add_argument_group("how every captioner decodes"))
-    _add_outputs(parser)
-    return parser
 
 
-def _add_outputs(parser: argparse.ArgumentParser) -> None:
-    """Flags that say what is written besides the report."""
+def add_inputs(parser: argparse.ArgumentParser, **numbers: tuple[int | None, str]) -> None:
+    """Add `--photos`, which `chosen_photos` reads, and a flag for each number, from its default
+    (None: all that there are) and its help."""
     parser.add_argument(
-        "--picture", type=Path, metavar="PNG", help="also draw the ratios and the stages"
+        "--photos",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files, folders or patterns, taken in rotation (default: scikit-image's samples)",
     )
+    for name, (default, what) in numbers.items():
+        flag, shown = f"--{name.replace('_', '-')}", f"{what} (default: {default or 'all'})"
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=shown)
+
+
+def chosen_photos(options: argparse.Namespace) -> list[Path]:
+    """The files that `--photos` names, or else `sample_photos`."""
+    return find_images(options.photos, sys.stdin) or sample_photos()
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add `--json` and `--markdown`, for `write_outputs`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report")
+
+
+def write_outputs(options: argparse.Namespace, report: str, result: dict[str, Any]) -> None:
+    """Print the report and, as the last line, the result as JSON; write the files asked for."""
+    if options.json:
+        replace_file(options.json, json.dumps(result, indent=1) + "\n")
+    if options.markdown:
+        replace_file(options.markdown, report + "\n")
+    print(report)
+    print(json.dumps(result))
+
+
+def _add_sheet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sheet",
         type=Path,
@@ -124,13 +159,8 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="other exported folders whose captions the sheet shows",
     )
-    parser.add_argument(
-        "--references",
-        type=Path,
-        metavar="FILE",
-        help="human captions, in a file as Flickr8k's, Flickr30k's, COCO's, Karpathy's or an image "
-        "folder's metadata.jsonl: for the sheet, and where they cover all photos for BLEU, METEOR "
-        "and CIDEr beside the speed",
+    add_references(
+        parser, "for the sheet; if they cover all photos, also for BLEU, METEOR and CIDEr"
     )
 
 
@@ -156,7 +186,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     threads = options.threads or available_cores()
     target = targets(options.device, threads)[0]
     target.require_provider()
-    paths = find_images(options.photos, sys.stdin) if options.photos else sample_photos()
+    paths = chosen_photos(options)
     references = read_references(options.references) if options.references else {}
     if _cover(references, paths):
         scorers()
@@ -171,17 +201,11 @@ def _benchmark(options: argparse.Namespace) -> int:
         result = bench.run(references)
         if options.sheet:
             _write_sheet(options.sheet, bench.columns(options.beside), paths, references)
-    table = report.render(result)
     for path in _files(options):
         path.parent.mkdir(parents=True, exist_ok=True)
-    if options.json:
-        replace_file(options.json, result.to_json(indent=1) + "\n")
-    if options.markdown:
-        replace_file(options.markdown, table + "\n")
+    write_outputs(options, report.render(result), dataclasses.asdict(result))
     if options.picture:
         report.draw(result, options.picture)
-    print(table)
-    print(result.to_json())
     return 0
 
 

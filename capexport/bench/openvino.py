@@ -101,7 +101,8 @@ class _ParallelSession(_Session):
 
 @dataclass(frozen=True)
 class _OpenVinoTarget(Target):
-    """
+    """Opens graphs in OpenVINO instead of onnxruntime.
+
     Attributes:
         images: the graph that images go through, and whether streams share a batch of them.
         replaced: models in place of the artifact's, by the names of their files.
@@ -134,8 +135,9 @@ def _require_openvino(device: str) -> Any:
 def openvino_captioners(
     folder: Path, device: str, threads: int, replaced: Mapping[str, Any] | None = None
 ) -> dict[str, Captioner]:
-    """An exported captioner over OpenVINO: with all its graphs, and with the indispensable ones;
-    of a small model each with batches of images as they are, and shared among OpenVINO's streams.
+    """An exported captioner over OpenVINO in several forms: with all its graphs, and without the
+    optional ones; if the model is small, each with whole batches of images, and with batches that
+    OpenVINO's streams share.
 
     Args:
         replaced: models of OpenVINO's in place of some of the graphs, by the names of their files.

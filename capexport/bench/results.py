@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +76,10 @@ class Environment:
 
 @dataclass(frozen=True)
 class Result:
-    """
+    """All that a run of `capbench` found.
+
     Attributes:
-        decoding: options of every captioner, where each has not its model's own.
+        decoding: options that were given to every captioner, in place of its model's own.
         metrics: caption metrics, by captioner.
         feature_errors: of the encoder's outputs the largest relative error against PyTorch's, by
             captioner; none on a GPU, or where PyTorch's captioner has no encoder of its own.
@@ -97,6 +97,3 @@ class Result:
     footprint: dict[str, Footprint]
     feature_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     decoding: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def to_json(self, indent: int | None = None) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=indent)

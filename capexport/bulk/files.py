@@ -86,7 +86,13 @@ class Found:
 
 
 def find_images(arguments: Sequence[str], stdin: TextIO | None) -> list[Path]:
-    """The files that `search` finds, without what else it knows about them."""
+    """The files that `search` finds, without what else it knows about them; none for no arguments.
+
+    Raises:
+        ImageNotFoundError: as for `search`, or standard input holds an image.
+    """
+    if not arguments:
+        return []
     found = search(arguments, stdin)
     if found.content:
         raise ImageNotFoundError("-: an image, where a list of files is expected")

@@ -48,12 +48,14 @@ class Output(Protocol):
 class StreamOutput:
     """Rows to standard output, as they come."""
 
-    def __init__(self, style: str, stream: TextIO, paths: Sequence[Path], columns: int = 2) -> None:
-        if style == "coco":
+    def __init__(
+        self, format: str, stream: TextIO, paths: Sequence[Path], columns: int = 2
+    ) -> None:
+        if format == "coco":
             _refuse_clashing_ids(paths)
         self._stream = stream
         with naming("standard output"):
-            self._rows = RowWriter(stream, style, columns)
+            self._rows = RowWriter(stream, format, columns)
 
     def done(self, path: Path) -> bool:
         return False
@@ -154,7 +156,8 @@ def _lock_folders(folders: Sequence[str]) -> list[int]:
 
 
 def refuse_existing(out: Path, accepted: bool) -> None:
-    """
+    """Refuse an output file that is there already, unless the run accepts it.
+
     Raises:
         OutputExistsError: there is something at `out`, unless a file there is `accepted`.
     """
@@ -177,7 +180,7 @@ class FileOutput:
     def __init__(
         self,
         out: Path,
-        style: str,
+        format: str,
         paths: Sequence[Path],
         key: str,
         resume: bool,
@@ -186,14 +189,14 @@ class FileOutput:
         columns: int = 2,
     ) -> None:
         """`key` says what else captions depend on; a run can only be resumed with the same key."""
-        self._out, self._style, self._columns = out, style, columns
+        self._out, self._format, self._columns = out, format, columns
         self._paths = paths
         self._folder = os.path.abspath(out.parent)
-        if style == "coco":
+        if format == "coco":
             _refuse_clashing_ids(paths)
         refuse_existing(out, resume or overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
-        made_with = {"captioner": key, "format": style, "scores": columns > 2}
+        made_with = {"captioner": key, "format": format, "scores": columns > 2}
         self._journal = Journal(journal_of(out), made_with, resume, overwrite)
         begun = self._journal.holds_rows
         try:
@@ -235,7 +238,7 @@ class FileOutput:
         with self._out.open(encoding="utf-8-sig", newline="") as file:
             try:
                 ids = {coco_image_id(name): name for name in readable}
-                yield from read_rows(file, self._style, self._columns, ids)
+                yield from read_rows(file, self._format, self._columns, ids)
             except (ValueError, LookupError, TypeError, csv.Error, RecursionError) as error:
                 raise OutputExistsError(
                     f"{self._out}: was edited so that its rows cannot be read ({error}); move it "
@@ -264,15 +267,15 @@ class FileOutput:
             raise OutputExistsError(
                 f"{self._journal.path}: was removed during the run; {self._out} stays as it is"
             )
-        # The record is there first: an output without one could not be gone on with.
+        # The record is replaced first: an output without one could not be resumed.
         with replacing_file(self._out) as file, replacing_file(record_of(self._out)) as record:
             record.write(self._journal.header.decode())
-            file.write("\ufeff" if self._style == "csv" else "")  # tells Excel that this is UTF-8
-            writer = RowWriter(file, self._style, self._columns)
+            file.write("\ufeff" if self._format == "csv" else "")  # tells Excel that this is UTF-8
+            writer = RowWriter(file, self._format, self._columns)
             names = map(self._name, self._paths)
             for row in self._journal.rows(names, self._kept, self._added):
                 writer.write(row)
-                if self._style == "coco":
+                if self._format == "coco":
                     record.write(to_json(row[0]) + "\n")
             writer.finish()
         self._journal.close(keep=False)

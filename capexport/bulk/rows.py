@@ -31,39 +31,39 @@ def coco_image_id(name: str) -> int | str:
 class RowWriter:
     """Writes a `text`, `jsonl`, `csv` or `coco` file, row by row; csv names `columns` first."""
 
-    def __init__(self, stream: TextIO, style: str, columns: int = 2) -> None:
-        self._stream, self._style = stream, style
+    def __init__(self, stream: TextIO, format: str, columns: int = 2) -> None:
+        self._stream, self._format = stream, format
         self._csv = csv.writer(stream, lineterminator="\n")
         self._separator = ""
-        if style == "csv":
+        if format == "csv":
             self._csv.writerow(COLUMNS[:columns])
-        elif style == "coco":
+        elif format == "coco":
             stream.write("[\n")
 
     def write(self, row: Row) -> None:
         name, text, *score = row
-        if self._style == "csv":
+        if self._format == "csv":
             name, text = shown(name), escaped(text)
             name = f"./{name}" if name.startswith(_FORMULA) else name
             text = f"'{text}" if _is_formula(text) else text
             self._csv.writerow([name, text, *score])
-        elif self._style == "coco":
+        elif self._format == "coco":
             result = {"image_id": coco_image_id(name), "caption": text}
             self._stream.write(self._separator + to_json(result))
             self._separator = ",\n"
-        elif self._style == "jsonl":
+        elif self._format == "jsonl":
             # The last columns are missing where they were not asked for.
             self._stream.write(to_json(dict(zip(COLUMNS, row, strict=False))) + "\n")
         else:
             self._stream.write(f"{shown(name)}\t{escaped(text)}\n")
 
     def finish(self) -> None:
-        if self._style == "coco":
+        if self._format == "coco":
             self._stream.write("\n]\n")
 
 
 def read_rows(
-    stream: TextIO, style: str, columns: int, names: Mapping[int | str, str]
+    stream: TextIO, format: str, columns: int, names: Mapping[int | str, str]
 ) -> Iterator[Row]:
     """The rows that `RowWriter` wrote. `names` are the files of COCO's ids; other ids are skipped.
 
@@ -71,11 +71,11 @@ def read_rows(
         ValueError, KeyError, TypeError: it is something else, or was edited so that it is.
     """
     wanted = COLUMNS[:columns]
-    if style == "coco":
+    if format == "coco":
         for item in json.load(stream):
             if item["image_id"] in names:
                 yield _row(names[item["image_id"]], item["caption"])
-    elif style == "csv":
+    elif format == "csv":
         header, *rows = csv.reader(stream, strict=True)
         if tuple(header) != wanted:
             raise ValueError(f"its columns are {', '.join(header)}")
@@ -83,7 +83,7 @@ def read_rows(
             text = text[1:] if text.startswith("'") and _is_formula(text) else text
             name = original_name(name.removeprefix("./"))
             yield _row(readable_name(name), unescaped(text), *map(float, score))
-    elif style == "jsonl":
+    elif format == "jsonl":
         for document in map(json.loads, stream):
             if set(document) != set(wanted):
                 raise ValueError(f"a row has the fields {', '.join(document)}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import capexport
-from capexport.cli.command import run_command, show_progress, teaching
+from capexport.cli.command import run_command, run_parser, show_progress, teaching
 
-__all__ = ["bundled_checkpoint", "main", "run_command", "show_progress", "teaching"]
+__all__ = ["main", "run_command", "run_parser", "show_progress", "teaching"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,18 +25,20 @@ def _run(argv: list[str] | None) -> int:
     return int(options.run(options))
 
 
-def bundled_checkpoint() -> Path:
-    from capexport.cli.lstm import bundled_checkpoint
-
-    return bundled_checkpoint()
-
-
 def _parser() -> argparse.ArgumentParser:
     # Here, where Ctrl-C is answered already: numpy and Pillow take a while.
     from capexport.cli import blip2, caption, graph, inspect, lstm, serve, web
 
     parser = argparse.ArgumentParser(
-        prog="capexport", description="Image captioning from training to production."
+        prog="capexport",
+        **teaching(
+            "Image captioning from training to production: export a PyTorch captioner to ONNX, "
+            "then run the export without PyTorch.",
+            "capexport caption photo.jpg                      # with the bundled captioner",
+            "capexport lstm runs/first --out artifacts/first",
+            "capexport caption -m artifacts/first photos/ --out captions.jsonl",
+            "capexport COMMAND --help                         # what a command does and takes",
+        ),
     )
     parser.add_argument("--version", action="version", version=f"capexport {capexport.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -10,8 +10,8 @@ from typing import Any
 from capexport.artifact import refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
-from capexport.cli.comparing import add_references, given_references
-from capexport.errors import OptionError, importing
+from capexport.cli.comparing import add_photos, add_references, given_references
+from capexport.errors import importing
 from capexport.metrics import format_scores
 
 
@@ -45,13 +45,7 @@ def add_parser(commands: Any) -> None:
         help="fp32: exact (default); fp16: half the size, for CUDA; int8, int4: the language "
         "model's weights in 8 or 4 bits, the image part's in 8, for CPU",
     )
-    parser.add_argument(
-        "--photos",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="photos to compare captions on (default: seeded colour fields)",
-    )
+    add_photos(parser, "the first 16; with --references, all are scored")
     add_references(parser)
     parser.set_defaults(run=_run)
 
@@ -60,9 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     # What the arguments alone tell is refused before torch is imported.
     refuse_existing(options.out)
     require_writable(options.out)
-    photos = find_images(options.photos, sys.stdin) if options.photos else []
-    if options.references and not photos:
-        raise OptionError("--references are of --photos: pass both")
+    photos = find_images(options.photos, sys.stdin)
     references = given_references(options)
     with importing("exporting BLIP-2 needs `pip install 'capexport[cpu,export,blip2]'`"):
         from capexport.export.blip2 import export_blip2
@@ -73,11 +65,10 @@ def _run(options: argparse.Namespace) -> int:
     )
     assert manifest.parity is not None
     captions = manifest.parity.captions
-    size = sum(record.bytes for record in manifest.files.values()) / 1e6
     print(
-        f"{options.out}: {size:.1f} MB; {captions.identical} of {captions.compared} captions "
-        f"identical to generate()'s, {captions.token_agreement:.0%} of their tokens; error of "
-        f"the first logits {captions.logit_error:.1g}"
+        f"{options.out}: {manifest.size / 1e6:.1f} MB; {captions.identical} of "
+        f"{captions.compared} captions identical to generate()'s, {captions.token_agreement:.0%} "
+        f"of their tokens; error of the first logits {captions.logit_error:.1g}"
     )
     for name, metrics in (manifest.parity.metrics or {}).items():
         print(f"{name}: {format_scores(metrics)}")

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from capexport.artifact import FILE_NAME, local_folder, replacing_binary_file, sha256_of
+from capexport.artifact import FILE_NAME, replacing_binary_file, sha256_of
 from capexport.bulk.files import READERS, Found, search
 from capexport.bulk.names import shown
 from capexport.bulk.outputs import (
@@ -30,7 +30,7 @@ from capexport.bulk.outputs import (
     refuse_existing,
 )
 from capexport.bulk.run import caption_files, open_captioner
-from capexport.captioner import BUNDLED_ARTIFACT, Captioner
+from capexport.captioner import Captioner, model_folder
 from capexport.cli.command import say, teaching
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import ImageError, OptionError, OutputExistsError
@@ -57,18 +57,24 @@ def add_parser(commands: Any) -> None:
         "-m",
         "--model",
         metavar="DIR",
-        help="exported folder, or its id on the hub (default: the bundled Flickr8k captioner)",
+        help="exported folder, or its id on the hub (default: the bundled captioner)",
     )
     _add_files(parser.add_argument_group("which images"))
     _add_outputs(parser.add_argument_group("where captions go"))
     _add_captions(parser.add_argument_group("what captions say"))
     running = parser.add_argument_group("how it runs")
     running.add_argument(
-        "--device", default="cpu", help="cpu (default), cuda, cuda:1, or auto: the first that works"
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="cpu (default), cuda, cuda:1, or auto: the first that works",
     )
     running.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     running.add_argument(
-        "--batch-size", type=int, metavar="N", help="default: 32 images, for a BLIP-2 8"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="how many images go through the model together (default: 32, for a BLIP-2 8)",
     )
     running.add_argument(
         "--quiet", action="store_true", help="print nothing but captions and errors"
@@ -110,7 +116,9 @@ def _add_outputs(group: Any) -> None:
         "image, as LoRA trainers read them (default: by the ending of --out, .jsonl, .csv, or "
         ".json for coco; txt with --out-dir or --extension; else text)",
     )
-    group.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+    group.add_argument(
+        "--out", type=Path, metavar="FILE", help="file to write (default: standard output)"
+    )
     group.add_argument(
         "--out-dir",
         type=_folder,
@@ -166,7 +174,7 @@ def _run(options: argparse.Namespace) -> int:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     changes: Any = given_decoding(options)
     found = search(options.paths, sys.stdin, not options.no_recursive)
-    model = local_folder(BUNDLED_ARTIFACT if options.model is None else options.model)
+    model = model_folder(options.model)
     captioner = open_captioner(model, options.device, options.threads)
     captioner.truncated, captioner.full_size = options.truncated, options.full_size
     if options.attention:

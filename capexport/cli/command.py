@@ -9,7 +9,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -79,6 +79,31 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         code = 128 + number
     _give_up(sys.stdout)
     return code
+
+
+def run_parser(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line, and `run` what it asks for as `run_command` does."""
+
+    def command() -> int:
+        options = parser.parse_args(argv)
+        show_progress()
+        return run(options)
+
+    return run_command(parser.prog.removeprefix("python -m "), command)
+
+
+def add_model(parser: argparse.ArgumentParser, kind: str = "exported folder") -> None:
+    """Add the positional argument `model`, which `model_folder` reads."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="DIR",
+        help=f"{kind}, or its id on the hub (default: the bundled captioner)",
+    )
 
 
 def _open_standard_streams() -> None:

@@ -6,27 +6,32 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from capexport.errors import OptionError
 from capexport.metrics import scorers
 from capexport.references import read_references
 
 
-def add_photos(parser: argparse.ArgumentParser) -> None:
-    """Add `--photos`, of an export that compares 16 images or more."""
+def add_photos(parser: argparse.ArgumentParser, which: str = "16 or more") -> None:
+    """Add `--photos`; `which` says how many of them are compared."""
     parser.add_argument(
         "--photos",
         nargs="+",
         default=[],
         metavar="PATH",
-        help="photos to compare captions on, 16 or more (default: seeded colour fields)",
+        help=f"photos to compare captions on, {which} (default: seeded colour fields)",
     )
 
 
-def add_references(parser: argparse.ArgumentParser) -> None:
+def add_references(
+    parser: argparse.ArgumentParser,
+    use: str = "to report BLEU, METEOR (where Java runs) and CIDEr too",
+) -> None:
+    """Add `--references`; `use` says what they are for."""
     parser.add_argument(
         "--references",
         type=Path,
         metavar="FILE",
-        help="human captions of --photos, to report BLEU, METEOR (where Java runs) and CIDEr too: "
+        help=f"human captions of --photos, {use}: "
         "Flickr8k's or Flickr30k's file (columns image,caption or "
         "image_name,comment_number,comment; Flickr8k.token.txt), COCO's captions_*.json, "
         "Karpathy's dataset_*.json, or metadata.jsonl",
@@ -37,9 +42,12 @@ def given_references(options: argparse.Namespace) -> Mapping[str, Sequence[str]]
     """What `--references` names, if it was given.
 
     Raises:
+        OptionError: there are no `--photos`.
         MissingExtraError: what scores captions is not installed.
         DatasetError: as `read_references`.
     """
+    if options.references and not options.photos:
+        raise OptionError("--references are human captions of --photos: pass both")
     references = read_references(options.references) if options.references else None
     if references:
         scorers()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from capexport.decoding import (
     LONGEST_CAPTION,
@@ -30,6 +30,7 @@ _TYPES = {"int": int, "float": float, "EarlyStopping": _early_stopping}
 
 
 def add_decoding(group: Any) -> None:
+    """Add a flag for each option of decoding to a parser, or to a group of one."""
     for option in DECODING_FLAGS:
         group.add_argument(
             f"--{option.name.replace('_', '-')}",
@@ -40,12 +41,12 @@ def add_decoding(group: Any) -> None:
 
 
 def given_decoding(options: argparse.Namespace) -> DecodingKeywords:
-    """Those that were given.
+    """The options of decoding that were given.
 
     Raises:
-        OptionError: one is out of range, whatever the model's own are.
+        OptionError: one is out of range for any model.
     """
     values = {item.name: getattr(options, item.name) for item in DECODING_FLAGS}
-    given: Any = {name: value for name, value in values.items() if value is not None}
+    given = {name: value for name, value in values.items() if value is not None}
     DecodingOptions((), **{"max_tokens": LONGEST_CAPTION, "num_beams": MOST_BEAMS, **given})
-    return given  # type: ignore[no-any-return]
+    return cast(DecodingKeywords, given)

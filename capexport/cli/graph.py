@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capexport.artifact import local_folder, refuse_existing, require_writable
+from capexport.artifact import refuse_existing, require_writable
 from capexport.bulk.files import find_images
-from capexport.captioner import BUNDLED_ARTIFACT
-from capexport.cli.command import teaching
+from capexport.captioner import model_folder
+from capexport.cli.command import add_model, teaching
 from capexport.cli.comparing import add_photos, add_references, given_references
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import importing
@@ -34,12 +34,7 @@ def add_parser(commands: Any) -> None:
             "capexport graph artifacts/first --out captioner.onnx --photos photos/",
         ),
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="DIR",
-        help="exported CNN-LSTM, or its id on the hub (default: the bundled captioner)",
-    )
+    add_model(parser, "exported CNN-LSTM")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to create")
     add_photos(parser)
     parser.add_argument(
@@ -57,12 +52,12 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     refuse_existing(options.out)
     require_writable(options.out)
-    photos = find_images(options.photos, sys.stdin) if options.photos else []
+    photos = find_images(options.photos, sys.stdin)
     references, decoding = given_references(options), given_decoding(options)
     with importing("a graph is made with `pip install 'capexport[cpu]' 'onnx>=1.23'`"):
         from capexport.export.single_file import export_file
     parity = export_file(
-        local_folder(BUNDLED_ARTIFACT if options.model is None else options.model),
+        model_folder(options.model),
         options.out,
         photos,
         precision=options.precision,

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from capexport.artifact import Manifest, Parity, Provenance, local_folder
+from capexport.artifact import Manifest, Parity, Provenance
 from capexport.bulk.names import shown
-from capexport.captioner import BUNDLED_ARTIFACT
-from capexport.cli.command import teaching
+from capexport.captioner import model_folder
+from capexport.cli.command import add_model, teaching
 from capexport.metrics import format_scores
 
 
@@ -24,25 +24,19 @@ def add_parser(commands: Any) -> None:
             "capexport inspect artifacts/first --json",
         ),
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="DIR",
-        help="exported folder, or its id on the hub (default: the bundled captioner)",
-    )
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print the manifest instead")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    folder = local_folder(BUNDLED_ARTIFACT if options.model is None else options.model)
+    folder = model_folder(options.model)
     manifest = Manifest.read(folder, thorough=True)
     if options.json:
         print(manifest.to_json())
         return 0
-    size = sum(record.bytes for record in manifest.files.values()) / 1e6
     print(shown(f"{folder}: a {manifest.family} captioner in {manifest.precision}"))
-    print(f"  files: {len(manifest.files)}, {size:.1f} MB, all as the manifest says")
+    print(f"  files: {len(manifest.files)}, {manifest.size / 1e6:.1f} MB, all as the manifest says")
     for title, words in [
         *_use(manifest),
         *_origin(manifest.provenance),

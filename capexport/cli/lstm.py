@@ -77,8 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     if (options.precision == "int8") != bool(options.calibration):
         raise OptionError("int8, and int8 alone, needs --calibration photos: a hundred or so")
     photos, calibration = (
-        find_images(paths, sys.stdin) if paths else []
-        for paths in (options.photos, options.calibration)
+        find_images(paths, sys.stdin) for paths in (options.photos, options.calibration)
     )
     references, decoding = given_references(options), given_decoding(options)
     with importing("exporting needs `pip install 'capexport[cpu,export]'`"):
@@ -103,10 +102,9 @@ def _report(out: Path, manifest: Manifest) -> None:
     assert parity is not None and parity.max_difference is not None
     captions = parity.captions
     difference = max(parity.max_difference.values())
-    size = sum(record.bytes for record in manifest.files.values()) / 1e6
     print(
-        f"{out}: {size:.1f} MB; {captions.identical} of {captions.images} captions identical to "
-        f"PyTorch's in fp32, largest difference of a value {difference:.1g}"
+        f"{out}: {manifest.size / 1e6:.1f} MB; {captions.identical} of {captions.images} captions "
+        f"identical to PyTorch's in fp32, largest difference of a value {difference:.1g}"
     )
     if parity.int8:
         print(

@@ -68,7 +68,7 @@ Captioners: TypeAlias = tuple[HuggingFaceCaptioner, Captioner]
 
 @contextlib.contextmanager
 def export_patches() -> Iterator[None]:
-    """What must be otherwise while Optimum exports, and is as before afterwards."""
+    """Patches of PyTorch and Optimum that hold while Optimum exports."""
     export = torch.onnx.export
 
     def export_by_dynamo(model: nn.Module, args: Any, f: str, **options: Any) -> None:
@@ -147,7 +147,7 @@ def export_blip2(
         scratch.mkdir()
         draft.manifest = _manifest(checkpoint, weights, plans, precision, source)
         captioners: Captioners = (
-            _reference(checkpoint, weights, scratch),
+            _in_float32(checkpoint, weights, scratch),
             draft.captioner(_target(precision)),
         )
         captioners[1].full_size = True  # as the processor has them
@@ -323,7 +323,7 @@ def _metrics(
 
 
 def _compare_captions(
-    reference: HuggingFaceCaptioner,
+    pytorch: HuggingFaceCaptioner,
     exported: Captioner,
     precision: str,
     photos: Sequence[ImageSource],
@@ -338,10 +338,10 @@ def _compare_captions(
     prompts = list(itertools.islice(itertools.cycle(_PROMPTS), len(images)))
     wanted, got, wanted_logits, got_logits = [], [], [], []
     for prompt in (None, prompts):
-        together = reference.caption(images, prompt=prompt)
-        wanted_logits.append(reference.first_logits)
+        together = pytorch.caption(images, prompt=prompt)
+        wanted_logits.append(pytorch.first_logits)
         captions = exported.caption(images, prompt=prompt)
-        wanted += reference.caption(images[:_ALONE], prompt=prompt, batch_size=1)
+        wanted += pytorch.caption(images[:_ALONE], prompt=prompt, batch_size=1)
         got += captions[:_ALONE]
         # generate() counts the padding of a batch's prompts as said; ours doesn't.
         options = exported.options
@@ -379,7 +379,7 @@ def _target(precision: str) -> Target:
     return dataclasses.replace(CPU, folded=precision != "fp16")
 
 
-def _reference(checkpoint: Checkpoint, weights: Weights, scratch: Path) -> HuggingFaceCaptioner:
+def _in_float32(checkpoint: Checkpoint, weights: Weights, scratch: Path) -> HuggingFaceCaptioner:
     """Transformers' model in float32; a large one is widened into mapped files."""
     model = load_pretrained(checkpoint, weights.dtype())
     if sum(parameter.numel() for parameter in model.parameters()) * 4 < _VALIDATED:

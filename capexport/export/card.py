@@ -30,10 +30,9 @@ def _metadata(manifest: Manifest) -> str:
 
 
 def _use(manifest: Manifest) -> str:
-    size = sum(record.bytes for record in manifest.files.values()) / 1e6
     return (
-        f"An image captioner ({manifest.family}) in ONNX, {manifest.precision}, {size:.1f} MB. It "
-        "runs on CPU or CUDA without PyTorch:\n\n"
+        f"An image captioner ({manifest.family}) in ONNX, {manifest.precision}, "
+        f"{manifest.size / 1e6:.1f} MB. It runs on CPU or CUDA without PyTorch:\n\n"
         "```python\nfrom capexport import Captioner\n\n"
         'captioner = Captioner.load("FOLDER or OWNER/NAME")\n'
         'print(captioner.caption("photo.jpg").text)\n```'

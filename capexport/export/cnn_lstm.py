@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from capexport.artifact import Manifest, Parity, Provenance
 from capexport.captioner import Caption, Captioner
-from capexport.decoding import DecodingKeywords, greedy
+from capexport.decoding import DecodingKeywords, changed, greedy
 from capexport.errors import OptionError, ParityError
 from capexport.export.draft import Draft, draft_artifact
 from capexport.export.graph import OPSET, export_graph, versions
@@ -30,17 +30,17 @@ from capexport.export.parity import (
     TOLERANCE,
     compare_captions,
     compare_outputs,
+    compared_images,
     image_names,
     relative_error,
     scored,
-    seeded_images,
     token_agreement,
 )
-from capexport.families.cnn_lstm import ATTENTION, AttentiveDecoder
+from capexport.families.cnn_lstm import ATTENTION, DECODING, AttentiveDecoder
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm, ImageEncoder
 from capexport.models.steps import State
-from capexport.models.torch_captioner import DECODING, decoding_of, regions_of, torch_captioner
+from capexport.models.torch_captioner import regions_of, torch_captioner
 from capexport.preprocessing import ImageSource
 from capexport.sessions import CPU
 
@@ -62,7 +62,8 @@ class _EncoderGraph(nn.Module):
 
 
 class _StepGraph(nn.Module):
-    """A token and the state to logits, what changes of the state, and where the step looked."""
+    """A token and the state to logits and the new values of the state; with attention also to where
+    the step looked."""
 
     def __init__(self, model: CnnLstm) -> None:
         super().__init__()
@@ -99,13 +100,14 @@ def export_cnn_lstm(
             without references.
         MissingExtraError: `references` without pycocoevalcap.
     """
-    images = list(photos) or list(seeded_images())
+    images = compared_images(photos)
     names = image_names(images, references)
-    _check(images, precision, calibration)
+    if (precision == "int8") != bool(calibration):
+        raise OptionError("int8, and int8 alone, needs calibration photos: a hundred or so")
     CPU.require_provider()  # parity needs it, at the very end
     both: Any = {**checkpoint.decoding, **(decoding or {})}
     checkpoint = dataclasses.replace(checkpoint, decoding=both)
-    reference = torch_captioner(checkpoint)
+    pytorch = torch_captioner(checkpoint)
     with draft_artifact(out) as draft:
         state = _export_graphs(checkpoint, draft.folder)
         words = json.dumps(checkpoint.vocabulary.words, ensure_ascii=False, indent=0)
@@ -113,16 +115,16 @@ def export_cnn_lstm(
         draft.manifest = _manifest(checkpoint, state)
         log.info("checking parity with PyTorch")
         exported = made = draft.captioner()
-        wanted = reference.caption(images)
+        wanted = pytorch.caption(images)
         parity = Parity(
             inputs="photos" if photos else "seeded images",
             tolerance=TOLERANCE,
-            max_difference=_compare_graphs(reference, exported, images),
+            max_difference=_compare_graphs(pytorch, exported, images),
             captions=compare_captions(wanted, exported, images),
         )
-        if reference.options.num_beams > 1:  # loop and steps are compared all the same
+        if pytorch.options.num_beams > 1:  # loop and steps are compared all the same
             alone: DecodingKeywords = {"num_beams": 1, "num_return_sequences": 1}
-            compare_captions(reference.caption(images, **alone), exported, images, **alone)
+            compare_captions(pytorch.caption(images, **alone), exported, images, **alone)
         if precision == "int8":
             made = _quantized(draft, state, exported, calibration)
             lost = _compare_quantized(exported, made, wanted, images)
@@ -135,22 +137,12 @@ def export_cnn_lstm(
     return draft.manifest
 
 
-def _check(
-    images: Sequence[ImageSource], precision: str, calibration: Sequence[ImageSource]
-) -> None:
-    """Refuse what the arguments alone tell."""
-    if len(images) < IMAGES:
-        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(images)}")
-    if (precision == "int8") != bool(calibration):
-        raise OptionError("int8, and int8 alone, needs calibration photos: a hundred or so")
-
-
 def _manifest(checkpoint: Checkpoint, state: Mapping[str, str]) -> Manifest:
     return Manifest(
         family="cnn-lstm",
         precision="fp32",
         image=checkpoint.image,
-        decoding=decoding_of(checkpoint),
+        decoding=changed(DECODING, checkpoint.decoding),
         state=dict(state),
         regions=regions_of(checkpoint),
         files={},
@@ -179,10 +171,11 @@ def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:
     encoder = _EncoderGraph(_folded(model))
     export_graph(encoder, [example], ["images"], names, draft / "encoder.onnx")
     log.info("exporting decoder_step.onnx and decoder_loop.onnx")
-    shared = getattr(model.decoder, "shared", ())
     following = {name: f"next_{name}" for name in names if name not in model.decoder.constant}
     looks = [ATTENTION] if regions_of(checkpoint) else []
-    beams = {n: v if n in shared else v.repeat_interleave(2, 0) for n, v in state.items()}
+    beams = {
+        n: v if n in model.decoder.shared else v.repeat_interleave(2, 0) for n, v in state.items()
+    }
     export_graph(
         _StepGraph(model),
         [torch.zeros(4, dtype=torch.int64), beams],
@@ -195,8 +188,8 @@ def _export_graphs(checkpoint: Checkpoint, draft: Path) -> dict[str, str]:
 
 
 def _folded(model: CnnLstm) -> CnnLstm:
-    """A copy with the batch norms of its backbone within the convolutions, and no activation in
-    place: the exporter does the same, to the bit, and takes three times as long for it."""
+    """A copy with the batch norms of its backbone folded into the convolutions, and no activation
+    in place. The exporter would do the same, to the bit, but takes three times as long."""
     if not isinstance(model.encoder, ImageEncoder):
         return model
     model = copy.deepcopy(model)
@@ -256,22 +249,22 @@ def _quantize(
 
 
 def _compare_graphs(
-    reference: Captioner, exported: Captioner, images: Sequence[ImageSource]
+    pytorch: Captioner, exported: Captioner, images: Sequence[ImageSource]
 ) -> dict[str, float]:
     """The largest difference of a value from PyTorch's, by graph."""
-    pixels = np.stack([reference.preprocess(image) for image in images[:IMAGES]])
+    pixels = np.stack([pytorch.preprocess(image) for image in images[:IMAGES]])
     rng = np.random.default_rng(0)
     worst = {"encoder.onnx": 0.0, "decoder_step.onnx": 0.0}
     for batch in (1, 3, IMAGES):
-        wanted = _arrays(reference.encoder(pixels[:batch]))
+        wanted = _arrays(pytorch.encoder(pixels[:batch]))
         difference = compare_outputs("encoder.onnx", wanted, exported.encoder(pixels[:batch]))
         worst["encoder.onnx"] = max(worst["encoder.onnx"], difference)
         # Both steps start from PyTorch's state, so the second graph is judged alone.
-        tokens = rng.integers(len(reference.text), size=2 * batch)  # two beams of each image
-        shared = reference.decoder.shared
+        tokens = rng.integers(len(pytorch.text), size=2 * batch)  # two beams of each image
+        shared = pytorch.decoder.shared
         wanted = {n: v if n in shared else np.repeat(v, 2, axis=0) for n, v in wanted.items()}
         tensors = {name: torch.from_numpy(value) for name, value in wanted.items()}
-        logits, following = reference.decoder.step(tokens, tensors)
+        logits, following = pytorch.decoder.step(tokens, tensors)
         actual, state = exported.decoder.step(tokens, wanted)
         got = {"logits": actual, **state}
         if exported.decoder.regions:

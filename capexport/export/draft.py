@@ -37,7 +37,8 @@ class Draft:
 
 @contextmanager
 def draft_artifact(out: Path) -> Iterator[Draft]:
-    """A draft that becomes the artifact `out` where the block compares it well with its model.
+    """A draft that becomes the artifact `out` at the end of the block, which compares it with its
+    model.
 
     Raises:
         OutputExistsError: `out` is there already.

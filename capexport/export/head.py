@@ -14,8 +14,8 @@ from capexport.preprocessing import ImageSpec
 
 # What both axes have in common is computed for both at once: values of shape (2, 1, 1),
 # (2, crop, 1) or (2, crop, taps), rows first. Only the pixels that the crop needs are ever touched.
-# `photos` is 1, which onnxruntime is not to know: of a batch of one it would multiply the int8
-# encoder's last layers in float32, as it does not for `Captioner`.
+# `photos` is always 1, but onnxruntime must not know: for a batch that it knows to be one it would
+# compute the int8 encoder's last layers in float32, and differ from `Captioner`.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
 head (uint8[height, width, 3] image) => (float[photos, 3, {crop}, {crop}] images) {{
@@ -171,11 +171,11 @@ _KERNELS = {
     """,
     ),
 }
-_AT_ONCE = 1 << 19  # values that are wider than a byte
-# One axis of the two, the first of the pixels: of as many output lines at once as that allows. A
-# weight is multiplied in two parts, its last 7 bits and the others: the sums of each are whole
-# numbers, or multiples of 128, that float32 holds exactly, in whatever order they are added (of up
-# to 500 taps: an edge of 50,000 pixels).
+_AT_ONCE = 1 << 19  # pixels that are held as float32
+# A pass over one of the two axes, the first of its pixels: as many output lines at once as that
+# allows. A weight is multiplied in two parts, its last 7 bits and the others: the sums of each are
+# whole numbers, or multiples of 128, that float32 holds exactly, in whatever order they are added
+# (of up to 500 taps: an edge of 50,000 pixels).
 _PASS = """
     {this}_taps = Gather (taps, {this})
     {this}_end = Unsqueeze ({this}_taps, zero_axis)

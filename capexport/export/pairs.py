@@ -26,14 +26,14 @@ Photo: TypeAlias = NDArray[np.uint8]
 
 
 class AnyCaptioner(Protocol):
-    """`Captioner`, or what `generate()` of Transformers is wrapped in."""
+    """`Captioner` or `HuggingFaceCaptioner`."""
 
     def caption(
         self, images: Sequence[ImageSource], *, batch_size: int, **options: Unpack[DecodingKeywords]
     ) -> list[Caption]: ...
 
 
-# By what they are: ways to run the same model, of which the fastest counts.
+# Ways to run the same model, by name; the fastest of them counts.
 Variants: TypeAlias = Mapping[str, AnyCaptioner]
 
 
@@ -60,7 +60,7 @@ class Pair(Protocol):
         """More of them, through `torch.compile`: it takes minutes, and needs a compiler."""
 
     def peers(self) -> Mapping[str, Callable[[], Variants]]:
-        """Other ways to run it, opened one by one, since some cannot be."""
+        """Other ways to run it, by name, as functions that open them: not every machine can."""
 
 
 def open_pair(checkpoint: str, device: str, threads: int) -> Pair:
@@ -81,14 +81,14 @@ def open_pair(checkpoint: str, device: str, threads: int) -> Pair:
 
         import_module(f"capexport.export.{'blip2' if is_blip2 else 'cnn_lstm'}")
     torch.set_num_threads(threads)
-    return Blip2(checkpoint, device) if is_blip2 else CnnLstm(checkpoint, device, threads)
+    return _Blip2(checkpoint, device) if is_blip2 else _CnnLstm(checkpoint, device, threads)
 
 
 _FORMATS = ("channels_last", "contiguous")
 
 
-class CnnLstm:
-    """Its variants: memory formats and forms of the encoder, and calls of the LSTM."""
+class _CnnLstm:
+    """Its variants are memory formats and forms of the encoder, and calls of the LSTM."""
 
     def __init__(self, checkpoint: str, device: str, threads: int) -> None:
         from capexport.models.checkpoint import find_checkpoint, load_checkpoint
@@ -138,8 +138,8 @@ class CnnLstm:
         return {"PyTorch as usual": usual}
 
 
-class Blip2:
-    """`generate()` of Transformers, in float32 and as people who know their machine run it."""
+class _Blip2:
+    """`generate()` of Transformers in float32; its peers are `generate()` in 16 bits."""
 
     def __init__(self, checkpoint: str, device: str) -> None:
         from capexport.models.blip2_checkpoint import Weights, find_checkpoint

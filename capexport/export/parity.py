@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Largest difference of a value in float32. Trained graphs agree to 1e-5 or so; a wrong weight, gate
 # or padding is off by 1e-2 and more.
 TOLERANCE = 1e-3
-IMAGES = 16
+IMAGES = 16  # that graphs are compared on
 
 
 def seeded_images(count: int = IMAGES) -> list[Image.Image]:
@@ -34,6 +34,18 @@ def seeded_images(count: int = IMAGES) -> list[Image.Image]:
         )
         for _ in range(count)
     ]
+
+
+def compared_images(photos: Sequence[ImageSource]) -> list[ImageSource]:
+    """What captions are compared on: the photos, or `seeded_images` if there are none.
+
+    Raises:
+        OptionError: fewer photos than `IMAGES`.
+    """
+    images = [*photos] or [*seeded_images()]
+    if len(images) < IMAGES:
+        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(images)}")
+    return images
 
 
 def compare_outputs(
@@ -112,7 +124,7 @@ def compare_captions(
 def image_names(
     images: Sequence[ImageSource], references: Mapping[str, Sequence[str]] | None
 ) -> list[str]:
-    """The images' file names, by which `references` has their human captions.
+    """The images' file names, under which `references` must hold their human captions.
 
     Raises:
         OptionError: an image has none there.
@@ -129,12 +141,13 @@ def image_names(
 def scored(
     names: Sequence[str], captions: Sequence[Caption], references: Mapping[str, Sequence[str]]
 ) -> dict[str, float | str]:
-    """Caption metrics, by their names."""
+    """`score` of one caption for each of the `names`."""
     return score({n: c.text for n, c in zip(names, captions, strict=True)}, references)
 
 
 def token_agreement(wanted: Sequence[Caption], got: Sequence[Caption]) -> float:
-    """The share of tokens that two captioners say at the same place, of the longer captions'."""
+    """The share of tokens that are the same at the same place, among those of the longer caption of
+    each pair."""
     same = longest = 0
     for a, b in zip(wanted, got, strict=True):
         same += sum(x == y for x, y in zip(a.tokens, b.tokens, strict=False))

@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -33,8 +32,8 @@ from capexport.export import single
 from capexport.export.head import image_head
 from capexport.export.loop import opset_of
 from capexport.export.parity import (
-    IMAGES,
     TOLERANCE,
+    compared_images,
     image_names,
     relative_error,
     scored,
@@ -64,8 +63,8 @@ class FileParity:
     Attributes:
         manifest: of the graphs that it was made of, with the decoding that it does.
         captions: the file's and `Captioner`'s, over graphs of the same precision.
-        sizes: how many sizes of images it makes ready bit for bit as `preprocess` does.
-        kept: of "w8", the shares of captions and of tokens that the int8 artifact says too.
+        sizes: at how many sizes of images its preprocessing has the bits of `preprocess`.
+        kept: of "w8", the shares of captions and of tokens that are the int8 artifact's.
         metrics: scores against human captions, by precision.
     """
 
@@ -100,16 +99,13 @@ def export_file(
         MissingExtraError: `references` without pycocoevalcap.
     """
     refuse_existing(out)
-    images = list(photos) or list(seeded_images())
-    if len(images) < IMAGES:
-        raise OptionError(f"parity takes at least {IMAGES} photos, got {len(images)}")
+    images = compared_images(photos)
     names = image_names(images, references)
     artifact, given = Manifest.read(folder), decoding or {}
-    options: Any = changed(artifact.decoding, given)
-    manifest = dataclasses.replace(artifact, decoding=options)
+    manifest = dataclasses.replace(artifact, decoding=changed(artifact.decoding, given))
     _check(folder, manifest, precision)
     own = open_artifact(folder, artifact, CPU)
-    own.full_size = True  # as the graph is given them
+    own.full_size = True  # the graph is given whole photos, too
     wanted = own.caption(images, **given)
     said = {manifest.precision: wanted}
     with tempfile.TemporaryDirectory() as draft:
@@ -154,6 +150,8 @@ def _check(folder: Path, manifest: Manifest, precision: str) -> None:
         trouble = "the graph knows no repetition penalty: pass --repetition-penalty 1"
     elif decoding.no_repeat_ngram_size:
         trouble = "the graph lets words come again: pass --no-repeat-ngram-size 0"
+    elif decoding.num_return_sequences > 1:
+        trouble = "the graph gives one caption: pass --num-return-sequences 1"
     elif len(decoding.end_tokens) != 1:
         trouble = f"the graph ends captions with one token, not {len(decoding.end_tokens)}"
     if trouble:
@@ -200,7 +198,8 @@ def _opened(model: onnx.ModelProto, folder: str) -> Graph:
 def _compare_captions(
     graph: Graph, captioner: Captioner, images: Sequence[ImageSource], given: DecodingKeywords
 ) -> CaptionParity:
-    """
+    """Caption each image with the graph and with the captioner.
+
     Raises:
         ParityError: a caption's tokens or words differ, or its log-probability by too much.
     """

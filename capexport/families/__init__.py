@@ -35,12 +35,13 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """
+    """What the runtime knows of a family.
+
     Attributes:
         open: opens an artifact's folder on a target.
         batch_size: how many images of a list go through the graphs together by default.
-        small: whether each core can take a batch of its own through all stages. Of a
-            large model, one batch's activations and caches are enough to hold in memory.
+        small: whether each core may take a batch of its own through all stages. The activations
+            and caches of a large model's batches would need too much memory.
         image_graph: the file of the graph that images go through.
         step_weights: the file that a decoding step reads from end to end.
         optional: files without which an artifact still works, more slowly.
@@ -79,7 +80,8 @@ class Family:
 
 
 def find_family(name: str) -> Family:
-    """
+    """The family of this name.
+
     Raises:
         ArtifactError: this version knows no such family.
     """

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from capexport.artifact import Manifest, typed
+from capexport.artifact import Decoding, Manifest, typed
 from capexport.decoding import (
     Decoder,
     DecodingOptions,
@@ -80,6 +80,13 @@ class Vocabulary:
         return " ".join(self.words[token] for token in tokens if token >= len(self.SPECIALS))
 
 
+# How every CNN-LSTM decodes, unless its checkpoint or its artifact says otherwise.
+DECODING = Decoding(
+    end_tokens=(Vocabulary.END,),
+    max_tokens=30,  # Flickr8k's longest captions but for one in a thousand
+    suppress_tokens=(Vocabulary.PAD, Vocabulary.START, Vocabulary.UNKNOWN),
+    start_token=Vocabulary.START,
+)
 ATTENTION = "attention"  # the step graph's output that says where it looked
 
 
@@ -191,7 +198,8 @@ class OnnxDecoder(Decoder):
 
     @cached_property
     def shared(self) -> frozenset[str]:  # type: ignore[override]
-        """All that is constant, but of graphs that were exported to take it once a row."""
+        """All constant values; none of them in older exports, whose graphs take them for each
+        row."""
         inputs = self.step_graph.inputs
         rows = inputs["tokens"].shape
         return frozenset(name for name in self.constant if inputs[name].shape[:1] != rows)

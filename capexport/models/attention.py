@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class AttentionDecoder(nn.Module):
     """Soft attention over regions, word embedding, one LSTM layer, and the deep output.
 
-    `constant` are the names in its state that stay as they are from step to step, and `shared` by
-    all rows of a photo, its captions or beams, of which all photos have as many: the regions'
-    `keys`, float32 (photos, heads, width, regions), and `values`, (photos, heads, regions, width).
+    Each photo may have several rows, its captions or beams, and all photos have equally many. They
+    share what no step changes (`constant`, `shared`): the regions' `keys`, float32 (photos, heads,
+    width, regions), and `values`, (photos, heads, regions, width).
     """
 
     attends = True
@@ -55,7 +55,7 @@ class AttentionDecoder(nn.Module):
         """The state before `<SOS>`, from the map, (batch, channels, rows, columns)."""
         regions = self.dropout(features.flatten(2).transpose(1, 2))
         keys, values = self.key(regions), self.value(regions)
-        # Of several photos, onnxruntime sums a mean over this axis in another order; a pool not.
+        # A pool, since onnxruntime sums a mean over this axis in another order for several photos.
         mean = F.avg_pool1d(values.transpose(1, 2), values.shape[1]).squeeze(2)
         first = self.first(mean)
         hidden, cell = first.tanh().chunk(2, dim=1)
@@ -76,8 +76,8 @@ class AttentionDecoder(nn.Module):
         return self._logits(words, state["hidden"], context), state
 
     def _look(self, state: State) -> tuple[Tensor, Tensor]:
-        """What is seen, gated, (rows, hidden_size), and the heads' mean attention, (rows, regions),
-        where every photo has as many rows as any."""
+        """What is seen, gated, (rows, hidden_size), and the heads' mean attention, (rows, regions).
+        All photos have equally many rows."""
         keys, values = state["keys"], state["values"]
         query, gate = self.query(state["hidden"]).chunk(2, dim=1)
         # (photos, heads, rows of a photo, width)
@@ -101,8 +101,8 @@ class AttentionDecoder(nn.Module):
 
         Args:
             features: the map of each photo, (photos, channels, rows, columns).
-            captions: int64 (rows, time), `<SOS> ... <EOS>`, padded; as many in a row for each
-                photo.
+            captions: int64 (rows, time), `<SOS> ... <EOS>`, padded; equally many for each photo,
+                one photo after the other.
             lengths: int64 (rows,) on the CPU, the ids of each caption that are not padding.
         Returns:
             What each word but the last predicts.

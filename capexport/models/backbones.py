@@ -50,7 +50,7 @@ class Backbone:
 
     @property
     def image(self) -> ImageSpec:
-        """What those weights were made for."""
+        """The preprocessing that those weights were trained with."""
         transforms = self.weights.transforms()
         return ImageSpec(
             resize=transforms.resize_size[0],

@@ -21,8 +21,8 @@ from capexport.preprocessing import ImageSource, load_image
 
 @quiet()
 def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype) -> Blip2ForConditionalGeneration:
-    """What Transformers loads from the folder by itself; only where `checkpoint.assumed` says so,
-    with another configuration than the file's.
+    """What Transformers itself loads from the folder. Only if `checkpoint.assumed` names
+    corrections is it given another configuration than the file's.
 
     Raises:
         CheckpointError: it cannot, or not all.
@@ -83,8 +83,8 @@ class HuggingFaceCaptioner:
         batch_size: int = 32,
         **options: Any,
     ) -> list[Caption]:
-        """As `Captioner.caption`, for a list of images; `options` go to `generate`, whose own
-        defaults None of `max_tokens` and `min_tokens` is."""
+        """As `Captioner.caption`, for a list of images. `options` go to `generate()`; so do its own
+        defaults where `max_tokens` and `min_tokens` are None."""
         bounds = {"max_new_tokens": max_tokens, "min_new_tokens": min_tokens}
         options |= {name: bound for name, bound in bounds.items() if bound is not None}
         captions: list[Caption] = []

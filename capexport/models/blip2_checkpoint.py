@@ -111,7 +111,7 @@ def find_checkpoint(model: str, revision: str | None = None) -> tuple[Path, dict
 
 
 def _on_the_hub(model: str, commit: str, folder: Path) -> tuple[list[str], dict[str, Header]]:
-    """The weights' files, and their headers, which without a network are none."""
+    """The names of the weights' files, and their tensors' headers; no headers without a network."""
     hub = HfApi()
     try:
         present = hub.list_repo_files(model, revision=commit)
@@ -335,8 +335,9 @@ def _refuse_unmerged(folder: Path, headers: Mapping[str, Header]) -> None:
 
 
 def _settle_ties(folder: Path, config: Blip2Config, found: Collection[str]) -> list[str]:
-    """Transformers 5 says of every T5 that it is tied, and by `scale_decoder_outputs` which it is:
-    of the first version (tied and scaled) or, as Flan-T5, of 1.1 (neither)."""
+    """Decide whether T5's output layer shares the weights of its embedding. Transformers 5 writes
+    `tie_word_embeddings: true` for every T5; there, `scale_decoder_outputs` tells: true for the
+    first T5, which shares them, false for T5 1.1 and Flan-T5."""
     text, path = config.text_config, folder / CONFIG
     scaled = getattr(text, "scale_decoder_outputs", None)
     if text.model_type != "t5" or scaled is None or scaled == text.tie_word_embeddings:
@@ -352,7 +353,8 @@ def _settle_ties(folder: Path, config: Blip2Config, found: Collection[str]) -> l
 
 
 def _refuse_two_for_one(folder: Path, config: Blip2Config, headers: Mapping[str, Header]) -> None:
-    """Transformers 4 takes one of the two matrices, Transformers 5 both."""
+    """Refuse files with two different matrices for what the configuration calls one: Transformers 4
+    would use one of them for both, Transformers 5 each."""
     stored = {current_name(name): name for name in headers}
     for parameter in meta_model(config).parameters():
         names = [stored[name] for name in parameter.aliases if name in stored]
@@ -373,7 +375,8 @@ def _read(file: Path, name: str) -> Tensor:
 
 
 def converted(tensor: Tensor, dtype: torch.dtype, file: Path) -> Tensor:
-    """`tensor` as another type, mapped from the (unlinked) `file`: no anonymous memory."""
+    """`tensor` as another type, mapped from a new `file` (at once unlinked), so that it needs no
+    anonymous memory."""
     mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=dtype)
     file.unlink()  # it lives on as long as the mapping
     return mapped.copy_(tensor.flatten()).view(tensor.shape)

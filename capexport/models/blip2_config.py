@@ -68,7 +68,8 @@ def quiet() -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
+    """The JSON object in a file of a checkpoint.
+
     Raises:
         CheckpointError: `path` is not there, or holds no JSON object.
     """
@@ -212,7 +213,7 @@ def decoding_defaults(folder: Path, config: Blip2Config) -> Decoding:
         raise _refused(path, ["max_length"], "which leaves room for no token")
     try:
         return Decoding(
-            # Others can never be said; -1 means just that.
+            # An id outside the vocabulary, such as -1, means that nothing ends a caption.
             end_tokens=tuple(token for token in ends if 0 <= token < text.vocab_size),
             max_tokens=longest,
             min_tokens=min(shortest, longest),

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from capexport.artifact import replace_file, replacing_binary_file, sha256_of, typed
-from capexport.decoding import DecodingKeywords
+from capexport.decoding import DecodingKeywords, changed
 from capexport.errors import CheckpointError
-from capexport.families.cnn_lstm import Vocabulary
+from capexport.families.cnn_lstm import DECODING, Vocabulary
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig
 from capexport.preprocessing import ImageSpec
 
@@ -42,7 +42,7 @@ class Checkpoint:
     model: CnnLstm
     vocabulary: Vocabulary
     image: ImageSpec
-    decoding: DecodingKeywords = field(default_factory=lambda: DecodingKeywords())
+    decoding: DecodingKeywords = field(default_factory=DecodingKeywords)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
@@ -119,6 +119,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             metrics=document["metrics"],
             sha256=document["weights"]["sha256"],
         )
+        changed(DECODING, checkpoint.decoding)  # refused here, where the file is known
         if sha256_of(weights) != checkpoint.sha256:
             raise CheckpointError(f"{weights}: not the file that {FILE_NAME} was written with")
         state = {

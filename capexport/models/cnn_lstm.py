@@ -51,8 +51,8 @@ class CnnLstmConfig:
 class ImageEncoder(nn.Module):
     """The backbone, and for the "lstm" decoder pooling, linear and batch norm to the image feature.
 
-    Blocks of the backbone from `train_from` on are trained, the others stay as they are: none
-    before it changes, so what they make of an image, `stem`, can be kept.
+    Blocks of the backbone from `train_from` on are trained. Those before it are frozen, so what
+    they make of an image, `stem`, never changes and can be cached.
     """
 
     def __init__(self, config: CnnLstmConfig, train_from: int | None = None) -> None:
@@ -91,9 +91,8 @@ class ImageEncoder(nn.Module):
 class CaptionDecoder(nn.Module):
     """Word embedding, one LSTM layer, and the projection to the vocabulary.
 
-    `constant` are the names in its state that stay as they are from step to step, `shared` those of
-    them that have a row for each photo, however many captions or beams it has.
-    `step_by_module` takes single steps through `nn.LSTM` instead of the call behind
+    Each step changes all of its state, so `constant` and `shared` (as of `capexport.decoding`) are
+    empty. `step_by_module` takes single steps through `nn.LSTM` instead of the call behind
     `nn.LSTMCell`: the same arithmetic, and on some machines and batch sizes the faster one.
     """
 
@@ -134,8 +133,8 @@ class CaptionDecoder(nn.Module):
 
         Args:
             feature: image feature of each photo, (photos, embed_size).
-            captions: int64 (rows, time), `<SOS> ... <EOS>`, padded; equally many rows in a row for
-                each photo.
+            captions: int64 (rows, time), `<SOS> ... <EOS>`, padded; equally many for each photo,
+                one photo after the other.
             lengths: int64 (rows,) on the CPU, the ids of each caption that are not padding.
         Returns:
             What the image feature predicts, which is `<SOS>`, then what each word but the last
@@ -157,8 +156,8 @@ DECODERS: dict[str, type[CaptionDecoder] | type[AttentionDecoder]] = {
 class CnnLstm(nn.Module):
     """Encoder and decoder.
 
-    The backbone stays frozen before the block `train_from`, in all by default. Its batch norms keep
-    their statistics, those of trained blocks too unless `update_norms` is set.
+    The backbone's blocks before `train_from` are frozen, by default all of them. Batch norms of the
+    backbone keep their statistics; with `update_norms`, only those of frozen blocks do.
     """
 
     def __init__(

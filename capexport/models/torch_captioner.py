@@ -8,7 +8,6 @@ and only the logits, which choosing the next token needs, are copied to the host
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
@@ -19,24 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from capexport.artifact import Decoding
 from capexport.captioner import Captioner
-from capexport.decoding import Decoder, Regions, TokenArray
-from capexport.errors import CheckpointError, DeviceError, OptionError
-from capexport.families.cnn_lstm import ATTENTION, Vocabulary, replay
+from capexport.decoding import Decoder, Regions, TokenArray, changed
+from capexport.errors import DeviceError
+from capexport.families.cnn_lstm import ATTENTION, DECODING, Vocabulary, replay
 from capexport.models.checkpoint import Checkpoint
 from capexport.models.cnn_lstm import CnnLstm, ImageEncoder
 from capexport.models.steps import State
 from capexport.preprocessing import FloatArray
 
 Form: TypeAlias = Literal["plain", "folded", "frozen"]
-# What the manifest of a CNN-LSTM says of decoding.
-DECODING = Decoding(
-    end_tokens=(Vocabulary.END,),
-    max_tokens=30,  # Flickr8k's longest captions but for one in a thousand
-    suppress_tokens=(Vocabulary.PAD, Vocabulary.START, Vocabulary.UNKNOWN),
-    start_token=Vocabulary.START,
-)
 
 
 class TorchEncoder:
@@ -61,7 +52,7 @@ class TorchDecoder(Decoder):
         self._model = model
         self._device = device
         self.constant = model.decoder.constant
-        self.shared = getattr(model.decoder, "shared", frozenset())
+        self.shared = model.decoder.shared
         self.regions = regions
 
     def start(
@@ -117,7 +108,7 @@ def torch_captioner(
         DeviceError: PyTorch has no such device.
     """
     require_torch_device(device)
-    options = decoding_of(checkpoint).options
+    options = changed(DECODING, checkpoint.decoding).options
     model = copy.deepcopy(checkpoint.model).to(device).eval()
     model.decoder.step_by_module = step_by_module
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -145,40 +136,29 @@ def torch_captioner(
 
 @torch.no_grad()
 def _optimised(encoder: ImageEncoder, form: Form, example: Tensor) -> nn.Module:
-    layers = [encoder.backbone]
+    layers: list[nn.Module] = [encoder.backbone]
     if encoder.pools:
-        layers += [encoder.pool, nn.Flatten(1), encoder.linear, encoder.norm]  # type: ignore[list-item]
+        layers += [encoder.pool, nn.Flatten(1), encoder.linear, encoder.norm]
     folded: nn.Module = fuse(nn.Sequential(*layers).eval())
     if form == "folded":
         return folded
     with warnings.catch_warnings():  # deprecated, but what people run, and on CPUs the fastest
         warnings.simplefilter("ignore", FutureWarning)
         traced = torch.jit.trace(folded, example)
-        return torch.jit.optimize_for_inference(traced)  # type: ignore[no-any-return]
+        frozen: nn.Module = torch.jit.optimize_for_inference(traced)
+    return frozen
 
 
 @torch.no_grad()
 def regions_of(checkpoint: Checkpoint) -> Regions | None:
     """Rows and columns of the regions that the decoder looks at; None where it looks at none."""
-    if not getattr(checkpoint.model.decoder, "attends", False):
+    if not checkpoint.model.decoder.attends:
         return None
     size = checkpoint.image.crop
     parameter = next(checkpoint.model.parameters())
     images = torch.zeros(1, 3, size, size, device=parameter.device)
     rows, columns = checkpoint.model.encoder(images).shape[2:]
     return rows, columns
-
-
-def decoding_of(checkpoint: Checkpoint) -> Decoding:
-    """What a manifest says of its decoding.
-
-    Raises:
-        CheckpointError: it names an option that there is not, or one out of range.
-    """
-    try:
-        return dataclasses.replace(DECODING, **checkpoint.decoding)  # type: ignore[arg-type]
-    except (TypeError, OptionError) as error:
-        raise CheckpointError(f"the checkpoint's `decoding`: {error}") from error
 
 
 def require_torch_device(device: str) -> None:

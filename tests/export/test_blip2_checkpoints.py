@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from blip2_models import OPT, QFORMER, QUERIES, T5, VISION
-from conftest import draw_photo
+from conftest import PROMPTS, draw_photo
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -49,7 +49,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., Path]
 Edit = Callable[[Path], object]
 IMAGES = [draw_photo(seed, (60, 50)) for seed in range(300, 303)]
-PROMPTS = ["a photo of", "Question: how many cats are there? Answer:", "two"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LM = "language_model."
 OPT_EMBEDDING, T5_EMBEDDING = f"{LM}model.decoder.embed_tokens.weight", f"{LM}shared.weight"

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import draw_photo, shapes
+from conftest import assert_same, draw_photo, shapes
 
 from capexport import Captioner, CheckpointError, OutputExistsError, ParityError
 from capexport.beam import beam_search
@@ -82,13 +82,7 @@ def test_captions_equal_pytorch_on_images_the_export_did_not_see(
         wanted = torch_captioner(copy.deepcopy(checkpoint), **variant).caption(images)
         assert len({caption.tokens for caption in wanted}) > 10
         for captions in batched:
-            assert [c.tokens for c in captions] == [c.tokens for c in wanted]
-            np.testing.assert_allclose(
-                [c.log_probability for c in captions],
-                [c.log_probability for c in wanted],
-                rtol=1e-3,
-                atol=1e-3,
-            )
+            assert_same(captions, wanted)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +307,8 @@ class Looking(torch.nn.Module):
     """A captioner whose state has other names, ranks and types than the CNN-LSTM's: a part of it,
     the image's regions, stays as it is from step to step."""
 
-    constant = frozenset({"regions"})
+    constant, shared = frozenset({"regions"}), frozenset()
+    attends = False
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -480,6 +475,14 @@ def test_checkpoints_round_trip_and_are_replaced_whole(saved: Path, checkpoint: 
     weight = halved.model.decoder.output.weight
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight, again.model.decoder.output.weight.half().float())
+
+
+@pytest.mark.parametrize("decoding", [{"num_beams": 0}, {"beams": 3}])
+def test_a_checkpoints_decoding_is_checked_when_it_is_read(decoding, saved: Path):
+    path = saved / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "decoding": decoding}))
+    with pytest.raises(CheckpointError, match=f"{path}: damaged checkpoint: .*beams"):
+        load_checkpoint(saved)
 
 
 def test_damaged_checkpoints_are_refused(saved: Path):

@@ -8,7 +8,7 @@ import pytest
 from capexport.bench.cli import sample_photos
 from capexport.bench.openvino import nncf_captioners, openvino_captioners
 from capexport.captioner import BUNDLED_ARTIFACT, Captioner
-from capexport.cli import bundled_checkpoint
+from capexport.cli.lstm import bundled_checkpoint
 from capexport.export.cnn_lstm import export_cnn_lstm
 from capexport.export.parity import relative_error
 from capexport.models.checkpoint import load_checkpoint

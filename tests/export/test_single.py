@@ -209,6 +209,7 @@ def test_neither_torch_nor_words_of_capexport_are_needed(tmp_path: Path):
         ([str(COMMITTED / "opt")], "one file holds a CNN-LSTM"),
         ([str(COMMITTED / "cnn-lstm"), "--precision", "w8"], "made of an int8 artifact"),
         ([str(COMMITTED / "cnn-lstm"), "--repetition-penalty", "1.2"], "no repetition penalty"),
+        (["--num-return-sequences", "3"], "gives one caption"),
         ([str(COMMITTED / "cnn-lstm"), "--no-repeat-ngram-size", "2"], "words come again"),
     ],
 )

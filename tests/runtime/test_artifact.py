@@ -1,5 +1,6 @@
 """The manifest, typed to its leaves, and the files that it vouches for."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from conftest import edit_manifest
+from conftest import README, edit_manifest, vouch
 
 from capexport import (
     ArtifactError,
@@ -22,7 +23,15 @@ from capexport import (
     DownloadError,
     OptionError,
 )
-from capexport.artifact import Manifest, PromptSpec, sha256_of, typed
+from capexport.artifact import (
+    CaptionParity,
+    Decoding,
+    Manifest,
+    Parity,
+    PromptSpec,
+    Provenance,
+    typed,
+)
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import main
 from capexport.onnx_file import _MESSAGES, check_graph
@@ -32,9 +41,11 @@ BLANK = np.zeros((8, 8, 3), np.uint8)
 RECORD = {"bytes": 1, "sha256": "0" * 64}
 
 
-@pytest.fixture
-def copied(artifact: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(artifact, tmp_path / "copied")
+def test_the_description_of_the_manifest_has_every_field():
+    text = (README.parent / "artifacts" / "README.md").read_text(encoding="utf-8")
+    kinds = (Manifest, ImageSpec, Decoding, PromptSpec, Provenance, Parity, CaptionParity)
+    names = {item.name for kind in kinds for item in dataclasses.fields(kind)}
+    assert names == {name for name in names if f"`{name}`" in text}
 
 
 def changed(folder: Path, path: str, value: Any) -> None:
@@ -112,8 +123,7 @@ def test_a_decoder_that_needs_a_start_token_says_so(copied: Path):
 def test_words_that_are_none(copied: Path, words: Any):
     path = copied / "vocabulary.json"
     path.write_text(json.dumps(words))
-    record = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    changed(copied, "files/vocabulary.json", record)
+    vouch(copied, "vocabulary.json")
     with pytest.raises(ArtifactError, match=r"vocabulary\.json: not a list of words"):
         Captioner.load(copied)
 
@@ -163,16 +173,6 @@ def test_large_files_are_held_to_their_size_and_inspect_hashes_them(
         Captioner.load(copied)
 
 
-def vouched(folder: Path) -> None:
-    """Put the sizes and hashes of the files that are there into the manifest."""
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        for file in sorted(folder.iterdir())
-        if file.name != "manifest.json" and file.is_file()
-    }
-    edit_manifest(folder, files=files)
-
-
 def replaced(path: Path, old: bytes, new: bytes, count: int = -1) -> None:
     assert len(old) == len(new), "lengths are part of the format"
     content = path.read_bytes()
@@ -195,8 +195,7 @@ def test_weights_elsewhere(copied: Path, place: str, graph: str):
     if not place.startswith("/"):
         shutil.copy(copied / "decoder.data", copied / place)
     replaced(copied / graph, b"decoder.data", place.encode())
-    record = {"bytes": (copied / graph).stat().st_size, "sha256": sha256_of(copied / graph)}
-    changed(copied, f"files/{graph}", record)
+    vouch(copied, graph)
     with pytest.raises(ArtifactError, match=rf"{graph}: reads '{re.escape(place)}', which"):
         Captioner.load(copied)
 
@@ -215,7 +214,7 @@ def test_a_listed_file_may_be_a_link(copied: Path, artifact: Path):
 def test_a_loop_of_a_strangers_own_length(copied: Path):
     """The loop's count is its first input."""
     replaced(copied / "decoder_loop.onnx", b"\x0a\x0amax_tokens", b"\x0a\x0amin_tokens", 1)
-    vouched(copied)
+    vouch(copied)
     with pytest.raises(ArtifactError, match=r"loop\.onnx: a Loop that max_tokens does not bound"):
         Captioner.load(copied)
 
@@ -294,7 +293,7 @@ def test_nothing_left_to_say(copied: Path):
 def test_words_that_the_vocabulary_lacks(copied: Path, photos: list[Path]):
     words = json.loads((copied / "vocabulary.json").read_text())
     (copied / "vocabulary.json").write_text(json.dumps(words[:5]))
-    vouched(copied)
+    vouch(copied)
     with pytest.raises(ArtifactError, match=r"loop\.onnx: a word outside the vocabulary of 5"):
         Captioner.load(copied).caption(photos)
 
@@ -302,7 +301,7 @@ def test_words_that_the_vocabulary_lacks(copied: Path, photos: list[Path]):
 def test_weights_that_are_no_numbers(copied: Path, capfd):
     data = copied / "decoder.data"
     data.write_bytes(np.full(data.stat().st_size // 4, np.nan, np.float32).tobytes())
-    vouched(copied)
+    vouch(copied)
     captioner = Captioner.load(copied)
     for options in ({}, {"repetition_penalty": 1.5}, {"num_beams": 3}):
         with pytest.raises(ArtifactError, match="no numbers"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COMMITTED, draw_photo, edit_manifest
+from conftest import COMMITTED, PROMPTS, draw_photo, edit_manifest
 
 from capexport import ArtifactError, Captioner, OptionError
 from capexport.artifact import Manifest
@@ -19,7 +19,6 @@ from capexport.decoding import Decoder, DecodingOptions, Prompts
 from capexport.sessions import CPU, Target
 
 END = 0
-PROMPTS = ["a photo of", "Question: how many cats are there? Answer:", "two"]
 
 
 class Chained(Decoder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_photo, edit_manifest
+from conftest import PROMPTS, assert_same, draw_photo, edit_manifest, vouch
 from PIL import Image
 
 from capexport import (
@@ -20,10 +20,7 @@ from capexport import (
     MissingExtraError,
     OptionError,
 )
-from capexport.artifact import sha256_of
 from capexport.cli import main
-
-PROMPTS = ["a photo of", "Question: how many cats are there? Answer:", "two"]
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +42,7 @@ def test_prompts_for_all_and_for_each(blip2: Captioner, images: list[Image.Image
     assert len({caption.tokens for caption in single}) == 3
     for batch_size in (1, 2, 3):
         batched = blip2.caption(images, prompt=prompts, batch_size=batch_size)
-        assert [c.tokens for c in batched] == [c.tokens for c in single]
-        np.testing.assert_allclose(
-            [c.log_probability for c in batched],
-            [c.log_probability for c in single],
-            rtol=1e-4,
-        )
+        assert_same(batched, single, 1e-4)
     same = blip2.caption(images, prompt=prompts[2])
     assert same[2].tokens == single[2].tokens
     assert blip2.caption(images)[0].tokens != same[0].tokens
@@ -151,9 +143,7 @@ def test_truncated_missing_and_altered_files(copied: Path):
 def replace_file(folder: Path, name: str, content: bytes) -> None:
     """Put another file in the place of `name`, hash and all."""
     (folder / name).write_bytes(content)
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    files[name] = {"bytes": len(content), "sha256": sha256_of(folder / name)}
-    edit_manifest(folder, files=files)
+    vouch(folder, name)
 
 
 def test_swapped_graphs(copied: Path):

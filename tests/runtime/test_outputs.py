@@ -11,13 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SLOWLY, default_signals, draw_photo
+from conftest import SLOWLY, default_signals, draw_photo, key
 from PIL import Image
 
 import capexport
 from capexport.artifact import new_artifact, remove_dead_drafts, replace_file, replacing_file
 from capexport.bulk.outputs import FileOutput, SideCars
-from capexport.captioner import Captioner
 from capexport.cli import main
 from capexport.errors import OutputExistsError
 
@@ -70,12 +69,6 @@ def test_resume_means_what_is_missing(style, interrupted, artifact, folder, phot
     assert caption(artifact, folder, "--format", style, "--out", out, "--resume") == 0
     assert "out is complete: 0 captioned, 12 left out (12 there already)" in capsys.readouterr().err
     assert not litter(folder.parent)
-
-
-def key(artifact: Path, options: str = "{}") -> str:
-    from capexport.artifact import sha256_of
-
-    return f"{sha256_of(artifact / 'manifest.json')} {options} prompt=None"
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -139,11 +132,6 @@ def test_limit_takes_some_more_each_time(artifact, photos, wanted, tmp_path, cap
         assert left in said and "is complete" not in said
         rows = [json.loads(line)["text"] for line in out.read_text().splitlines()]
         assert rows == wanted[:count]
-
-
-@pytest.fixture
-def wanted(captioner: Captioner, photos: list[Path]) -> list[str]:
-    return [each.text for each in captioner.caption(photos)]
 
 
 def test_corrections_by_hand_stay(artifact, folder, photos, capsys):
@@ -594,7 +582,14 @@ def test_quiet_says_what_went_wrong_alone(artifact, photos, capsys):
         (["lstm", "--out", "there"], "already there"),
         (["lstm", "--out", "new", "--precision", "int8"], "needs --calibration"),
         (["lstm", "--out", "new", "--photos", "absent*"], "no image files there"),
-        (["lstm", "--out", "new", "--references", "humans.csv"], "capexport[eval]"),
+        (
+            ["lstm", "--out", "new", "--photos", "x.jpg", "--references", "humans.csv"],
+            "capexport[eval]",
+        ),
+        *(
+            ([command, "--out", "new", "--references", "humans.csv"], "pass both")
+            for command in ("lstm", "blip2", "graph")
+        ),
         (["lstm", "--out", "new", "--max-tokens", "0"], "max_tokens must be at least 1"),
         (["graph", "--out", "new", "--num-beams", "0"], "num_beams must be at least 1"),
         (["blip2", "--out", "there"], "already there"),

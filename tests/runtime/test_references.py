@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from capexport.errors import DatasetError
+from capexport import DatasetError
 from capexport.references import CaptionedImage, read_captions, read_references
 
 PLAIN = {"000.jpg": ["A dog runs .", "Two dogs play"], "001.jpg": ["A man sits", "A woman"]}

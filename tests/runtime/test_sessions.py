@@ -109,7 +109,7 @@ def test_the_callers_own_session_options_and_providers(artifact: Path):
     used = own.encoder.graph.session.get_session_options()
     assert used.graph_optimization_level == options.graph_optimization_level
     assert own.caption(image).tokens == wanted
-    with pytest.raises(DeviceError, match="has no NoExecutionProvider"):
+    with pytest.raises(DeviceError, match="has no NoExecutionProvider: install the package"):
         Captioner.load(artifact, providers=["NoExecutionProvider"])
     with pytest.raises(OptionError, match="pass one of the two"):
         Captioner.load(artifact, device="cuda", providers=["CPUExecutionProvider"])

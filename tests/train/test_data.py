@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import CAPTIONS, draw_photo, kaggle
 
-from capexport.errors import DatasetError
+from capexport import DatasetError
 from capexport.families.cnn_lstm import Vocabulary
 from train.data import (
     SPLITS,

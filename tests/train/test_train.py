@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -424,17 +425,26 @@ def test_a_java_that_fails_does_not_cost_the_scores(options, tmp_path, capsys, m
     assert {"BLEU-4", "ROUGE-L", "CIDEr-D"} < scores.keys()
 
 
-def test_interruption_keeps_the_last_epoch(options, tmp_path, capsys, monkeypatch):
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(interrupt, 130), (functools.partial(signal.raise_signal, signal.SIGTERM), 143)],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_interruption_keeps_the_last_epoch(stop, code, options, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     real = loop.Trainer.epoch
 
     def interrupted(self, number):
         if number == 2:
-            raise KeyboardInterrupt
+            stop()
         return real(self, number)
 
     monkeypatch.setattr(loop.Trainer, "epoch", interrupted)
-    assert main([*options, "--out", str(run)]) == 130
+    assert main([*options, "--out", str(run)]) == code
     assert f"--resume {run} goes on" in capsys.readouterr().err
     assert load_checkpoint(run).metrics["epoch"] == 1
 
