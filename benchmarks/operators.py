@@ -18,7 +18,7 @@ from capexport.artifact import replace_file
 from capexport.bench.cli import sample_photos
 from capexport.bench.report import cpu_model, table
 from capexport.captioner import BUNDLED_ARTIFACT
-from capexport.cli import run_command, teaching
+from capexport.cli import run_parser, teaching
 from capexport.sessions import Graph
 
 RUNS = 30
@@ -39,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables")
-    options = parser.parse_args(argv)
-    return run_command("operators.py", lambda: _profile(options))
+    return run_parser(parser, _profile, argv)
 
 
 def _profile(options: argparse.Namespace) -> int:

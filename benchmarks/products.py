@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from capexport.artifact import replace_file
 from capexport.bench.report import cpu_model, load, table
-from capexport.cli import run_command, show_progress, teaching
+from capexport.cli import run_parser, teaching
 from capexport.export.quantize import quantize_graph
 from capexport.sessions import CPU, available_cores
 
@@ -42,9 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=available_cores(), metavar="N")
     parser.add_argument("--repeats", type=int, default=30, metavar="N", help="default: 30")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables")
-    options = parser.parse_args(argv)
-    show_progress()
-    return run_command("products.py", lambda: _benchmark(options))
+    return run_parser(parser, _benchmark, argv)
 
 
 def _benchmark(options: argparse.Namespace) -> int:
