@@ -216,7 +216,7 @@ def opening() -> str:
     return (
         f"The bundled captioner, a photo at a time ({title}; PyTorch at its best):\n\n"
         f"{table([head, *rows])}\n\nA caption's time begins with the decoded photo. From a JPEG "
-        f"file to text, int8 took {files['0.2']:.0f} ms for 0.2 megapixels and {files['12']:.0f} ms "
+        f"file to text, int8 took {files['0.2']:.0f} ms for 0.2 megapixels and {files['12']:.0f} "
         "for 12."
     )
 
