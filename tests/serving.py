@@ -20,7 +20,7 @@ from capexport.cli.serve import make_server
 from capexport.serve import application
 from capexport.serve.settings import Settings
 
-for package in ("starlette", "uvicorn", "h11", "python_multipart"):
+for package in ("starlette", "uvicorn", "h11", "python_multipart", "pybase64"):
     pytest.importorskip(package, reason="of the extra serve")
 MODEL = COMMITTED / "cnn-lstm"  # what is served is no matter here
 

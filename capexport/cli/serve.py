@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import ipaddress
 import logging
 import os
@@ -17,7 +18,7 @@ from capexport.errors import OptionError, importing
 from capexport.serve import EXTRA, application
 from capexport.serve.settings import Settings, add_flags, given_settings
 
-_SILENT = 20.0  # seconds until a client must have asked something
+_SILENT = 20.0  # seconds in which a client must have asked something
 
 
 def add_parser(commands: Any) -> None:
@@ -66,6 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     server = make_server(app)
     # The event loop takes the interpreter back from captioning threads many times a request.
     sys.setswitchinterval(0.001)
+    gc.freeze()  # what is loaded stays
     listener.listen(2048)  # whoever reads the next line may ask at once
     say(f"capexport: serving {settings.name} on http://{shown}:{port} (Ctrl-C ends)")
     try:
@@ -83,8 +85,17 @@ def make_server(app: Any) -> Any:
     class Protocol(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            # Who connects and asks nothing would keep the connection for ever.
-            self.loop.call_later(_SILENT, lambda: self.cycle or transport.close())
+            self.look()
+
+        def look(self, waited: bool = False) -> None:
+            """Close a connection whose client asks nothing, or never comes to an end of what it
+            asks or sends behind an answer: uvicorn would keep it for ever."""
+            asked = self.cycle and not self.cycle.response_complete
+            idle = not asked and self.timeout_keep_alive_task is None
+            if idle and waited:
+                self.transport.close()
+            if not self.transport.is_closing():
+                self.loop.call_later(_SILENT, self.look, idle)
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:

@@ -27,6 +27,7 @@ def application(settings: Settings | None = None) -> Starlette:
     """
     with importing(EXTRA):
         import h11  # noqa: F401
+        import pybase64  # noqa: F401
         import python_multipart  # noqa: F401
         import starlette  # noqa: F401
 

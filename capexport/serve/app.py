@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -49,7 +49,7 @@ def build_app(service: Service) -> Starlette:
     inner: list[BaseRoute] = list(routes)
     if settings.site:
         inner.append(Mount("/", StaticFiles(directory=settings.site, html=True)))
-    below = [Mount(settings.root_path, routes=inner)] if settings.root_path else []
+    below = _below(settings.root_path, inner) if settings.root_path else []
 
     def known(scope: Scope) -> str | None:
         """The path of the matching route, as it is written there."""
@@ -79,6 +79,15 @@ def build_app(service: Service) -> Starlette:
     app.router.redirect_slashes = False
     app.state.service = service
     return app
+
+
+def _below(path: str, routes: list[BaseRoute]) -> list[BaseRoute]:
+    """The same below a path; the page's own links are relative to `path` and a slash."""
+
+    async def add_slash(request: Request) -> Response:
+        return RedirectResponse(f"{path}/")
+
+    return [Route(path, add_slash), Mount(path, routes=routes)]
 
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:

@@ -62,6 +62,7 @@ class Batcher:
     Attributes:
         room: how many images may be held at once.
         held: how many are.
+        loop: the event loop that its futures are of.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Batcher:
         self.room, self.held = room, 0
         self._batch_size, self._max_pixels = batch_size, max_pixels
         self._at_once = threads if captioner.threads == 1 else 1
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._changed = threading.Condition()
         self._unread: deque[_Item] = deque()
         self._ready: list[_Item] = []
@@ -100,7 +101,7 @@ class Batcher:
         """
         if self.held + len(sources) > self.room:
             raise QueueFullError
-        items = [_Item(one, prompt, options, self._loop.create_future()) for one in sources]
+        items = [_Item(one, prompt, options, self.loop.create_future()) for one in sources]
         with self._changed:
             self.held += len(items)
             self._unread.extend(items)
@@ -186,7 +187,7 @@ class Batcher:
 
     def _answer(self, batch: list[_Item], outcomes: Sequence[Outcome | Exception]) -> None:
         with suppress(RuntimeError):  # the loop was ended by force
-            self._loop.call_soon_threadsafe(self._settle, batch, outcomes)
+            self.loop.call_soon_threadsafe(self._settle, batch, outcomes)
 
     def _settle(self, batch: list[_Item], outcomes: Sequence[Outcome | Exception]) -> None:
         if batch[0].pixels is not None:

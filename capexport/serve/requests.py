@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
+import pybase64
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -118,12 +118,12 @@ def _decode(text: str) -> bytes:
     from capexport.errors import ImageError
 
     with suppress(ValueError):  # most need nothing of that
-        return base64.b64decode(text, validate=True)
+        return pybase64.b64decode(text, validate=True)
     for sign, escape in _ESCAPES:
         text = text.replace(escape, sign).replace(escape.lower(), sign)
     plain = text.translate(_PLAIN).rstrip("=")
     try:
-        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        return pybase64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except ValueError as error:
         raise ImageError(f"an image is not base64: {error}") from error
 

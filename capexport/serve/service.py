@@ -84,7 +84,7 @@ class Service:
     def path(self, scope: Scope) -> str:
         """The path of a request, without the prefix that a proxy has put before it."""
         path, prefix = str(scope["path"]), self.settings.root_path
-        return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
+        return path.removeprefix(prefix) or "/" if f"{path}/".startswith(f"{prefix}/") else path
 
     async def images(self, texts: Sequence[str], plain: bool = False) -> list[Source]:
         """The images that data URIs, http(s) URLs or, where `plain`, base64 stand for."""

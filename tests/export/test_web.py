@@ -328,6 +328,25 @@ def test_what_a_browser_sees_otherwise_is_said_or_refused(page, tmp_path: Path):
 
 
 @in_a_browser
+def test_what_other_browsers_see_otherwise_is_said_there(page, tmp_path: Path):
+    """Firefox's pixels are Pillow's in all other kinds; here Chromium says that it is one."""
+    driver, server = page
+    photo = draw_photo(1)
+    photo.save(tmp_path / "a.avif")
+    grey = np.asarray(photo.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(tmp_path / "grey16.png")
+    photo.save(tmp_path / "plain.png")
+    names = {"a.avif": ": AVIF", "grey16.png": ": PNG of 16 bits", "plain.png": None}
+    paths = [tmp_path / name for name in names]
+    assert not [said for _, _, _, said in decoded(driver, paths) if said]
+    with browsing("--user-agent=Mozilla/5.0 (X11; rv:153.0) Gecko/20100101 Firefox/153.0") as other:
+        visit(other, server)
+        for (text, details), note in zip(pick(other, paths)[::-1], names.values(), strict=True):
+            assert text
+            assert note in details if note else "Python" not in details
+
+
+@in_a_browser
 def test_errors_name_the_file_and_the_rest_goes_on(page, tmp_path: Path):
     driver, _ = page
     draw_photo(1).save(good := tmp_path / "good.jpg")

@@ -12,6 +12,7 @@ import tracemalloc
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,6 +29,7 @@ from serving import (
 
 from capexport import Captioner
 from capexport import captioner as captioning
+from capexport.cli import serve
 from capexport.serve import gate
 from capexport.serve.metrics import Histogram
 from capexport.serve.requests import from_base64
@@ -241,6 +243,28 @@ def test_slow_clients_keep_nobody_waiting(
     assert all(result.startswith(b"HTTP/1.1 408 ") for result in results)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [(), (b"GET /health HTTP/1.1\r\nHos",),
+     (b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /he"),
+     (HEAD + b"Content-Length: 99999999999\r\n\r\n", b"abc")],
+    ids=["nothing", "half", "and a half", "behind a refusal"],
+)  # fmt: skip
+def test_who_never_ends_what_he_asks_is_let_go(
+    server: Running, parts: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(serve, "_SILENT", 0.2)
+    host, port = server.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        for part in parts:
+            connection.sendall(part)
+            if part.endswith(b"\r\n\r\n"):
+                assert connection.recv(65536).startswith(b"HTTP/1.1 ")
+        with suppress(ConnectionResetError):
+            while connection.recv(65536):
+                pass
+
+
 def test_bodies_together_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gate, "_BODIES", 2)
     host, port = server.address.split(":")
@@ -373,6 +397,8 @@ def test_files_of_a_site(artifact: Path, tmp_path: Path, photo: bytes):
             status, text, _ = server.ask("GET", path)
             assert status in (404, 307) and "secret" not in str(text), path
         assert server.ask("GET", "/photos/in/a.js")[1] == "1"
+        status, _, headers = server.ask("GET", "/photos")
+        assert (status, headers["location"]) == (307, "/photos/")
         status, answer, _ = server.ask("POST", "/photos/v1/chat/completions", {})
         assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
         # Below the path of a proxy that passes it on, and of one that does not.

@@ -155,8 +155,6 @@ def test_a_name_is_not_looked_up_twice(
     server: Running, site: str, public: None, monkeypatch: pytest.MonkeyPatch
 ):
     """What was checked is connected to: the second answer of a name server has no say."""
-    import asyncio
-
     port = int(site.rpartition(":")[2])
     asked = []
 
@@ -165,7 +163,7 @@ def test_a_name_is_not_looked_up_twice(
         address = "127.0.0.1" if len(asked) == 1 else "127.0.0.2"
         return [(2, 1, 6, "", (address, port))]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", rebinding)
+    monkeypatch.setattr(type(server.service.batcher.loop), "getaddrinfo", rebinding)
     assert ask(server, f"http://rebinding.example:{port}/photo.jpg")[0] == 200
     assert asked == ["rebinding.example"]
 
@@ -173,12 +171,10 @@ def test_a_name_is_not_looked_up_twice(
 def test_one_private_address_among_public_ones_is_enough(
     server: Running, public: None, monkeypatch: pytest.MonkeyPatch
 ):
-    import asyncio
-
     async def both(self, host, port, **_):
         return [(2, 1, 6, "", (address, port)) for address in ("127.0.0.1", "10.0.0.1")]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", both)
+    monkeypatch.setattr(type(server.service.batcher.loop), "getaddrinfo", both)
     status, text = ask(server, "http://both.example/photo.jpg")
     assert status == 400 and "public" in text
 

@@ -3,9 +3,10 @@
  *
  * @param {Uint8Array} bytes
  * @returns {{width?: number, height?: number, orientation?: number, dark?: string, note?: string,
- *   unread?: string}} `orientation`: EXIF's, 1 to 8, where browsers leave it to us; `dark`: why a
- *   nearly black image of this kind is refused; `note`: why other pixels than Pillow's may come of
- *   it; `unread`: the format's name where few browsers read it
+ *   unread?: string, other?: string}} `orientation`: EXIF's, 1 to 8, where browsers leave it to
+ *   us; `dark`: why a nearly black image of this kind is refused; `note`: why other pixels than
+ *   Pillow's may come of it; `other`: what kind it is, where they come of it outside Chromium;
+ *   `unread`: the format's name where few browsers read it
  */
 export function readHeader(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -28,7 +29,8 @@ function text(view, at, length) {
 
 function png(view) {
   const header = { width: view.getUint32(16), height: view.getUint32(20) };
-  if (view.getUint8(24) === 16 && view.getUint8(25) === 0) {
+  if (view.getUint8(24) === 16) header.other = "PNG of 16 bits";
+  if (header.other && view.getUint8(25) === 0) {
     header.dark = "grey of 16 bits whose brightness is uncertain; save it with 8 bits";
   }
   for (let at = 8, animated = false, frames = 0; ; at += 12 + view.getUint32(at)) {
@@ -86,5 +88,5 @@ function exifOrientation(view, start) {
 function isoMedia(view) {
   const brands = text(view, 8, Math.min(view.getUint32(0), 64) - 8);
   if (brands.includes("avis")) return { note: "animated AVIF, whose first frame decoders disagree on" };
-  return /hei[cxms]|hev[cxms]/.test(brands) ? { unread: "HEIC" } : {};
+  return /hei[cxms]|hev[cxms]/.test(brands) ? { unread: "HEIC" } : { other: "AVIF" };
 }

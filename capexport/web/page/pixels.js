@@ -27,11 +27,17 @@ export async function decode(image) {
     refuse(width, height);
     const { rgb, transparent, brightest } = readPixels(bitmap, orientation, width, height);
     if (header.dark && brightest < 16) throw new Error(header.dark);
-    const note = transparent ? "transparent; browsers don't tell the colours beneath" : header.note;
-    return { rgb, width, height, note };
+    return { rgb, width, height, note: differs(header, transparent) };
   } finally {
     bitmap.close();
   }
+}
+
+/** Why the pixels may be others than Pillow's; undefined where they are not. */
+function differs({ note, other }, transparent) {
+  if (transparent) return "transparent; browsers don't tell the colours beneath";
+  if (note || !other || navigator.userAgent.includes("Chrome/")) return note;
+  return `${other}, which browsers other than Chromium decode slightly otherwise`;
 }
 
 async function readBytes(blob) {
