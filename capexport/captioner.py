@@ -353,7 +353,9 @@ class Captioner:
                     else:
                         for error in filter(None, errors):
                             log.warning("skipped: %s", error)
-                    batch, pixels = [batch[row] for row in kept], pixels[kept]
+                    for place, row in enumerate(kept):
+                        pixels[place] = pixels[row]
+                    batch, pixels = [batch[row] for row in kept], pixels[: len(kept)]
                 prompts = [prompt for _, prompt in batch if prompt is not None]
                 captions = batch and self.caption_pixels(
                     pixels,
