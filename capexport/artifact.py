@@ -259,7 +259,11 @@ class Manifest:
         try:
             if path.stat().st_size > _LONGEST_MANIFEST:
                 raise ValueError(f"more than {_LONGEST_MANIFEST} bytes")
-            document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+            document = json.loads(
+                path.read_text(encoding="utf-8"),
+                parse_constant=_no_number,
+                object_pairs_hook=_each_once,
+            )
             if not isinstance(document, dict) or document.get("schema") != SCHEMA:
                 schema = document.get("schema") if isinstance(document, dict) else None
                 raise ArtifactError(
@@ -379,6 +383,14 @@ def _plain(value: Any) -> Any:
 
 def _no_number(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
+
+
+def _each_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that stands there twice, readers take the one or the other."""
+    document = dict(fields)
+    if len(document) < len(fields):
+        raise ValueError("a name stands twice in an object")
+    return document
 
 
 def is_hub_id(name: str) -> bool:

@@ -94,6 +94,13 @@ def test_what_is_no_manifest_at_all(copied: Path, text: str):
         Captioner.load(copied)
 
 
+def test_a_field_that_stands_there_twice(copied: Path):
+    text = (copied / "manifest.json").read_text()
+    (copied / "manifest.json").write_text(text.replace("{", '{"family": "blip2",', 1))
+    with pytest.raises(ArtifactError, match=r"manifest\.json: .*twice"):
+        Captioner.load(copied)
+
+
 @pytest.mark.parametrize("name", ["start_token", "end_tokens", "suppress_tokens"])
 def test_tokens_are_held_to_the_vocabulary(copied: Path, name: str):
     changed(copied, f"decoding/{name}", 999 if name == "start_token" else [2, 999])
