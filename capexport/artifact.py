@@ -11,8 +11,9 @@ import re
 import reprlib
 import secrets
 import shutil
+import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,7 +255,7 @@ class Manifest:
                 type or range, or a file was altered.
         """
         path = folder / FILE_NAME
-        if not _is(Path.is_file, path):
+        if not _is_file(path):
             raise ArtifactNotFoundError(
                 f"{folder}: no {FILE_NAME} there; pass the folder that a capexport export wrote"
             )
@@ -272,7 +273,11 @@ class Manifest:
         try:
             if path.stat().st_size > _LONGEST_MANIFEST:
                 raise ValueError(f"more than {_LONGEST_MANIFEST} bytes")
-            document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+            document = json.loads(
+                path.read_text(encoding="utf-8"),
+                parse_constant=_no_number,
+                object_pairs_hook=_each_once,
+            )
             if not isinstance(document, dict) or document.get("schema") != SCHEMA:
                 schema = document.get("schema") if isinstance(document, dict) else None
                 raise ArtifactError(
@@ -282,7 +287,9 @@ class Manifest:
             return typed(cls, document)
         except ArtifactError:
             raise
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{path}: damaged manifest: {error}; export again") from error
 
     def file(self, folder: Path, name: str) -> Path:
@@ -295,7 +302,7 @@ class Manifest:
         """Check the files against their records, and that graphs read no other file."""
         for name, record in self.files.items():
             file = folder / name
-            if not _is(Path.is_file, file):
+            if not _is_file(file):
                 raise ArtifactNotFoundError(f"{file}: missing; export or copy the folder again")
             try:
                 altered = file.stat().st_size != record.bytes
@@ -311,11 +318,13 @@ class Manifest:
                 check_graph(file, self.files)
 
 
-def _is(kind: Callable[[Path], bool], path: Path) -> bool:
-    """`path.is_file()` or `path.exists()`, without an error for a name that no file can have."""
+def _is_file(path: Path) -> bool:
+    """Is there a file, or perhaps one, where this process may not look? Opening it tells why."""
     try:
-        return kind(path)
-    except (OSError, ValueError):
+        return stat.S_ISREG(path.stat().st_mode)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):  # such as a name that no file can have
         return False
 
 
@@ -391,6 +400,14 @@ def _no_number(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
 
 
+def _each_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that stands there twice, readers take the one or the other."""
+    document = dict(fields)
+    if len(document) < len(fields):
+        raise ValueError("a name stands twice in an object")
+    return document
+
+
 def is_hub_id(name: str) -> bool:
     """Is this `owner/name` on the Hugging Face hub, rather than a mistyped path?"""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)) and not Path(name).parent.exists()
@@ -413,7 +430,7 @@ def local_folder(folder: str | os.PathLike[str], revision: str | None = None) ->
     name = os.fspath(folder)
     if not name:
         raise ArtifactNotFoundError("an empty name is no model; pass a folder, or an id of the hub")
-    if _is(Path.exists, path) or not is_hub_id(name):
+    if os.path.lexists(path) or not is_hub_id(name):
         if revision is not None:
             raise OptionError(f"{name}: a folder has no revision: pass an id of the hub")
         return path
@@ -652,8 +669,8 @@ def is_at(number: int, path: Path) -> bool:
 def _with_name(error: OSError, path: Path) -> OSError:
     """The same error with the name of `path`: the system names no file when a disk is full, and the
     draft in other errors."""
-    name = error.filename
-    ours = isinstance(name, str | os.PathLike) and _target_of(Path(name).name) is not None
-    if error.errno is None or (name and not ours):
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, str | Path)]
+    ours = any(_target_of(part) for name in names for part in Path(name).parts)
+    if error.errno is None or (names and not ours):
         return error
     return OSError(error.errno, error.strerror, str(path))

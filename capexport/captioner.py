@@ -146,7 +146,7 @@ class Captioner:
         self._title = title
         self.truncated = False
         self.full_size = False
-        self._reader = ImageReader(self.threads)
+        self._reader = ImageReader(self.threads, batch_size)
 
     def __repr__(self) -> str:
         return f"<Captioner: {self._title} on {self.device}, {self.threads} threads>"
@@ -351,26 +351,27 @@ class Captioner:
         while batch := list(islice(pairs, batch_size)):
             began = time.perf_counter()
             sources = [image for image, _ in batch]
-            pixels, errors = self._reader.read(sources, self.image.crop, self.preprocess)
-            failed = next((error for error in errors if error), None)
-            if failed:
-                kept = [row for row, error in enumerate(errors) if not error]
-                if on_error == "raise":
-                    kept = kept[: errors.index(failed)]
-                else:
-                    for error in filter(None, errors):
-                        log.warning("skipped: %s", error)
-                batch, pixels = [batch[row] for row in kept], pixels[kept]
-            if batch:
+            with self._reader.read(sources, self.image.crop, self.preprocess) as (pixels, errors):
+                failed = next((error for error in errors if error), None)
+                if failed:
+                    kept = [row for row, error in enumerate(errors) if not error]
+                    if on_error == "raise":
+                        kept = kept[: errors.index(failed)]
+                    else:
+                        for error in filter(None, errors):
+                            log.warning("skipped: %s", error)
+                    for place, row in enumerate(kept):
+                        pixels[place] = pixels[row]
+                    batch, pixels = [batch[row] for row in kept], pixels[: len(kept)]
                 prompts = [prompt for _, prompt in batch if prompt is not None]
-                captions = self.caption_pixels(
+                captions = batch and self.caption_pixels(
                     pixels,
                     prompts=prompts or None,  # all images have one, or none has
                     preprocess_seconds=time.perf_counter() - began,
                     attention=attention,
                     **options,
                 )
-                yield from zip((image for image, _ in batch), captions, strict=True)
+            yield from zip((image for image, _ in batch), captions, strict=True)
             if failed and on_error == "raise":
                 raise failed
 

@@ -496,13 +496,10 @@ def _found(
                 raise ImageNotFoundError(f"{path}: no such file or folder")
         found = search(paths, None)
         names: Iterable[str | Path] = found.paths
-        problems = found.problems
-        problems += [f"{n} {suffix} left out" for suffix, n in found.unreadable().items()]
+        for suffix, number in found.unreadable().items():
+            log.warning("%d %s left out", number, suffix)
     else:
         names = dict.fromkeys(name for path in paths for name in _listed(source, path))
-        problems = []
-    for problem in problems:
-        log.warning("%s", problem)
     return source, list(map(readable_name, names))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import glob
 import io
+import logging
 import mimetypes
 import os
 import re
@@ -21,6 +22,8 @@ from PIL import Image, UnidentifiedImageError
 
 from capexport.errors import ImageNotFoundError
 from capexport.preprocessing import image_suffixes
+
+log = logging.getLogger("capexport")
 
 STDIN = Path("-")
 # Folders that systems keep beside people's photos: thumbnails, parts of files, deleted files.
@@ -66,7 +69,7 @@ class Found:
         searched: the folders that were searched.
         content: the image from standard input, by the path that stands for it.
         ignored: how many files and folders were left out, by lower-case suffix or kind.
-        problems: what could not be searched, one line each.
+        problems: what could not be searched, one line each, which `search` logs.
     """
 
     paths: list[Path] = field(default_factory=list)
@@ -125,6 +128,8 @@ def search(arguments: Sequence[str], stdin: TextIO | None, recursive: bool = Tru
             if file_type(Path(argument)) != stat.S_IFDIR:
                 raise ImageNotFoundError(f"{argument}: no image files there")
             found.ignored["empty folder"] += 1
+    for problem in found.problems:
+        log.warning("%s", problem)
     found.paths = list(seen.values())
     if not found.paths:
         wanted = found.unreadable()

@@ -22,6 +22,7 @@ from capexport.bulk.rows import Row, RowWriter, coco_image_id, read_rows, to_jso
 from capexport.errors import OptionError, OutputExistsError
 
 FORMATS = ("text", "jsonl", "csv", "coco", "txt")
+_LONGEST = 255  # bytes of a file's name, on nearly all systems
 
 # A file, and what follows its name in a `Row`.
 Captioned: TypeAlias = (
@@ -105,6 +106,9 @@ class SideCars:
         images = set(map(place, paths)) if overwrite else set()
         if clash := next((path for path in paths if place(target(path)) in images), None):
             raise OptionError(f"{clash}: its side-car file would replace an image")
+        long = (p for p in paths if len(os.fsencode(target(p).name)) > _LONGEST and file_type(p))
+        if path := next(long, None):
+            raise OptionError(f"{path}: the name of its side-car file is too long; rename it")
         folders = {target(path).parent: path.parent for path in paths}
         for folder, beside in folders.items():
             if folder != beside:

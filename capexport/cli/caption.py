@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from capexport.artifact import FILE_NAME, replacing_binary_file, sha256_of
-from capexport.bulk.files import READERS, Found, search
+from capexport.bulk.files import READERS, STDIN, Found, search
 from capexport.bulk.names import shown
 from capexport.bulk.outputs import (
     FORMATS,
@@ -117,7 +117,7 @@ def _add_outputs(group: Any) -> None:
         ".json for coco; txt with --out-dir or --extension; else text)",
     )
     group.add_argument(
-        "--out", type=Path, metavar="FILE", help="file to write (default: standard output)"
+        "--out", type=Path, metavar="FILE", help="file to write (default, and -: standard output)"
     )
     group.add_argument(
         "--out-dir",
@@ -215,6 +215,11 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("batch_size", "threads", "limit"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("prompt", "prefix", "suffix"):
+        if any("\ud800" <= character <= "\udfff" for character in getattr(options, name) or ""):
+            raise OptionError(f"--{name} is no text: it holds bytes that are not UTF-8")
+    if options.out == STDIN:  # as other tools name standard output
+        options.out = None
     beside = options.out_dir is not None or options.extension is not None
     if options.format is None:
         suffix = options.out.suffix.lower() if options.out else ""
@@ -239,8 +244,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.out:
         refuse_existing(options.out, options.resume or options.overwrite)
-    if options.attention and os.path.lexists(options.attention):
-        raise OutputExistsError(f"{options.attention}: already there; pick another --attention")
+    if options.attention:
+        _refuse_drawing(options.attention)
     if sys.stdout is None and not (txt or options.out):
         raise OptionError("standard output is closed: name a file with --out")
 
@@ -261,11 +266,17 @@ def _draw_attention(
     caption = captioner.caption(image, prompt=options.prompt, attention=True, **changes)
     with replacing_binary_file(options.attention) as file:
         draw_attention(captioner, image, caption).save(file, "PNG")
+        _refuse_drawing(options.attention)  # made meanwhile
+
+
+def _refuse_drawing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise OutputExistsError(f"{path}: already there; pick another --attention")
 
 
 def _checked_extension(extension: str) -> str:
     suffix = f".{extension.removeprefix('.')}"
-    if Path(f"x{suffix}").suffix != suffix or "\0" in suffix:
+    if Path(f"x{suffix}").suffix != suffix or shown(suffix) != suffix:
         raise OptionError(f"--extension takes one such as .caption, got {extension!r}")
     if suffix.lower() in image_suffixes() | READERS.keys():
         raise OptionError(f"--extension {suffix} is an image's")

@@ -62,7 +62,10 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         with _stopped_by("SIGINT", "SIGTERM", "SIGHUP"):
             code = command()
             if sys.stdout:
-                sys.stdout.flush()
+                from capexport.bulk.journal import naming  # by now, what it imports is there
+
+                with naming("standard output"):
+                    sys.stdout.flush()
             return code
     except BrokenPipeError:  # as when `| head` has read enough
         code = 141

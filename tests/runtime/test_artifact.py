@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -101,6 +102,13 @@ def test_every_field_has_a_type_and_a_range(copied: Path, path: str, value: Any)
 def test_what_is_no_manifest_at_all(copied: Path, text: str):
     (copied / "manifest.json").write_text(text, encoding="latin-1")
     with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        Captioner.load(copied)
+
+
+def test_a_field_that_stands_there_twice(copied: Path):
+    text = (copied / "manifest.json").read_text()
+    (copied / "manifest.json").write_text(text.replace("{", '{"family": "blip2",', 1))
+    with pytest.raises(ArtifactError, match=r"manifest\.json: .*twice"):
         Captioner.load(copied)
 
 
@@ -269,6 +277,22 @@ def test_names_that_no_export_writes(copied: Path):
         changed(copied, "files", {name: RECORD})
         with pytest.raises(ArtifactError, match=r"manifest\.json: .* is not a plain file name"):
             Captioner.load(copied)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has other permissions")
+@pytest.mark.parametrize("name", [".", "manifest.json", "vocabulary.json"])
+def test_what_may_not_be_read_is_not_called_damaged(copied: Path, name: str):
+    """A folder of somebody else, whose advice would be to export again."""
+    (copied / name).chmod(0)
+    user = os.geteuid()
+    try:
+        if not user:
+            os.seteuid(65534)  # root may read anything
+        with pytest.raises(ArtifactError, match="cannot be read: Permission denied"):
+            Manifest.read(copied)
+    finally:
+        os.seteuid(user)
+        (copied / name).chmod(0o700)
 
 
 def test_folders_that_cannot_be():

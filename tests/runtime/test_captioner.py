@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from capexport import (
 from capexport.artifact import Manifest
 from capexport.captioner import open_artifact
 from capexport.families.cnn_lstm import Vocabulary
+from capexport.reading import ImageReader
 from capexport.sessions import CPU, Target, targets
 
 
@@ -347,6 +349,37 @@ def test_threads_share_a_captioner(artifact: Path, photos: list[Path]):
         for number, future in enumerate(lists):
             assert [caption.tokens for caption in future.result()] == expected[number % 3]
         assert [future.result().tokens for future in single] == wanted
+
+
+def test_batches_of_all_sizes_use_the_same_memory():
+    """What is freed and allocated again, of many sizes, by many threads, makes a process grow."""
+    captioner = Captioner.load(threads=1)
+    images = [np.full((8, 8, 3), grey, np.uint8) for grey in range(0, 240, 10)]
+    whole = captioner.caption(images)
+    tracemalloc.start()
+    for size in (2, 24, 9):
+        again = captioner.caption(images[:size])
+        assert [c.tokens for c in again] == [c.tokens for c in whole[:size]]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 24 * 3 * 224 * 224 * 4  # less than the pixels alone
+
+
+def test_memory_that_a_thread_may_still_write_is_not_used_again():
+    reader = ImageReader(threads=2, room=3)
+    seen = []
+
+    def fails(image: object, out: np.ndarray) -> None:
+        seen.append(out)
+        raise MemoryError
+
+    with pytest.raises(MemoryError), reader.read([b"", b""], 8, fails):
+        pass
+    for side in (8, 6, 8):
+        with reader.read([b"", b""], side, lambda image, out: out.fill(1)) as (pixels, errors):
+            assert pixels.shape == (2, 3, side, side)
+            assert errors == [None, None]
+            assert not np.shares_memory(pixels, seen[0].base)
 
 
 def test_whatever_gives_images(captioner: Captioner, photos: list[Path]):

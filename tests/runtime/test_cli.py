@@ -120,6 +120,28 @@ def test_side_cars(artifact, photos, wanted, capsys):
     assert texts == ["written by hand", *(f"{text}\n" for text in wanted[1:])]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has other limits of names")
+def test_a_side_car_whose_name_is_too_long(artifact, photos, capsys):
+    """Told before anything is captioned, not where every resumed run would end again."""
+    folder = photos[0].parent
+    long = folder / ("n" * 251 + ".jpg")
+    shutil.copy(photos[0], long)
+    assert main(["caption", "-m", str(artifact), str(folder), "--extension", "caption"]) == 2
+    assert "the name of its side-car file is too long; rename it" in capsys.readouterr().err
+    assert not list(folder.glob("*.caption"))
+    missing = str(folder / ("m" * 300))
+    command = ["caption", "-m", str(artifact), str(folder), missing, "--format", "txt"]
+    assert main(command) == 1
+    assert long.with_suffix(".txt").read_text()
+
+
+def test_standard_output_has_its_usual_name(artifact, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["caption", "-m", str(artifact), str(photos[0]), "--out", "-"]) == 0
+    assert capsys.readouterr().out.startswith(f"{photos[0]}\t")
+    assert not (tmp_path / "-").exists()
+
+
 def test_side_cars_that_would_collide(artifact, photos, capsys):
     draw_photo(0).save(photos[0].with_suffix(".png"))
     command = ["caption", "-m", str(artifact), str(photos[0].parent), "--format", "txt"]
@@ -160,6 +182,22 @@ def test_what_there_is_of_a_file_that_breaks_off(artifact, photos, captioner, ca
     assert json.loads(row)["text"] == lenient.caption(photos[1]).text
     assert pickle.loads(pickle.dumps(lenient)).truncated
     assert [c.text for c in lenient.caption(photos[:2])][1] == json.loads(row)["text"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has other limits of names")
+def test_a_folder_that_cannot_be_searched_is_said(artifact, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(21):  # until its whole name is longer than any system takes
+        Path("d" * 200).mkdir()
+        monkeypatch.chdir("d" * 200)
+    monkeypatch.chdir(tmp_path)
+    assert main(["caption", "-m", str(artifact), "--quiet", str(tmp_path)]) == 1
+    lines = capsys.readouterr()
+    assert lines.out.startswith(f"{tmp_path / 'a.jpg'}\t")
+    assert "d: cannot be searched: File name too long\n" in lines.err
+    assert main(["caption", "-m", str(artifact), "d" * 200]) == 2
+    assert "d: cannot be searched: File name too long\n" in capsys.readouterr().err
 
 
 def test_unicode_names(artifact, tmp_path, capsys):
@@ -389,6 +427,10 @@ def test_names_and_words_carry_no_escapes_to_the_terminal(artifact, photos, caps
         (["--out", "x", "--format", "txt"], "leave out --out"),
         (["--device", "cuda"], "capexport[gpu]"),
         (["--prompt", "a dog"], "takes no prompt"),
+        (["--prompt", "\udcff"], "--prompt is no text"),
+        (["--extension", ".p", "--suffix", ", \udce9t\udce9"], "--suffix is no text"),
+        (["--extension", ".\x1b[31m"], "--extension takes one such as"),
+        (["--out", "-", "--resume"], "--resume needs --out"),
     ],
 )
 def test_options_that_are_refused(

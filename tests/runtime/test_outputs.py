@@ -302,6 +302,17 @@ def test_files_of_others_in_the_way(how, planted, flags, artifact, photos, tmp_p
     assert not victim.exists() if how != "link" else victim.read_text() == "precious"
 
 
+def test_errors_name_what_was_to_be_made_not_its_draft(tmp_path: Path):
+    (tmp_path / "from").write_text("x")
+    for out in tmp_path / "first", tmp_path / "second":
+        with pytest.raises(FileNotFoundError) as raised, new_artifact(out) as draft:
+            if out.name == "first":
+                replace_file(draft / "none" / "file", "x")
+            (tmp_path / "from").rename(draft / "none" / "file")
+        assert (raised.value.filename, raised.value.filename2) == (str(out), None)
+    assert (tmp_path / "from").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
 def test_the_umask_holds(artifact, folder, photos, tmp_path):
     before = os.umask(0o027)
