@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from capexport.artifact import local_folder, refuse_existing, require_writable
+from capexport.artifact import refuse_existing, require_writable
 from capexport.bulk.files import find_images
-from capexport.captioner import BUNDLED_ARTIFACT
-from capexport.cli.command import teaching
+from capexport.captioner import model_folder
+from capexport.cli.command import add_model, teaching
 from capexport.cli.comparing import add_photos
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.web import PACKAGE, write_site
@@ -29,12 +29,7 @@ def add_parser(commands: Any) -> None:
             "python -m http.server -d site/                   # to see it",
         ),
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="DIR",
-        help="exported CNN-LSTM, or its id on the hub (default: the bundled captioner)",
-    )
+    add_model(parser, "exported CNN-LSTM")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument(
         "--runtime",
@@ -58,9 +53,9 @@ def _run(options: argparse.Namespace) -> int:
     require_writable(options.out)
     decoding = given_decoding(options)
     site = write_site(
-        local_folder(BUNDLED_ARTIFACT if options.model is None else options.model),
+        model_folder(options.model),
         options.out,
-        find_images(options.photos, sys.stdin) if options.photos else [],
+        find_images(options.photos, sys.stdin),
         runtime=options.runtime,
         precision=options.precision,
         decoding=decoding,

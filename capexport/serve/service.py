@@ -14,9 +14,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import Scope
 
-from capexport.artifact import FILE_NAME, Manifest, local_folder, sha256_of
+from capexport.artifact import FILE_NAME, Manifest, sha256_of
 from capexport.bulk.run import open_captioner
-from capexport.captioner import BUNDLED_ARTIFACT, Caption
+from capexport.captioner import Caption, model_folder
 from capexport.decoding import DecodingKeywords
 from capexport.errors import CapexportError, ImageError, OptionError
 from capexport.serve.batching import Batcher, Outcome, QueueFullError, Source
@@ -49,7 +49,7 @@ class Service:
             CapexportError: it cannot be loaded, or the settings don't suit it.
         """
         self.settings = settings
-        folder = local_folder(BUNDLED_ARTIFACT if settings.model is None else settings.model)
+        folder = model_folder(settings.model)
         self.manifest = Manifest.read(folder)
         self.captioner = open_captioner(folder, settings.device, settings.threads)
         self.captioner.options = replace(self.captioner.options, **settings.decoding)  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ class Service:
             raise OptionError("--prompts needs a model that was trained with prompts, as BLIP-2")
         self.digest = sha256_of(folder / FILE_NAME)
         self.began = datetime.now(timezone.utc)
-        self.bytes = sum(record.bytes for record in self.manifest.files.values())
+        self.bytes = self.manifest.size
         self.metrics = Metrics()
 
     def start(self) -> None:
