@@ -146,8 +146,9 @@ class Batcher:
                 self._changed.wait(pause)
 
     def _fair_share(self) -> int:
-        """How many images make a batch: as many as give each thread the same to do."""
-        return min(self._batch_size, math.ceil(self.held / self._at_once))
+        """How many images make a batch: as many as give each thread the same to do; one at least,
+        as the clients of all that are ready may have gone."""
+        return max(1, min(self._batch_size, math.ceil(self.held / self._at_once)))
 
     def _take_batch(self) -> list[_Item]:
         """The images that have waited longest, all with the same options."""

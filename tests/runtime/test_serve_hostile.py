@@ -305,6 +305,30 @@ def test_a_large_photo_keeps_nobody_waiting(
         assert answer.result()[0] == 200
 
 
+def test_who_goes_away_takes_no_thread_along(
+    artifact: Path, photo: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    """He goes while his image is read, and nobody else waits."""
+    decode, begun, go = captioning.preprocess, threading.Event(), threading.Event()
+
+    def slowly(*args, **options):
+        begun.set()
+        assert go.wait(60)
+        return decode(*args, **options)
+
+    monkeypatch.setattr(captioning, "preprocess", slowly)
+    with running(model=str(artifact), threads=1) as server:
+        host, port = server.address.split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(HEAD + f"Content-Length: {len(photo)}\r\n\r\n".encode() + photo)
+            assert begun.wait(60)
+        while server.service.batcher.held:
+            time.sleep(0.01)
+        go.set()
+        time.sleep(0.2)  # nobody else waits, still
+        assert server.ask("POST", "/caption", photo)[0] == 200
+
+
 def test_log_lines_and_headers_cannot_be_forged(
     server: Running, photo: bytes, caplog: pytest.LogCaptureFixture
 ):
