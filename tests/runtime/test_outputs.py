@@ -369,6 +369,17 @@ def test_an_empty_folder_name_is_not_the_current_folder(artifact, photos, monkey
     with pytest.raises(SystemExit, match="2"):
         caption(artifact, photos[0], "--out-dir", "")
     assert "--out-dir: an empty name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_where_the_folder_of_side_cars_should_be_is_told(
+    below: str, artifact: Path, photos: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    (tmp_path / "texts").write_text("mine")
+    assert caption(artifact, photos[0], "--out-dir", tmp_path / "texts" / below) == 2
+    assert "pick another --out-dir" in capsys.readouterr().err
+    assert (tmp_path / "texts").read_text() == "mine"
     assert not list(Path().glob("*.txt"))
 
 
