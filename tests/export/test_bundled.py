@@ -1,5 +1,6 @@
 """The bundled checkpoint: small, documented, and exported exactly."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from capexport import Captioner
-from capexport.artifact import Manifest
+from capexport.artifact import (
+    CaptionParity,
+    Decoding,
+    Manifest,
+    Parity,
+    PromptSpec,
+    Provenance,
+)
 from capexport.bench.cli import sample_photos
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import main
@@ -16,6 +24,7 @@ from capexport.export.card import model_card
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.checkpoint import load_checkpoint
 from capexport.models.torch_captioner import torch_captioner
+from capexport.preprocessing import ImageSpec
 
 
 def test_it_fits_the_repository_and_its_description():
@@ -28,6 +37,13 @@ def test_it_fits_the_repository_and_its_description():
     for name, value in checkpoint.metrics["test"].items():
         if isinstance(value, float):
             assert f"{name} {value:.1f}" in readme
+
+
+def test_the_description_of_the_manifest_has_every_field():
+    text = (bundled_checkpoint().parent / "README.md").read_text(encoding="utf-8")
+    kinds = (Manifest, ImageSpec, Decoding, PromptSpec, Provenance, Parity, CaptionParity)
+    names = {item.name for kind in kinds for item in dataclasses.fields(kind)}
+    assert names == {name for name in names if f"`{name}`" in text}
 
 
 def test_it_exports_and_captions_photos_as_pytorch_does(tmp_path: Path, capsys):
