@@ -73,7 +73,6 @@ SECTIONS = (
     (
         "CNN-LSTM: the server",
         "python benchmarks/serve.py --photos photos/ --markdown benchmarks/serve.md",
-        "200 photos of about 500 x 375 pixels. "
         "`capexport serve` against `capexport caption`, in turn, with the bundled captioner; the "
         "clients share the machine's cores with the server. What a request costs besides its "
         "caption is the event loop, HTTP, JSON and base64, whatever the captioner takes.",

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from PIL import Image
 from tqdm import tqdm
 
 from capexport.bench.cli import add_inputs, add_outputs, chosen_photos, write_outputs
@@ -94,6 +95,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     result = {
         "model": repr(captioner),
         "photos": len(photos),
+        "photo": photo_of_the_middle(photos),
         "requests": len(requests),
         "bad_requests": len(requests) - good,
         "clients": options.clients,
@@ -104,6 +106,14 @@ def _benchmark(options: argparse.Namespace) -> int:
     }
     write_outputs(options, render(result), result)
     return 1 if result["wrong"] or result["lost"] else 0
+
+
+def photo_of_the_middle(photos: Sequence[Path]) -> dict[str, int]:
+    """Width, height and kilobytes of the photo whose file is of medium size."""
+    photo = sorted(photos, key=lambda path: path.stat().st_size)[len(photos) // 2]
+    with Image.open(photo) as image:
+        width, height = image.size
+    return {"width": width, "height": height, "kilobytes": photo.stat().st_size // 1000}
 
 
 @dataclass(frozen=True)
@@ -301,7 +311,7 @@ def _busy(process: psutil.Process) -> float:
 
 def render(result: dict[str, Any]) -> str:
     rates, times, held = (result[k] for k in ("images_per_second", "milliseconds", "megabytes"))
-    cpu = result["cpu_milliseconds"]
+    cpu, photo = result["cpu_milliseconds"], result["photo"]
     machine, load = result["environment"], result["load_average"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     rows = [
@@ -318,7 +328,9 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['model']} ({machine['cpu']}, {machine['threads']} threads; {versions})",
-            f"{result['requests']} requests a round, {result['bad_requests']} of them bad, from "
+            f"{result['photos']} photos, one of medium size {photo['width']} x {photo['height']} "
+            f"pixels and {photo['kilobytes']} KB; {result['requests']} requests a round, "
+            f"{result['bad_requests']} of them bad, from "
             f"{result['clients']} clients on the same machine, {result['rounds']} rounds in turn; "
             f"load average {load['before']:.1f} before, {load['after']:.1f} after",
             "",
