@@ -293,7 +293,7 @@ def _shares(events: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[st
     for event in events:
         if event["name"].endswith("_kernel_time") and begin <= event["ts"] < end:
             shares[event["args"]["op_name"]] += event["dur"] / total
-    return dict(shares.most_common())
+    return dict(shares)
 
 
 def _torch_captioner(folder: Path, device: str, dtype: str) -> Any:

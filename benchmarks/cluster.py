@@ -153,17 +153,18 @@ def _megabytes(process: psutil.Process) -> float:
     return total
 
 
+def _seconds(runs: list[dict[str, Any]], contender: str, count: int) -> float:
+    """The median of a contender's runs over so many files."""
+    wanted = (contender, count)
+    return statistics.median(
+        run["seconds"] for run in runs if (run["contender"], run["count"]) == wanted
+    )
+
+
 def on_paper(result: dict[str, Any]) -> dict[str, float]:
     """What the last count's figures make of `MANY` photos, if nothing but captioning counts."""
     count = result["runs"][-1]["count"]
-    rates = {
-        name: statistics.median(
-            count / run["seconds"]
-            for run in result["runs"]
-            if (run["contender"], run["count"]) == (name, count)
-        )
-        for name in (COMMAND, RAY)
-    }
+    rates = {name: count / _seconds(result["runs"], name, count) for name in (COMMAND, RAY)}
     last = [run for run in result["runs"] if run["contender"] == RAY][-1]
     each = rates[RAY] / result["cores"]
     return {
@@ -184,14 +185,9 @@ def _without_start(runs: list[dict[str, Any]]) -> str:
     few, many = (bound(run["count"] for run in runs) for bound in (min, max))
     if few == many:
         return ""
-
-    def seconds(contender: str, count: int) -> float:
-        wanted = (contender, count)
-        return statistics.median(
-            run["seconds"] for run in runs if (run["contender"], run["count"]) == wanted
-        )
-
-    command, ray = (seconds(name, many) - seconds(name, few) for name in (COMMAND, RAY))
+    command, ray = (
+        _seconds(runs, name, many) - _seconds(runs, name, few) for name in (COMMAND, RAY)
+    )
     return (
         f"; from {few:,} to {many:,} files, where the start no longer counts, {command / ray:.2f}"
     )

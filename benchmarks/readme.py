@@ -177,9 +177,10 @@ def row(file: str, title: str, below: str = "") -> dict[str, float]:
     """The numbers in a row of a benchmark's table, by column: in that of `title`, or in the row
     `below` it."""
     lines = (FOLDER / file).read_text(encoding="utf-8").splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    head, above = [], ""
-    for line, here, after in zip(lines, cells, [*cells[1:], []], strict=True):
+    cells = list(map(_cells, lines))
+    head: tuple[str, ...] = ()
+    above = ""
+    for line, here, after in zip(lines, cells, [*cells[1:], ()], strict=True):
         if after and set("".join(after)) <= set("-:"):
             head = here
         if here and not line.startswith("|   "):
@@ -188,6 +189,11 @@ def row(file: str, title: str, below: str = "") -> dict[str, float]:
             named = zip(head, here, strict=True)
             return {n: float(c.rstrip("x%")) for n, c in [*named][1:] if c}
     raise ValueError(f"{file} has no row {title} {below}")
+
+
+def _cells(line: str) -> tuple[str, ...]:
+    """The cells of a table's line; none of another line."""
+    return tuple(cell.strip() for cell in line.split("|")[1:-1])
 
 
 def opening() -> str:
@@ -286,15 +292,14 @@ def full_size() -> str:
     """The rows of BLIP-2's table that most readers look for, those below them included."""
     title, *lines = (FOLDER / "blip2_full_size.md").read_text(encoding="utf-8").splitlines()
     head, _, *body = [line for line in lines if "|" in line]
-    if missing := set(FULL_SIZE) - {line.split("|")[1].strip() for line in body}:
+    if missing := set(FULL_SIZE) - {_cells(line)[0] for line in body}:
         raise ValueError(f"blip2_full_size.md has no rows {', '.join(missing)}")
     wanted, kept = False, [head]
     for line in body:
         below = line.startswith("|   ")
-        wanted = wanted if below else line.split("|")[1].strip() in FULL_SIZE
+        wanted = wanted if below else _cells(line)[0] in FULL_SIZE
         kept += [line] if wanted else []
-    rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in kept]
-    return f"{title}:\n\n{table(rows)}"
+    return f"{title}:\n\n{table([_cells(line) for line in kept])}"
 
 
 def quality() -> str:
