@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from capexport import Captioner
-from capexport.artifact import replace_file
+from capexport.atomic import replace_file
 from capexport.bench.cli import sample_photos
 from capexport.bench.report import cpu_model, load, table
 from capexport.cli import run_parser, teaching

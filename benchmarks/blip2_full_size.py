@@ -28,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from capexport.artifact import replace_file
+from capexport.atomic import replace_file
 from capexport.bench.cli import sample_photos
 from capexport.bench.measure import memory_bandwidth
 from capexport.bench.report import cpu_model, gpu_model, table

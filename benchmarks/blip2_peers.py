@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from capexport.artifact import Manifest, replace_file
+from capexport.artifact import Manifest
+from capexport.atomic import replace_file
 from capexport.bench import measure
 from capexport.bench.cli import sample_photos
 from capexport.bench.openvino import openvino_captioners

@@ -18,7 +18,8 @@ import numpy as np
 from bulk import scaled
 from tqdm import tqdm
 
-from capexport.artifact import Manifest, replace_file
+from capexport.artifact import Manifest
+from capexport.atomic import replace_file
 from capexport.bench.cli import add_inputs, chosen_photos
 from capexport.bench.report import cpu_model, load, table
 from capexport.bench.sheet import new_figure, save_figure

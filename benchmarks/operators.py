@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from capexport import Captioner
-from capexport.artifact import replace_file
+from capexport.atomic import replace_file
 from capexport.bench.cli import sample_photos
 from capexport.bench.report import cpu_model, table
 from capexport.captioner import BUNDLED_ARTIFACT

@@ -17,7 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 from tqdm import tqdm
 
-from capexport.artifact import replace_file
+from capexport.atomic import replace_file
 from capexport.bench.report import cpu_model, load, table
 from capexport.cli import run_parser, teaching
 from capexport.export.quantize import quantize_graph

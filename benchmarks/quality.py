@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from capexport import Captioner
-from capexport.artifact import replace_file
+from capexport.atomic import replace_file
 from capexport.bench.report import table
 from capexport.captioner import Caption
 from capexport.cli import run_parser, teaching

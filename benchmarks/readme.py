@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from capexport.artifact import replace_file
+from capexport.atomic import replace_file
 from capexport.bench.report import table
 
 FOLDER = Path(__file__).parent

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
-from capexport.artifact import FILE_NAME, Manifest, sha256_of
+from capexport.artifact import FILE_NAME, Manifest
+from capexport.atomic import sha256_of
 from capexport.bulk.files import is_searched, search
 from capexport.bulk.names import original_name, readable_name, shown
 from capexport.bulk.run import map_ahead

@@ -118,7 +118,7 @@ def edit_manifest(folder: Path, **changes) -> None:
 
 def vouch(folder: Path, *names: str) -> None:
     """Put the sizes and hashes of these files, or of all that are there, into the manifest."""
-    from capexport.artifact import sha256_of
+    from capexport.atomic import sha256_of
 
     listed = json.loads((folder / "manifest.json").read_text())["files"] if names else {}
     files = [folder / name for name in names] or [*folder.iterdir()]
@@ -309,7 +309,7 @@ def copied(artifact: Path, tmp_path: Path) -> Path:
 
 def key(artifact: Path, options: str = "{}") -> str:
     """What a journal of `capexport caption` says of the captions in it."""
-    from capexport.artifact import sha256_of
+    from capexport.atomic import sha256_of
 
     return f"{sha256_of(artifact / 'manifest.json')} {options} prompt=None"
 

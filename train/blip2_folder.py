@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from capexport.artifact import is_hub_id, new_artifact, replace_file, replacing_binary_file
+from capexport.artifact import is_hub_id
+from capexport.atomic import new_folder, replace_file, replacing_binary_file
 from capexport.errors import CheckpointError
 from capexport.metrics import format_scores
 from capexport.models.blip2_checkpoint import (
@@ -45,7 +46,7 @@ def new_model_folder(
         trained: float32 tensors by their names in the model, which stand for the checkpoint's.
     """
     source = checkpoint.folder
-    with new_artifact(folder) as draft:
+    with new_folder(folder) as draft:
         write_trained(draft, trained)
         places = dict.fromkeys(trained, TRAINED)
         size = sum(tensor.nbytes for tensor in trained.values())

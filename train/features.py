@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from capexport.artifact import remove_dead_drafts, replacing_binary_file
+from capexport.atomic import remove_dead_drafts, replacing_binary_file
 from capexport.errors import CheckpointError, DownloadError, ImageError
 from capexport.models.cnn_lstm import ImageEncoder
 from capexport.preprocessing import ImageSpec, load_image, preprocess

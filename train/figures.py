@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from capexport.artifact import replacing_binary_file
+from capexport.atomic import replacing_binary_file
 from capexport.attention import draw_attention
 from capexport.bench.sheet import new_figure, save_figure
 from capexport.captioner import Captioner

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from capexport.artifact import lock, remove_dead_drafts
+from capexport.atomic import lock, remove_dead_drafts
 from capexport.errors import OutputExistsError
 
 STATE = "last.safetensors"  # what --resume goes on from

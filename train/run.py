@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import capexport
-from capexport.artifact import replace_file, replacing_binary_file
+from capexport.atomic import replace_file, replacing_binary_file
 from capexport.errors import CheckpointError
 from train import figures
 from train.config import RunOptions

@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from capexport import Captioner
-from capexport.artifact import FILE_NAME, replace_file, require_writable
+from capexport.artifact import FILE_NAME
+from capexport.atomic import replace_file, require_writable
 from capexport.cli import run_parser, teaching
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.errors import importing

@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-from capexport.artifact import Manifest, replace_file, require_writable
+from capexport.artifact import Manifest
+from capexport.atomic import replace_file, require_writable
 from capexport.bench import measure, report, sheet
 from capexport.bench.measure import Clock, ClockedTarget
 from capexport.bench.openvino import nncf_captioners, openvino_captioners

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capexport.artifact import replace_file, replacing_binary_file
+from capexport.atomic import replace_file, replacing_binary_file
 from capexport.errors import importing
 from capexport.preprocessing import load_image
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capexport.artifact import is_at, lock
+from capexport.atomic import is_at, lock
 from capexport.bulk.rows import Row, to_json
 from capexport.errors import OutputExistsError
 

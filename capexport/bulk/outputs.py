@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeAlias
 
-from capexport.artifact import lock, remove_dead_drafts, replacing_file
+from capexport.atomic import lock, remove_dead_drafts, replacing_file
 from capexport.bulk.files import STDIN, file_type
 from capexport.bulk.journal import Journal, journal_of, naming, read_record, record_of
 from capexport.bulk.names import original_name, readable_name

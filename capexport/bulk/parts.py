@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
-from capexport.artifact import remove_dead_drafts, replacing_binary_file
+from capexport.atomic import remove_dead_drafts, replacing_binary_file
 from capexport.bulk.rows import to_json
 from capexport.errors import OutputExistsError
 

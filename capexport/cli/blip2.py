@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from capexport.artifact import refuse_existing, require_writable
+from capexport.atomic import refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.cli.command import teaching
 from capexport.cli.comparing import add_photos, add_references, given_references

@@ -18,7 +18,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from capexport.artifact import FILE_NAME, replacing_binary_file, sha256_of
+from capexport.artifact import FILE_NAME
+from capexport.atomic import replacing_binary_file, sha256_of
 from capexport.bulk.files import READERS, STDIN, Found, search
 from capexport.bulk.names import shown
 from capexport.bulk.outputs import (

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capexport.artifact import refuse_existing, require_writable
+from capexport.atomic import refuse_existing, require_writable
 from capexport.bulk.files import find_images
 from capexport.captioner import model_folder
 from capexport.cli.command import add_model, teaching

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from capexport.artifact import Manifest, new_artifact, record_files
+from capexport.artifact import Manifest, record_files
+from capexport.atomic import new_folder
 from capexport.captioner import Captioner, open_artifact
 from capexport.export.card import FILE_NAME as CARD
 from capexport.export.card import model_card
@@ -43,7 +44,7 @@ def draft_artifact(out: Path) -> Iterator[Draft]:
     Raises:
         OutputExistsError: `out` is there already.
     """
-    with new_artifact(out) as folder, torch.no_grad():
+    with new_folder(out) as folder, torch.no_grad():
         draft = Draft(folder)
         yield draft
         assert draft.manifest.parity is not None, "nothing is written that was not compared"

@@ -18,13 +18,8 @@ from onnx import helper
 from tqdm import tqdm
 
 import capexport
-from capexport.artifact import (
-    CaptionParity,
-    Manifest,
-    record_files,
-    refuse_existing,
-    replacing_binary_file,
-)
+from capexport.artifact import CaptionParity, Manifest, record_files
+from capexport.atomic import refuse_existing, replacing_binary_file
 from capexport.captioner import Caption, Captioner, open_artifact
 from capexport.decoding import DecodingKeywords, changed
 from capexport.errors import OptionError, ParityError

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
 from transformers.modeling_utils import no_init_weights
 
-from capexport.artifact import Decoding, is_hub_id, sha256_of
+from capexport.artifact import Decoding, is_hub_id
+from capexport.atomic import sha256_of
 from capexport.errors import CheckpointError, DownloadError
 from capexport.models.blip2_config import (
     CONFIG,

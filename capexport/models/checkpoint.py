@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from capexport.artifact import replace_file, replacing_binary_file, sha256_of, typed
+from capexport.artifact import typed
+from capexport.atomic import replace_file, replacing_binary_file, sha256_of
 from capexport.decoding import DecodingKeywords, changed
 from capexport.errors import CheckpointError
 from capexport.families.cnn_lstm import DECODING, Vocabulary

@@ -14,7 +14,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import Scope
 
-from capexport.artifact import FILE_NAME, Manifest, sha256_of
+from capexport.artifact import FILE_NAME, Manifest
+from capexport.atomic import sha256_of
 from capexport.bulk.run import open_captioner
 from capexport.captioner import Caption, model_folder
 from capexport.decoding import DecodingKeywords

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capexport.artifact import Manifest, new_artifact, refuse_existing
+from capexport.artifact import Manifest
+from capexport.atomic import new_folder, refuse_existing
 from capexport.decoding import DecodingKeywords
 from capexport.errors import DownloadError, MissingExtraError, OptionError, importing
 from capexport.preprocessing import ImageSource
@@ -81,7 +82,7 @@ def write_site(
         from capexport.export.single_file import export_file
     if precision is None:
         precision = "w8" if Manifest.read(artifact).precision == "int8" else "as-is"
-    with new_artifact(out) as folder:
+    with new_folder(out) as folder:
         _add_runtime(folder, runtime)
         graph = folder / "captioner.onnx"
         parity = export_file(artifact, graph, photos, precision=precision, decoding=decoding)

@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 
 from capexport import Captioner
-from capexport.artifact import (
-    CaptionParity,
-    Decoding,
-    Manifest,
-    Parity,
-    PromptSpec,
-    Provenance,
-)
+from capexport.artifact import CaptionParity, Decoding, Manifest, Parity, PromptSpec, Provenance
 from capexport.bench.cli import sample_photos
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import main

@@ -23,11 +23,7 @@ from capexport import (
     DownloadError,
     OptionError,
 )
-from capexport.artifact import (
-    Manifest,
-    PromptSpec,
-    typed,
-)
+from capexport.artifact import Manifest, PromptSpec, typed
 from capexport.captioner import BUNDLED_ARTIFACT
 from capexport.cli import main
 from capexport.onnx_file import _MESSAGES, check_graph

@@ -15,7 +15,7 @@ from conftest import SLOWLY, default_signals, draw_photo, key
 from PIL import Image
 
 import capexport
-from capexport.artifact import new_artifact, remove_dead_drafts, replace_file, replacing_file
+from capexport.atomic import new_folder, remove_dead_drafts, replace_file, replacing_file
 from capexport.bulk.outputs import FileOutput, SideCars
 from capexport.cli import main
 from capexport.errors import OutputExistsError
@@ -213,24 +213,24 @@ def test_a_journal_that_was_removed_empties_no_output(photos, tmp_path):
 
 def test_two_exports_to_one_place(tmp_path):
     out = tmp_path / "export"
-    with new_artifact(out) as first:
+    with new_folder(out) as first:
         (first / "file").write_text("whole")
         with (
             pytest.raises(OutputExistsError, match="another export is making it"),
-            new_artifact(out),
+            new_folder(out),
         ):
             pass
-        with new_artifact(tmp_path / "other"):
+        with new_folder(tmp_path / "other"):
             pass
     assert [path.name for path in out.iterdir()] == ["file"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "other"]
-    with pytest.raises(OutputExistsError, match="already there"), new_artifact(out):
+    with pytest.raises(OutputExistsError, match="already there"), new_folder(out):
         pass
 
 
 def test_two_processes_replace_one_file(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from capexport.artifact import replace_file\n"
+        "import sys; from pathlib import Path; from capexport.atomic import replace_file\n"
         "for _ in range(200): replace_file(Path(sys.argv[1]), sys.argv[2] * 9999)"
     )
     file = tmp_path / "file"
@@ -305,7 +305,7 @@ def test_files_of_others_in_the_way(how, planted, flags, artifact, photos, tmp_p
 def test_errors_name_what_was_to_be_made_not_its_draft(tmp_path: Path):
     (tmp_path / "from").write_text("x")
     for out in tmp_path / "first", tmp_path / "second":
-        with pytest.raises(FileNotFoundError) as raised, new_artifact(out) as draft:
+        with pytest.raises(FileNotFoundError) as raised, new_folder(out) as draft:
             if out.name == "first":
                 replace_file(draft / "none" / "file", "x")
             (tmp_path / "from").rename(draft / "none" / "file")
@@ -319,7 +319,7 @@ def test_the_umask_holds(artifact, folder, photos, tmp_path):
     try:
         assert caption(artifact, folder, "--out", tmp_path / "out.jsonl") == 0
         assert caption(artifact, folder, "--out-dir", tmp_path / "texts") == 0
-        with new_artifact(tmp_path / "export") as draft:
+        with new_folder(tmp_path / "export") as draft:
             replace_file(draft / "file", "x")
     finally:
         os.umask(before)
