@@ -19,7 +19,7 @@ from starlette.types import Scope
 
 import capexport
 from capexport.errors import CapexportError
-from capexport.serve import ollama, openai, own
+from capexport.serve import ollama, openai, own, responses
 from capexport.serve.gate import Gate, complain, error_answer
 from capexport.serve.metrics import CONTENT_TYPE
 from capexport.serve.requests import Json
@@ -31,8 +31,8 @@ _PAGE = """<!doctype html>
 <p>This server captions images: <code>{name}</code>, a {family} captioner in {precision}.</p>
 <pre>curl --data-binary @photo.jpg http://{host}{root}/caption</pre>
 <p>It also speaks Ollama's protocol (<code>/api/generate</code>, <code>/api/chat</code>) and
-OpenAI's (<code>/v1/chat/completions</code>); see <a href="health">health</a> and
-<a href="metrics">metrics</a>.</p>
+OpenAI's (<code>/v1/chat/completions</code>, <code>/v1/responses</code>); see
+<a href="health">health</a> and <a href="metrics">metrics</a>.</p>
 </html>
 """
 
@@ -44,6 +44,7 @@ def build_app(service: Service) -> Starlette:
         *own.routes(service),
         *ollama.routes(service),
         *openai.routes(service),
+        *responses.routes(service),
         *_status_routes(service),
     ]
     inner: list[BaseRoute] = list(routes)

@@ -19,6 +19,7 @@ from starlette.routing import Route
 import capexport
 from capexport.captioner import Caption
 from capexport.serve.requests import (
+    NO_LOGPROBS,
     Json,
     in_format,
     objects,
@@ -101,7 +102,7 @@ async def _answer(
     stops = texts(options, "stop", "options: ")
     tokens = value(options, "num_predict", int, -1, "options: ")
     if value(content, "logprobs", bool, False):
-        refuse("logprobs: captions come without the probabilities of their tokens")
+        refuse(NO_LOGPROBS)
     head = {"model": content["model"], "created_at": _timestamp(datetime.now(timezone.utc))}
     if loads:
         return Json({**head, **said(""), "done": True, "done_reason": "load"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from starlette.routing import Route
 from capexport.captioner import Caption
 from capexport.serve.requests import (
     MOST_BEAMS,
+    NO_LOGPROBS,
     Json,
     in_format,
     objects,
@@ -44,7 +45,7 @@ def routes(service: Service) -> list[Route]:
         return Json({"object": "list", "data": [model]})
 
     async def one(request: Request) -> Response:
-        _check_model(service, request.path_params["name"])
+        check_model(service, request.path_params["name"])
         return Json(model)
 
     return [
@@ -63,7 +64,7 @@ def error_object(status: int, reason: str) -> dict[str, Any]:
     return {"error": {"message": reason, "type": kind, "param": None, "code": code}}
 
 
-def _check_model(service: Service, name: str) -> None:
+def check_model(service: Service, name: str) -> None:
     if not name:
         refuse("model is required")
     if not service.knows(name):
@@ -71,50 +72,56 @@ def _check_model(service: Service, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """What a request asks for; its sampling options change nothing, as captions are not drawn by
     lot."""
 
     urls: list[str]
     prompt: str
     shape: Callable[[str], str]
-    stops: list[str]
     tokens: int | None
-    choices: int
     streams: bool
-    counted: bool
+    stops: Sequence[str] = ()
+    choices: int = 1
+    counted: bool = False
 
     @classmethod
-    def read(cls, content: Mapping[str, Any]) -> _Asked:
-        prompt, urls = _last_words(objects(content, "messages"))
+    def read(cls, content: Mapping[str, Any]) -> Asked:
+        prompt, urls = last_words(objects(content, "messages"))
+        wanted = value(content, "response_format", dict, {})
         streaming = value(content, "stream_options", dict, {})
         tokens = content.get("max_completion_tokens")
         bound = "max_tokens" if tokens is None else "max_completion_tokens"
         asked = cls(
             urls,
             prompt,
-            _shape(value(content, "response_format", dict, {})),
-            [stop] if isinstance(stop := content.get("stop"), str) else texts(content, "stop"),
+            shape({**value(wanted, "json_schema", dict, {}, "response_format: "), **wanted}),
             value(content, bound, int, None),
-            value(content, "n", int, 1),
             value(content, "stream", bool, False),
+            [stop] if isinstance(stop := content.get("stop"), str) else texts(content, "stop"),
+            value(content, "n", int, 1),
             value(streaming, "include_usage", bool, False, "stream_options: "),
         )
-        if not urls:
-            refuse("no image: this model captions images, message parts of the type image_url")
         if not 1 <= asked.choices <= MOST_BEAMS:
             refuse(f"n must lie in 1..{MOST_BEAMS}, got {asked.choices}")
         if asked.choices > 1 and len(urls) > 1:
             refuse("n above 1 goes with one image, not with several")
         if value(content, "logprobs", bool, False):
-            refuse("logprobs: captions come without the probabilities of their tokens")
-        if content.get("tool_choice") not in (None, "none", "auto"):
-            refuse("tool_choice: this model calls no tools; response_format gives JSON")
+            refuse(NO_LOGPROBS)
+        check_tools(content)
         return asked
 
 
-def _last_words(messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    """The text of the last message of a user, and the images of the last message with any."""
+def check_tools(content: Mapping[str, Any]) -> None:
+    if content.get("tool_choice") not in (None, "none", "auto"):
+        refuse("tool_choice: this model calls no tools, but gives JSON in the format of a schema")
+
+
+def last_words(messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    """The text of the last message of a user, and the images of the last message with any.
+
+    Parts of messages are those of chat completions or of responses.
+    """
     prompt, urls = "", list[str]()
     for message in messages:
         parts = message.get("content")
@@ -123,34 +130,46 @@ def _last_words(messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
         found, said = list[str](), list[str]()
         for part in objects({"content": parts}, "content"):
             kind = part.get("type")
-            if kind == "image_url":
+            if kind in ("image_url", "input_image"):
                 url = part.get("image_url")
                 url = {"url": url} if isinstance(url, str) else value(part, "image_url", dict, {})
                 found.append(value(url, "url", str, "", "image_url: "))
-            elif kind in ("text", "refusal"):
-                said.append(value(part, kind, str, ""))
+            elif kind in ("text", "input_text", "output_text", "refusal"):
+                said.append(value(part, "refusal" if kind == "refusal" else "text", str, ""))
             else:
-                refuse(f"message parts must be text or image_url, got {kind!r:.50}")
+                refuse(f"message parts must be texts or images (image_url), got {kind!r:.50}")
         urls = found or urls
         if value(message, "role", str, "user") == "user":
             prompt = "\n".join(said)
     return prompt, urls
 
 
-def _shape(wanted: Mapping[str, Any]) -> Callable[[str], str]:
+def shape(wanted: Mapping[str, Any], where: str = "response_format") -> Callable[[str], str]:
+    """A function from a caption to the form that was asked for."""
     kind = wanted.get("type", "text")
     if kind == "json_schema":
-        schema = value(wanted, "json_schema", dict, {}, "response_format: ")
-        return in_format(value(schema, "schema", dict, {}), "response_format")
+        return in_format(value(wanted, "schema", dict, {}, f"{where}: "), where)
     if kind not in ("text", "json_object"):
-        refuse("response_format: type must be text, json_object or json_schema")
+        refuse(f"{where}: type must be text, json_object or json_schema")
     return in_format("json" if kind == "json_object" else "")
 
 
-async def _complete(service: Service, request: Request) -> Response:
-    content = await read_json(request)
-    _check_model(service, value(content, "model", str, ""))
-    asked = _Asked.read(content)
+@dataclass(frozen=True)
+class Answered:
+    """Each choice's text with the reason of its end, "stop" or "length"; and tokens that came in
+    and went out."""
+
+    choices: list[tuple[str, str]]
+    tokens_in: int
+    tokens_out: int
+
+
+async def answer(service: Service, request: Request, asked: Asked) -> Answered:
+    """The captions that are asked for, as texts."""
+    if not asked.urls:
+        refuse(
+            "no image: this model captions images, in parts of the type image_url or input_image"
+        )
     own = service.captioner.options
     tokens = service.longest(asked.tokens)
     prompt = asked.prompt if service.settings.prompts and asked.prompt else None
@@ -162,15 +181,22 @@ async def _complete(service: Service, request: Request) -> Response:
         num_beams=max(own.num_beams, asked.choices) if asked.choices > 1 else None,
         num_return_sequences=asked.choices,
     )
-    choices = list(_choices(captions, asked, tokens or own.max_tokens))
-    prompted = service.prompt_tokens(prompt) * len(captions)
-    completed = sum(
-        len(one.tokens) for caption in captions for one in caption.alternatives[: asked.choices]
+    return Answered(
+        list(_choices(captions, asked, tokens or own.max_tokens)),
+        service.prompt_tokens(prompt) * len(captions),
+        sum(len(one.tokens) for each in captions for one in each.alternatives[: asked.choices]),
     )
+
+
+async def _complete(service: Service, request: Request) -> Response:
+    content = await read_json(request)
+    check_model(service, value(content, "model", str, ""))
+    asked = Asked.read(content)
+    answered = await answer(service, request, asked)
     usage = {
-        "prompt_tokens": prompted,
-        "completion_tokens": completed,
-        "total_tokens": prompted + completed,
+        "prompt_tokens": answered.tokens_in,
+        "completion_tokens": answered.tokens_out,
+        "total_tokens": answered.tokens_in + answered.tokens_out,
     }
     head = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -178,7 +204,8 @@ async def _complete(service: Service, request: Request) -> Response:
         "model": content["model"],
     }
     if asked.streams:
-        events = _events({**head, "object": "chat.completion.chunk"}, choices, usage, asked.counted)
+        head["object"] = "chat.completion.chunk"
+        events = _events(head, answered.choices, usage, asked.counted)
         return Response("".join(events), media_type="text/event-stream")
     said = [
         {
@@ -187,12 +214,12 @@ async def _complete(service: Service, request: Request) -> Response:
             "logprobs": None,
             "finish_reason": reason,
         }
-        for index, (text, reason) in enumerate(choices)
+        for index, (text, reason) in enumerate(answered.choices)
     ]
     return Json({**head, "object": "chat.completion", "choices": said, "usage": usage})
 
 
-def _choices(captions: list[Caption], asked: _Asked, most: int) -> Iterator[tuple[str, str]]:
+def _choices(captions: list[Caption], asked: Asked, most: int) -> Iterator[tuple[str, str]]:
     """Each choice's text, and why it ends: the captions of several images are one, a line each."""
     ones = [[one] for one in captions[0].alternatives[: asked.choices]]
     if len(captions) > 1:

@@ -18,6 +18,7 @@ from capexport.bulk.names import shown
 from capexport.serve.batching import Source
 
 MOST_TOKENS, MOST_BEAMS = 256, 16  # of one request, unless the model's own are more
+NO_LOGPROBS = "logprobs: captions come without the probabilities of their tokens"
 _LARGE = 2_000_000  # bytes of JSON that would keep the event loop busy for long
 _ESCAPES = (("+", "%2B"), ("/", "%2F"), ("=", "%3D"))
 _PLAIN = str.maketrans("-_", "+/", " \t\r\n\f")

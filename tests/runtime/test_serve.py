@@ -19,6 +19,7 @@ from conftest import default_signals, draw_photo
 from serving import (
     Running,
     artifact,
+    as_uri,
     captioner,
     in_base64,
     question,
@@ -259,6 +260,69 @@ def test_openai_errors(openais, photo: Path):
 def test_openai_lists(openais):
     assert [model.id for model in openais.models.list()] == ["capexport"]
     assert openais.models.retrieve("capexport").id == "capexport"
+
+
+def asked_of_responses(*photos: Path, **options: Any) -> dict[str, Any]:
+    parts = [{"type": "input_image", "image_url": as_uri(photo)} for photo in photos]
+    content = [{"type": "input_text", "text": "What is this?"}, *parts]
+    return {"model": "capexport", "input": [{"role": "user", "content": content}], **options}
+
+
+def test_openai_responds(openais, captioner: Captioner, photo: Path, photos, wanted):
+    answer = openais.responses.create(**asked_of_responses(photo))
+    assert (answer.output_text, answer.status) == (wanted.text, "completed")
+    assert answer.usage.output_tokens == len(wanted.tokens) == answer.usage.total_tokens
+    short = openais.responses.create(**asked_of_responses(photo, max_output_tokens=2))
+    assert short.output_text == captioner.caption(photo, max_tokens=2).text
+    assert short.incomplete_details.reason == "max_output_tokens"
+    several = openais.responses.create(**asked_of_responses(*photos[:2]))
+    assert several.output_text == "\n".join(one.text for one in captioner.caption(photos[:2]))
+    turns = asked_of_responses(photo)["input"]
+    turns += answer.to_dict()["output"] + [{"role": "user", "content": "Are you sure?"}]
+    assert openais.responses.create(model="capexport", input=turns).output_text == wanted.text
+
+
+def test_openai_streams_responses(openais, photo: Path, wanted):
+    for limit, status in ((None, "completed"), (2, "incomplete")):
+        with openais.responses.stream(
+            **asked_of_responses(photo, max_output_tokens=limit)
+        ) as stream:
+            events = list(stream)
+        whole = events[-1].response
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert events[-1].type == f"response.{status}"
+        said = [event.delta for event in events if event.type == "response.output_text.delta"]
+        assert "".join(said) == whole.output_text
+        assert wanted.text.startswith(whole.output_text) and whole.output_text
+
+
+def test_openai_parses_responses_into_a_class(openais, photo: Path, wanted):
+    from pydantic import BaseModel
+
+    class Described(BaseModel):
+        description: str
+
+    answer = openais.responses.parse(**asked_of_responses(photo), text_format=Described)
+    assert answer.output_parsed == Described(description=wanted.text)
+
+
+def test_openai_refuses_responses(openais, photo: Path):
+    refused = [
+        {"input": "no image"}, {"input": None}, {"input": [1]}, {"input": {}},
+        {"input": [{"type": "item_reference", "id": "msg_1"}]},
+        {"input": [{"content": [{"type": "input_file", "file_id": "a"}]}]},
+        {"input": [{"content": [{"type": "input_image", "file_id": "a"}]}]},
+        {"input": [{"type": []}]}, {"previous_response_id": "resp_1"}, {"background": True},
+        {"max_output_tokens": "9"}, {"max_output_tokens": 0}, {"tool_choice": "required"},
+        {"include": ["message.output_text.logprobs"]}, {"include": [1]}, {"top_logprobs": 2},
+        {"text": 1}, {"text": {"format": 1}}, {"text": {"format": {"type": "json_schema"}}},
+        {"text": {"format": {"type": []}}}, {"stream": "yes"},
+    ]  # fmt: skip
+    for options in refused:
+        with pytest.raises(openai.BadRequestError):
+            openais.responses.create(**{**asked_of_responses(photo), **options})
+    with pytest.raises(openai.NotFoundError):
+        openais.responses.create(**asked_of_responses(photo, model="gpt-5"))
 
 
 # Its own protocol

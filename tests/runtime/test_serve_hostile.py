@@ -58,7 +58,7 @@ def still_well(server: Running, captioner: Captioner, photo: bytes) -> Iterator[
     assert server.service.batcher.held == 0
 
 
-JSON_PATHS = ("/api/generate", "/api/chat", "/api/show", "/v1/chat/completions")
+JSON_PATHS = ("/api/generate", "/api/chat", "/api/show", "/v1/chat/completions", "/v1/responses")
 
 
 @pytest.mark.parametrize("path", JSON_PATHS)
