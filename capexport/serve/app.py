@@ -73,6 +73,7 @@ def build_app(service: Service) -> Starlette:
             HTTPException: _refused,
             CapexportError: _failed,
             ClientDisconnect: _gone,
+            RecursionError: _too_deep,
             Exception: _broken,
         },
         lifespan=lifespan,
@@ -145,6 +146,11 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 async def _gone(request: Request, error: Exception) -> Response:
     return _answer(request, 499, "the client has gone")
+
+
+async def _too_deep(request: Request, error: Exception) -> Response:
+    """Whatever part of a request's JSON was being read, shown or repeated."""
+    return _answer(request, 400, "the body is JSON of too many levels")
 
 
 async def _broken(request: Request, error: Exception) -> Response:

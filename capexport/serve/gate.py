@@ -84,6 +84,9 @@ class Gate:
         if settings.guarded and not _is_own_name(headers.get("host", ""), settings.allow_host):
             # DNS rebinding: a page whose host name resolves to this machine has the same origin.
             refuse("this server doesn't go by that name (--allow-host)", 403)
+        if headers.get("content-encoding", "identity").strip().lower() != "identity":
+            refuse("bodies are taken as they are: send them without Content-Encoding", 415,
+                   {"Accept-Encoding": "identity"})  # fmt: skip
         with suppress(ValueError):
             if int(headers.get("content-length", "0")) > settings.max_body * 10**6:
                 self.refuse_size()

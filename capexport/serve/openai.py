@@ -114,7 +114,7 @@ class Asked:
 
 def check_tools(content: Mapping[str, Any]) -> None:
     if content.get("tool_choice") not in (None, "none", "auto"):
-        refuse("tool_choice: this model calls no tools, but gives JSON in the format of a schema")
+        refuse("tool_choice: this model calls no tools; response_format or text.format gives JSON")
 
 
 def last_words(messages: list[dict[str, Any]]) -> tuple[str, list[str]]:

@@ -53,8 +53,6 @@ async def read_json(request: Request) -> dict[str, Any]:
     try:
         large = len(body) > _LARGE
         content = await run_in_threadpool(_parse, body) if large else _parse(body)
-    except RecursionError:
-        refuse("the body is JSON of too many levels")
     except ValueError as error:
         refuse(f"the body is not JSON: {error!s:.200}")
     return content if isinstance(content, dict) else refuse("the body must be a JSON object")

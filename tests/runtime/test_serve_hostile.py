@@ -1,6 +1,7 @@
 """What a server must withstand: broken and hostile requests, slow clients, foreign pages."""
 
 import base64
+import gzip
 import io
 import json
 import logging
@@ -21,6 +22,7 @@ from conftest import draw_photo
 from serving import (
     Running,
     artifact,
+    as_uri,
     captioner,
     in_base64,
     question,
@@ -74,6 +76,22 @@ def test_broken_json(server: Running, path: str, body: bytes):
     assert status == 400
     error = answer["error"]
     assert isinstance(error["message"] if path.startswith("/v1") else error, str)
+
+
+def test_json_that_is_nearly_too_deep(server: Running, photo: bytes):
+    """It is read, but deeper in Python's stack not all can be done with it."""
+    image = {"type": "input_image", "image_url": as_uri(photo)}
+    schema = {"properties": {"a": {"type": "string"}}, "deep": "@"}
+    body = {
+        "model": "capexport",
+        "input": [{"content": [image]}],
+        "text": {"format": {"type": "json_schema", "schema": schema}},
+    }
+    for levels in range(900, 1000, 2):
+        text = json.dumps(body).replace('"@"', "[" * levels + "]" * levels)
+        head = f"POST /v1/responses HTTP/1.1\r\nHost: a\r\nContent-Length: {len(text)}\r\n\r\n"
+        answer = talk(server, head.encode() + text.encode())
+        assert b"200 OK" in answer[:20] or b"too many levels" in answer, levels
 
 
 GENERATE = {"images": ["/9j/"], "stream": False}
@@ -204,6 +222,15 @@ def talk(server: Running, *parts: bytes, timeout: float = 30) -> bytes:
 
 
 HEAD = b"POST /caption HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def test_bodies_that_are_compressed(server: Running, photo: bytes):
+    for path, body in (("/caption", photo), ("/v1/chat/completions", b"{}")):
+        asked = {"content_encoding": "gzip"}
+        status, answer, headers = server.ask("POST", path, gzip.compress(body), **asked)
+        assert (status, headers["accept-encoding"]) == (415, "identity")
+        assert "Content-Encoding" in str(answer["error"])
+    assert server.ask("POST", "/caption", photo, content_encoding="Identity")[0] == 200
 
 
 def test_bodies_that_are_too_large(server: Running):
