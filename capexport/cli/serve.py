@@ -64,12 +64,11 @@ def _run(options: argparse.Namespace) -> int:
     if not settings.loopback and not settings.api_key:
         say(f"capexport: whoever reaches {host} can ask: CAPEXPORT_API_KEY sets a key")
     shown = f"[{host}]" if ":" in host else host
-    server = make_server(app)
+    listener.listen(2048)  # before it says that it serves: another one may have come first
+    server = make_server(app, f"serving {settings.name} on http://{shown}:{port} (Ctrl-C ends)")
     # The event loop takes the interpreter back from captioning threads many times a request.
     sys.setswitchinterval(0.001)
     gc.freeze()  # what is loaded stays
-    listener.listen(2048)  # whoever reads the next line may ask at once
-    say(f"capexport: serving {settings.name} on http://{shown}:{port} (Ctrl-C ends)")
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # or SIGTERM: uvicorn has answered everything, and passes it on
@@ -77,8 +76,9 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def make_server(app: Any) -> Any:
-    """uvicorn around an application, silent but for what fails."""
+def make_server(app: Any, greeting: str = "") -> Any:
+    """uvicorn around an application, silent but for what fails and, once it takes requests and
+    signals, a greeting."""
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -98,6 +98,11 @@ def make_server(app: Any) -> Any:
                 self.loop.call_later(_SILENT, self.look, idle)
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if greeting:
+                say(f"capexport: {greeting}")
+
         async def shutdown(self, sockets: Any = None) -> None:
             app.state.service.ending = time.monotonic()
             await super().shutdown(sockets)

@@ -81,9 +81,10 @@ class Gate:
         origins = settings.allow_origin
         if foreign and path not in OPEN and not {"*", headers.get("origin")} & {*origins}:
             refuse("pages of other origins may not ask here (--allow-origin)", 403)
-        if settings.guarded and not _is_own_name(headers.get("host", ""), settings.allow_host):
+        host = headers.get("host", "")
+        if settings.guarded and not _is_own_name(host, settings.allow_host):
             # DNS rebinding: a page whose host name resolves to this machine has the same origin.
-            refuse("this server doesn't go by that name (--allow-host)", 403)
+            refuse(f"this server doesn't go by the name of {host!r:.100} (--allow-host)", 403)
         if headers.get("content-encoding", "identity").strip().lower() != "identity":
             refuse("bodies are taken as they are: send them without Content-Encoding", 415,
                    {"Accept-Encoding": "identity"})  # fmt: skip

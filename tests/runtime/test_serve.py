@@ -657,6 +657,13 @@ def test_a_signal_ends_it_when_all_is_answered(artifact: Path, captioner, photos
         assert {row["text"] for row in answer["captions"]} == wanted
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_as_soon_as_it_serves(artifact: Path, number: int):
+    process, _ = start("-m", str(artifact))
+    process.send_signal(number)
+    assert (process.wait(60), process.stderr.read()) == (0, "")
+
+
 def test_the_environment_says_what_flags_say(artifact: Path, photo: Path, wanted):
     process, address = start(
         CAPEXPORT_MODEL=str(artifact), CAPEXPORT_API_KEY="secret", CAPEXPORT_NAME="mine"

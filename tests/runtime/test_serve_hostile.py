@@ -430,6 +430,8 @@ def test_names_that_were_made_to_mean_this_machine(artifact: Path, photo: bytes)
                              ("photos.example", 200), ("localhost.evil.example", 403),
                              ("[", 403)]:  # fmt: skip
             assert server.ask("POST", "/caption", photo, host=host)[0] == status, host
+        reason = server.ask("GET", "/health", host="backend:80")[1]["error"]
+        assert "'backend:80'" in reason and "--allow-host" in reason
 
 
 def test_files_of_a_site(artifact: Path, tmp_path: Path, photo: bytes):
