@@ -52,6 +52,8 @@ def is_public(address: Address) -> bool:
 
 
 class Fetcher:
+    """Fetches a few images at once, each within limits of time and size."""
+
     def __init__(self) -> None:
         self._turns = asyncio.Semaphore(_AT_ONCE)
 

@@ -15,6 +15,8 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Histogram:
+    """How many values lie at or below each of `bounds`, which ascend, and their sum."""
+
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
@@ -35,7 +37,10 @@ class Histogram:
 
 
 class Metrics:
-    """Only the event loop's thread writes and reads them."""
+    """What was asked and captioned since the start.
+
+    Only the event loop's thread writes and reads it.
+    """
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()

@@ -6,8 +6,9 @@ Source: https://github.com/ollama/ollama/blob/main/docs/api.md
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ from capexport.serve.requests import (
     until,
     value,
 )
-from capexport.serve.service import Service, nanoseconds, since
+from capexport.serve.service import Service
 
 NDJSON = "application/x-ndjson"
 
@@ -43,7 +44,7 @@ def routes(service: Service) -> list[Route]:
 
     async def show(request: Request) -> Response:
         content = await read_json(request)
-        _check_model(service, content, content.get("model") or content.get("name"))
+        _check_model(service, content.get("model") or content.get("name"))
         return Json(_description(service))
 
     return [
@@ -90,12 +91,12 @@ async def _answer(
     content: Mapping[str, Any],
     images: list[str],
     prompt: str,
-    said: Any,
+    said: Callable[[str], dict[str, Any]],
     loads: bool,
 ) -> Response:
     """`said` puts a text where the protocol has it; a request that only `loads` has no image."""
     began = time.monotonic()
-    _check_model(service, content, content.get("model"))
+    _check_model(service, content.get("model"))
     streams = value(content, "stream", bool, True)
     shaped = in_format(content.get("format"))
     options = value(content, "options", dict, {})
@@ -132,17 +133,20 @@ def _reason(service: Service, captions: list[Caption], wanted: int | None) -> st
 
 
 def _durations(captions: list[Caption], began: float) -> dict[str, int]:
-    """In nanoseconds."""
     timing = captions[-1].timing
     return {
-        "total_duration": since(began),
+        "total_duration": _nanoseconds(time.monotonic() - began),
         "load_duration": 0,
-        "prompt_eval_duration": nanoseconds(timing.encode),
-        "eval_duration": nanoseconds(timing.decode),
+        "prompt_eval_duration": _nanoseconds(timing.encode),
+        "eval_duration": _nanoseconds(timing.decode),
     }
 
 
-def _check_model(service: Service, content: Mapping[str, Any], name: Any) -> None:
+def _nanoseconds(seconds: float) -> int:
+    return math.ceil(seconds * 1e9)
+
+
+def _check_model(service: Service, name: Any) -> None:
     if not isinstance(name, str) or not name:
         refuse("model is required")
     if not service.knows(name):
@@ -171,7 +175,7 @@ def _model(service: Service) -> dict[str, Any]:
         "name": name,
         "model": name,
         "modified_at": _timestamp(service.began),
-        "size": service.bytes,
+        "size": service.manifest.size,
         "digest": service.digest,
         "details": _details(service),
     }

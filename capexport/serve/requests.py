@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from capexport.bulk.names import shown
+from capexport.errors import ImageError
 from capexport.serve.batching import Source
 
 MOST_TOKENS, MOST_BEAMS = 256, 16  # of one request, unless the model's own are more
@@ -114,8 +115,6 @@ def from_base64(text: str) -> Source:
 def _decode(text: str) -> bytes:
     """Base64 as browsers take it in data URIs, with white space, escapes and without padding; and
     that of URLs (RFC 4648, 5)."""
-    from capexport.errors import ImageError
-
     with suppress(ValueError):  # most need nothing of that
         return pybase64.b64decode(text, validate=True)
     for sign, escape in _ESCAPES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -59,7 +58,6 @@ class Service:
             raise OptionError("--prompts needs a model that was trained with prompts, as BLIP-2")
         self.digest = sha256_of(folder / FILE_NAME)
         self.began = datetime.now(timezone.utc)
-        self.bytes = self.manifest.size
         self.metrics = Metrics()
 
     def start(self) -> None:
@@ -185,12 +183,3 @@ async def _disconnection(request: Request) -> None:
 def status_of(error: CapexportError) -> int:
     """The HTTP status: 400 if the request is to blame, else 500."""
     return 400 if isinstance(error, ImageError | OptionError) else 500
-
-
-def nanoseconds(seconds: float) -> int:
-    return math.ceil(seconds * 1e9)
-
-
-def since(began: float) -> int:
-    """Nanoseconds since `time.monotonic()` was `began`."""
-    return nanoseconds(time.monotonic() - began)

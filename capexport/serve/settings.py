@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,13 @@ class Settings:
             raise OptionError(f"{self.site}: no such folder; --site takes one with an index.html")
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+    def from_environment(cls) -> Settings:
         """The settings in `CAPEXPORT_MODEL`, `CAPEXPORT_API_KEY` and so on; empty ones don't count.
 
         Raises:
             OptionError: a value is of another type, or out of range.
         """
-        return cls(**environment_values(environment))
+        return cls(**environment_values())
 
 
 def _flag(name: str) -> str:
@@ -128,10 +128,11 @@ _TYPES: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
-def environment_values(environment: Mapping[str, str]) -> dict[str, Any]:
+def environment_values() -> dict[str, Any]:
+    """The settings that the environment has, by their names in `Settings`."""
     values = {}
     for item in flags():
-        if text := environment.get(variable := PREFIX + item.name.upper()):
+        if text := os.environ.get(variable := PREFIX + item.name.upper()):
             read, what = _TYPES.get(str(item.type), (str, "text"))
             try:
                 values[item.name] = read(text)
@@ -157,9 +158,9 @@ def add_flags(group: Any) -> None:
         group.add_argument(*names, dest=item.name, help=item.metadata["help"], **how)
 
 
-def given_settings(options: Any, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def given_settings(options: Any) -> dict[str, Any]:
     """The settings in parsed arguments, or else in the environment."""
-    values = environment_values(environment)
+    values = environment_values()
     for item in flags():
         value = getattr(options, item.name)
         if value is not None and value is not False:  # 0 is for `Settings` to refuse
