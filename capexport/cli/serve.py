@@ -18,7 +18,7 @@ from capexport.errors import OptionError, importing
 from capexport.serve import EXTRA, application
 from capexport.serve.settings import Settings, add_flags, given_settings
 
-_SILENT = 20.0  # seconds in which a client must have asked something
+_SILENT = 20.0  # seconds in which a client must have asked something, or taken of its answer
 
 
 def add_parser(commands: Any) -> None:
@@ -83,19 +83,30 @@ def make_server(app: Any, greeting: str = "") -> Any:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Protocol(H11Protocol):
+        pauses = 0  # how often its client has not taken an answer as fast as it came
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.look()
 
-        def look(self, waited: bool = False) -> None:
-            """Close a connection whose client asks nothing, or never comes to an end of what it
-            asks or sends behind an answer: uvicorn would keep it for ever."""
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.pauses += 1
+
+        def look(self, before: Any = None) -> None:
+            """Close a connection whose client asks nothing, never comes to an end of what it asks
+            or sends behind an answer, or takes nothing of an answer: uvicorn would keep it for
+            ever, and wait for it at the end."""
             asked = self.cycle and not self.cycle.response_complete
             idle = not asked and self.timeout_keep_alive_task is None
-            if idle and waited:
+            untaken = self.transport.get_write_buffer_size()
+            state = (idle, untaken, self.pauses, self.cycle)
+            if untaken and state == before:
+                self.transport.abort()
+            elif idle and state == before:
                 self.transport.close()
-            if not self.transport.is_closing():
-                self.loop.call_later(_SILENT, self.look, idle)
+            if self in self.connections:
+                self.loop.call_later(_SILENT, self.look, state)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:

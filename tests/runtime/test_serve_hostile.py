@@ -292,6 +292,21 @@ def test_who_never_ends_what_he_asks_is_let_go(
                 pass
 
 
+def test_who_takes_no_answer_is_let_go(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "large").write_bytes(bytes(30_000_000))
+    monkeypatch.setattr(serve, "_SILENT", 0.2)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with running(model=str(artifact), site=str(tmp_path)) as server:
+            host, port = server.address.split(":")
+            client.connect((host, int(port)))
+            client.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        # The server has ended, though the rest waited.
+
+
 def test_bodies_together_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gate, "_BODIES", 2)
     host, port = server.address.split(":")
