@@ -123,7 +123,7 @@ def _status_routes(service: Service) -> list[Route]:
             family=manifest.family,
             precision=manifest.precision,
             host=host,
-            root=settings.root_path,
+            root=request.scope.get("root_path") or settings.root_path,
         )
         return HTMLResponse(text)
 

@@ -81,9 +81,13 @@ class Service:
         return name in (self.settings.name, f"{self.settings.name}:latest")
 
     def path(self, scope: Scope) -> str:
-        """The path of a request, without the prefix that a proxy has put before it."""
-        path, prefix = str(scope["path"]), self.settings.root_path
-        return path.removeprefix(prefix) or "/" if f"{path}/".startswith(f"{prefix}/") else path
+        """The path of a request, without the prefixes that an application around this one, and a
+        proxy, have put before it."""
+        path = str(scope["path"])
+        for prefix in (scope.get("root_path", ""), self.settings.root_path):
+            if f"{path}/".startswith(f"{prefix}/"):
+                path = path.removeprefix(prefix) or "/"
+        return path
 
     async def images(self, texts: Sequence[str], plain: bool = False) -> list[Source]:
         """The images that data URIs, http(s) URLs or, where `plain`, base64 stand for."""

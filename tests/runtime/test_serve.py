@@ -1,5 +1,6 @@
 """`capexport serve` and the clients that it is for."""
 
+import asyncio
 import json
 import re
 import shlex
@@ -691,6 +692,30 @@ def test_other_asgi_servers(artifact: Path, monkeypatch: pytest.MonkeyPatch):
             own.setenv(f"CAPEXPORT_{name}", value)
             with pytest.raises(OptionError):
                 Settings.from_environment()
+
+
+@pytest.mark.parametrize("root_path", ["", "/photos"])
+def test_below_another_application(artifact: Path, root_path: str):
+    app = application(Settings(model=str(artifact), api_key="secret", root_path=root_path))
+
+    def ask(path: str) -> tuple[int, bytes]:
+        answers: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            answers.append(message)
+
+        scope = {"type": "http", "method": "GET", "query_string": b"", "headers": []}
+        asyncio.run(app({**scope, "path": path, "root_path": "/outer"}, receive, send))
+        return answers[0]["status"], answers[1]["body"]
+
+    assert ask(f"/outer{root_path}/health")[0] == 200
+    assert f"/outer{root_path}/caption".encode() in ask(f"/outer{root_path}/")[1]
+    status, answer = ask(f"/outer{root_path}/v1/models")
+    assert (status, json.loads(answer)["error"]["code"]) == (401, "invalid_api_key")
+    assert 'path="/health"' in app.state.service.metrics.text({})
 
 
 @pytest.mark.parametrize(
