@@ -7,6 +7,7 @@ import gc
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -69,11 +70,20 @@ def _run(options: argparse.Namespace) -> int:
     # The event loop takes the interpreter back from captioning threads many times a request.
     sys.setswitchinterval(0.001)
     gc.freeze()  # what is loaded stays
+    _end_when_hung_up()
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # or SIGTERM: uvicorn has answered everything, and passes it on
         return 130 if server.force_exit else 0
     return 0
+
+
+def _end_when_hung_up() -> None:
+    """A terminal that is closed ends the server as SIGTERM does, which uvicorn knows; the exception
+    that SIGHUP raises in other commands would strike its event loop anywhere."""
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup and callable(signal.getsignal(hangup)):  # nohup has it ignored
+        signal.signal(hangup, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
 def make_server(app: Any, greeting: str = "") -> Any:

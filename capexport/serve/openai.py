@@ -74,7 +74,18 @@ def check_model(service: Service, name: str) -> None:
 @dataclass(frozen=True)
 class Asked:
     """What a request asks for; its sampling options change nothing, as captions are not drawn by
-    lot."""
+    lot.
+
+    Attributes:
+        urls: of the images; data URIs, too.
+        prompt: what the user said last.
+        shape: makes the text of an answer from a caption.
+        tokens: as many a caption has at most; None for the captioner's own limit.
+        streams: whether the answer is server-sent events.
+        stops: before the first of these texts a caption ends.
+        choices: how many captions of one image.
+        counted: whether a stream ends with the numbers of tokens.
+    """
 
     urls: list[str]
     prompt: str
@@ -87,6 +98,7 @@ class Asked:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Asked:
+        """From the body of a request for chat completions."""
         prompt, urls = last_words(objects(content, "messages"))
         wanted = value(content, "response_format", dict, {})
         streaming = value(content, "stream_options", dict, {})
@@ -167,9 +179,7 @@ class Answered:
 async def answer(service: Service, request: Request, asked: Asked) -> Answered:
     """The captions that are asked for, as texts."""
     if not asked.urls:
-        refuse(
-            "no image: this model captions images, in parts of the type image_url or input_image"
-        )
+        refuse("no image: this model captions images, parts of the type image_url or input_image")
     own = service.captioner.options
     tokens = service.longest(asked.tokens)
     prompt = asked.prompt if service.settings.prompts and asked.prompt else None

@@ -635,7 +635,7 @@ def start(*arguments: str, **environment: str) -> tuple[subprocess.Popen, str]:
     raise AssertionError(f"it ended with {process.wait()}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_when_all_is_answered(artifact: Path, captioner, photos, number: int):
     process, address = start("-m", str(artifact), "--threads", "1")
     server = Running(address, None)
@@ -658,7 +658,7 @@ def test_a_signal_ends_it_when_all_is_answered(artifact: Path, captioner, photos
         assert {row["text"] for row in answer["captions"]} == wanted
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_as_soon_as_it_serves(artifact: Path, number: int):
     process, _ = start("-m", str(artifact))
     process.send_signal(number)
