@@ -30,7 +30,8 @@ log = logging.getLogger("capexport")
 
 
 def error_answer(path: str, status: int, reason: str, headers: object = None) -> Json:
-    """An error in the shape that the path's protocol has."""
+    """An error in the shape that the path's protocol has, without control characters."""
+    reason = shown(reason)
     content = error_object(status, reason) if path.startswith("/v1/") else {"error": reason}
     return Json(content, status, headers)
 

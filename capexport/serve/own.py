@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from capexport.bulk.names import shown
 from capexport.captioner import Caption
 from capexport.decoding import DecodingOptions
 from capexport.serve.batching import Outcome
@@ -68,7 +69,8 @@ async def _caption_form(
     rows = [{"file_name": name, **_fields(one)} for name, one in zip(names, outcomes, strict=True)]
     failed = [one for one in outcomes if not isinstance(one, Caption)]
     if len(failed) == len(outcomes):
-        return Json({"error": str(failed[0]), "captions": rows}, status_of(failed[0]))
+        error = shown(str(failed[0]))
+        return Json({"error": error, "captions": rows}, status_of(failed[0]))
     return Json({"captions": rows})
 
 
@@ -81,7 +83,7 @@ def _check_end(body: bytes, kind: str) -> None:
 
 def _fields(outcome: Outcome) -> dict[str, Any]:
     if not isinstance(outcome, Caption):
-        return {"error": str(outcome)}
+        return {"error": shown(str(outcome))}
     fields: dict[str, Any] = {
         "text": outcome.text,
         "log_probability": outcome.log_probability,

@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from capexport.bulk.names import shown
 from capexport.errors import ImageError
 from capexport.serve.batching import Source
 
@@ -45,7 +44,7 @@ class Json(Response):
 
 
 def refuse(reason: str, status: int = 400, headers: Mapping[str, str] | None = None) -> NoReturn:
-    raise HTTPException(status, shown(reason), headers)
+    raise HTTPException(status, reason, headers)
 
 
 async def read_json(request: Request) -> dict[str, Any]:
