@@ -20,6 +20,7 @@ from capexport.serve.batching import Source
 MOST_TOKENS, MOST_BEAMS = 256, 16  # of one request, unless the model's own are more
 NO_LOGPROBS = "logprobs: captions come without the probabilities of their tokens"
 _LARGE = 2_000_000  # bytes of JSON that would keep the event loop busy for long
+_MANY = 100_000  # values of JSON, each of which would, and takes many times its bytes of memory
 _ESCAPES = (("+", "%2B"), ("/", "%2F"), ("=", "%3D"))
 _PLAIN = str.maketrans("-_", "+/", " \t\r\n\f")
 _KINDS = {
@@ -50,6 +51,8 @@ def refuse(reason: str, status: int = 400, headers: Mapping[str, str] | None = N
 async def read_json(request: Request) -> dict[str, Any]:
     """The JSON object in the body, whatever content type the client declares."""
     body = await request.body()
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MANY:  # base64 has none of them
+        refuse("the body is JSON of too many values: an image is one text, in base64", 413)
     try:
         large = len(body) > _LARGE
         content = await run_in_threadpool(_parse, body) if large else _parse(body)
