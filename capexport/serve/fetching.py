@@ -18,6 +18,7 @@ from capexport.errors import ImageError
 _REDIRECTS = 5
 _SECONDS = 20.0  # for all of it
 _AT_ONCE = 16
+_CHARACTERS = 8000  # of a URL: splitting and encoding one of megabytes takes minutes
 _KEPT = "%/:?@!$&'()*+,;=~[]"  # in a path and a query; the rest is escaped
 _MOVED = (301, 302, 303, 307, 308)
 # Addresses that are not public, whatever this Python's `ipaddress` says: IANA's registries of
@@ -75,6 +76,8 @@ class Fetcher:
 
     async def _follow(self, url: str, most: int) -> bytes:
         for _ in range(_REDIRECTS + 1):
+            if len(url) > _CHARACTERS:
+                raise ImageError(f"{url:.200}: a URL has at most {_CHARACTERS} characters")
             status, location, body = await self._get(urlsplit(url), most)
             if status == 200:
                 return body

@@ -18,6 +18,7 @@ from capexport.errors import ImageError
 from capexport.serve.batching import Source
 
 MOST_TOKENS, MOST_BEAMS = 256, 16  # of one request, unless the model's own are more
+MOST_CHARACTERS = 30_000  # of a prompt: more than models take, and soon made into tokens
 NO_LOGPROBS = "logprobs: captions come without the probabilities of their tokens"
 _LARGE = 2_000_000  # bytes of JSON that would keep the event loop busy for long
 _MANY = 100_000  # values of JSON, each of which would, and takes many times its bytes of memory

@@ -22,7 +22,14 @@ from capexport.errors import CapexportError, ImageError, OptionError
 from capexport.serve.batching import Batcher, Outcome, QueueFullError, Source
 from capexport.serve.fetching import Fetcher
 from capexport.serve.metrics import Metrics
-from capexport.serve.requests import MOST_BEAMS, MOST_TOKENS, data_uri, from_base64, refuse
+from capexport.serve.requests import (
+    MOST_BEAMS,
+    MOST_CHARACTERS,
+    MOST_TOKENS,
+    data_uri,
+    from_base64,
+    refuse,
+)
 from capexport.serve.settings import Settings
 from capexport.sessions import available_cores
 
@@ -155,6 +162,8 @@ class Service:
         """The caption of each image, or its error. Stops if the client disconnects."""
         if prompt is not None and not self.takes_prompts:
             raise OptionError("this captioner takes no prompt")
+        if len(prompt or "") > MOST_CHARACTERS:
+            raise OptionError(f"a prompt may have {MOST_CHARACTERS} characters here")
         if len(sources) > self.settings.queue:
             refuse(f"at most {self.settings.queue} images a request", 413)
         bounded = self.bounded(**options)

@@ -461,6 +461,17 @@ def test_a_prompt_that_is_too_long_costs_no_other_one(blip2: str, photos: list[P
         assert answers[index][1]["response"] == caption.text
 
 
+def test_prompts_of_megabytes_are_not_made_into_tokens(blip2: str, photo: Path):
+    with running(model=blip2, prompts=True) as server:
+        server.service.captioner.text = None  # type: ignore[assignment]
+        long = "dog " * 5_000_000
+        body = {"model": "capexport", "messages": question(photo, text=long)}
+        status, answer, _ = server.ask("POST", "/v1/chat/completions", body)
+        assert status == 400 and "characters" in answer["error"]["message"]
+        body, kind = form(("prompt", None, long.encode()), ("file", "a.jpg", photo.read_bytes()))
+        assert server.ask("POST", "/caption", body, content_type=kind)[0] == 400
+
+
 def test_prompts_need_a_model_for_them(artifact: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["serve", "-m", str(artifact), "--prompts", "--port", "0"]) == 2
     assert "--prompts" in capsys.readouterr().err

@@ -123,6 +123,12 @@ def test_what_is_not_fetched(server: Running, site: str):
         assert status == 400 and text.isprintable(), url
 
 
+@pytest.mark.parametrize("sign", ["a", "é", "a.", "/é"])
+def test_urls_that_are_too_long(server: Running, sign: str):
+    status, text = ask(server, "http://" + sign * 100_000)
+    assert status == 400 and "characters" in text and len(text) < 400
+
+
 @pytest.fixture
 def public(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this machine's own addresses one counts as public."""
