@@ -150,7 +150,7 @@ def _check_model(service: Service, name: Any) -> None:
     if not isinstance(name, str) or not name:
         refuse("model is required")
     if not service.knows(name):
-        refuse(f"model {name!r:.100} not found: this is {service.settings.name}", 404)
+        refuse(f"model {name[:100]!r} not found: this is {service.settings.name}", 404)
 
 
 def _timestamp(moment: datetime) -> str:

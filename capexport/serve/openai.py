@@ -6,6 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/chat
 from __future__ import annotations
 
 import json
+import reprlib
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,7 +69,7 @@ def check_model(service: Service, name: str) -> None:
     if not name:
         refuse("model is required")
     if not service.knows(name):
-        refuse(f"the model {name!r:.100} does not exist: this is {service.settings.name}", 404)
+        refuse(f"the model {name[:100]!r} does not exist: this is {service.settings.name}", 404)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,9 @@ def last_words(messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
             elif kind in ("text", "input_text", "output_text", "refusal"):
                 said.append(value(part, "refusal" if kind == "refusal" else "text", str, ""))
             else:
-                refuse(f"message parts must be texts or images (image_url), got {kind!r:.50}")
+                refuse(
+                    f"message parts must be texts or images (image_url), got {reprlib.repr(kind)}"
+                )
         urls = found or urls
         if value(message, "role", str, "user") == "user":
             prompt = "\n".join(said)

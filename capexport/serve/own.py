@@ -106,7 +106,7 @@ def _options(given: Iterable[tuple[str, str]]) -> tuple[str | None, dict[str, An
         elif name in _TYPES:
             options[name] = _typed(name, text)
         else:
-            refuse(f"unknown option {name!r:.100}: there are prompt, {', '.join(_TYPES)}")
+            refuse(f"unknown option {name[:100]!r}: there are prompt, {', '.join(_TYPES)}")
     return prompt, options
 
 
@@ -117,4 +117,4 @@ def _typed(name: str, text: str) -> Any:
             return int(text)
         return float(text) if _TYPES[name] == "float" else early[text]
     except (ValueError, KeyError):
-        refuse(f"{name} cannot be {text!r:.100}")
+        refuse(f"{name} cannot be {text[:100]!r}")

@@ -6,6 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/responses
 from __future__ import annotations
 
 import json
+import reprlib
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -60,7 +61,7 @@ def _asked(content: Mapping[str, Any], form: Mapping[str, Any]) -> Asked:
     items = objects({"input": items}, "input")
     for item in items:
         if item.get("type", "message") != "message":
-            refuse(f"input: items must be messages, got {item['type']!r:.50}")
+            refuse(f"input: items must be messages, got {reprlib.repr(item['type'])}")
     prompt, urls = last_words(items)
     return Asked(
         urls,
