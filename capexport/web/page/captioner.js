@@ -6,8 +6,8 @@
  *     const { text } = await captioner.caption(file);
  *
  * A worker does the work, so that the page stays responsive. It needs captioner-worker.js,
- * pixels.js, onnxruntime.js, onnxruntime.wasm and captioner.onnx beside this file, and all of them,
- * like the script of any worker, on the page's own origin.
+ * pixels.js, header.js, probes.js, onnxruntime.js, onnxruntime.wasm and captioner.onnx beside this
+ * file, and all of them, like the script of any worker, on the page's own origin.
  */
 export class Captioner {
   #model;
