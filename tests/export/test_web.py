@@ -523,13 +523,15 @@ const draw = () => {
 };
 import("./captioner.js").then(async ({ Captioner }) => {
   const captioner = await Captioner.load();
-  const images = [draw(), new Blob(["no photo"]), "photo.jpg", draw()];
+  const canvas = document.createElement("canvas");
+  const images = [draw(), new Blob(["no photo"]), "photo.jpg", canvas, draw()];
   const asked = await Promise.allSettled(images.map((image) => captioner.caption(image)));
   const said = asked.map(({ value, reason }) => value ?? reason.message);
   captioner.close();
   const closed = await captioner.caption(draw()).catch((error) => error.message);
   const lost = await Captioner.load("lost.onnx").catch((error) => error.message);
-  return [...said, closed, lost];
+  const other = await Captioner.load("LICENSES.txt").catch((error) => error.message);
+  return [...said, closed, lost, other];
 }).then(done, (error) => done(String(error)));
 """
 
@@ -537,7 +539,8 @@ import("./captioner.js").then(async ({ Captioner }) => {
 @in_a_browser
 def test_captioner_js_is_usable_alone(page):
     driver, _ = page
-    first, blob, text, last, closed, lost = driver.execute_async_script(ALONE)
+    said = driver.execute_async_script(ALONE)
+    first, blob, text, canvas, last, closed, lost, other = said
     site = page[1].folder
     pixels = np.array([i % 251 for i in range(300 * 200 * 4)], np.uint8).reshape(200, 300, 4)
     session = onnxruntime.InferenceSession(site / "captioner.onnx")
@@ -547,9 +550,25 @@ def test_captioner_js_is_usable_alone(page):
     assert (first["width"], first["height"]) == (300, 200) and first["milliseconds"] > 0
     assert last["text"] == first["text"]
     assert blob == "image: damaged, or no image that this browser can read"
-    assert text.startswith("image: ")
+    wanted = "image: no Blob, File, ImageData, ImageBitmap, but "
+    assert text == f"{wanted}String; createImageBitmap() takes elements"
+    assert canvas.startswith(f"{wanted}HTMLCanvasElement; ")
     assert closed == "the captioner is closed"
     assert lost.endswith("lost.onnx: cannot be loaded (404)")
+    assert "/LICENSES.txt: Can't create a session" in other
+    driver.get_log("browser")  # its complaints are no other test's
+
+
+@in_a_browser
+def test_a_page_that_cannot_start_says_what_it_needs(page):
+    driver, server = page
+    assert driver.find_elements(By.ID, "idle") == []
+    with new_tab(driver):
+        driver.get((server.folder / "index.html").as_uri())
+        idle = driver.find_element(By.ID, "idle")
+        wait(driver, idle.is_displayed)
+        assert "web server" in idle.text
+    driver.get_log("browser")
 
 
 @in_a_browser
