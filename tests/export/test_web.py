@@ -762,8 +762,7 @@ def test_axe_finds_no_fault_on_a_phone(page, axe: str, tmp_path: Path):
     [
         (["--runtime", ".."], None, "holds no ort.wasm.bundle.min.mjs; pass --runtime DIR"),
         ([], "", "npm, which fetches onnxruntime-web@"),
-        ([str(COMMITTED / "opt"), "--runtime", "dist"], None, "one file holds a CNN-LSTM"),
-        ([str(COMMITTED / "cnn-lstm"), "--precision", "w8", "--runtime", "dist"], None, "int8"),
+        (["--runtime", "dist"], None, "bundle.min.mjs: of another version; pass --runtime DIR"),
         (["no-such-folder"], None, "no-such-folder"),
     ],
 )
@@ -782,6 +781,34 @@ def test_refusals_are_one_line_and_leave_nothing(
     assert {file.name for file in tmp_path.rglob("*")} <= {
         "dist", "made", "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([str(COMMITTED / "opt")], "one file holds a CNN-LSTM"),
+        ([str(COMMITTED / "cnn-lstm"), "--precision", "w8"], "int8"),
+    ],
+)
+def test_artifacts_that_no_page_holds_are_refused(
+    runtime: Path, arguments: list[str], reason: str, tmp_path: Path, capsys
+):
+    out = ["--runtime", str(runtime), "--out", str(tmp_path / "site")]
+    assert main(["web", *arguments, *out]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_npm_that_says_why_it_cannot_fetch_is_quoted(tmp_path: Path, monkeypatch, capsys):
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
+    assert main(["web", "--out", str(tmp_path / "site")]) == 2
+    error = capsys.readouterr().err
+    assert "ECONNREFUSED" in error and error.count("\n") == 1
 
 
 def test_an_npm_that_brings_something_else_is_refused(tmp_path: Path, monkeypatch, capsys):
