@@ -407,13 +407,18 @@ def test_webkit_sees_what_pillow_sees_or_says_otherwise(webkit, site: Path, tmp_
     photos = photos_of_all_kinds(tmp_path / "photos")
     photos += sorted(ORIGINALS.glob("*.jpg"))[:16]
     draw_photo(1).save(avif := tmp_path / "a.avif")
-    breaks_off(photo := tmp_path / "cut.jpg", "JPEG")
+    breaks_off(cut := tmp_path / "cut.jpg", "JPEG")
+    draw_photo(1).save(flipped := tmp_path / "flipped.png")
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
     with served(site) as server:
         visit(webkit, server)
-        *said, other, cut = decoded(webkit, [*photos, avif, photo])
+        *said, other, short, damaged = decoded(webkit, [*photos, avif, cut, flipped])
         assert [*map(tuple, said)] == [(*pillows(path), None) for path in photos]
         assert other[3] or other[:3] == [*pillows(avif)]
-        assert cut == "the file breaks off before its end"
+        assert short == "the file breaks off before its end"
+        assert damaged.startswith("damaged")
         shown = pick(webkit, photos)[::-1]
         assert [text for text, _ in shown] == python_captions(site, photos)
         assert server.violations == []

@@ -1,3 +1,6 @@
+const BREAKS_OFF = "the file breaks off before its end";
+export const DAMAGED = "damaged, or no image that this browser can read";
+
 /**
  * What the bytes of an image file tell before it is decoded, all of it optional. Metadata that
  * Pillow leaves out or applies last, and browsers each in their own way, are taken out of `bytes`:
@@ -5,12 +8,13 @@
  *
  * @param {Uint8Array} bytes - changed in place
  * @returns {{width?: number, height?: number, orientation?: number, parts?: Uint8Array[],
- *   broken?: boolean, dark?: string, note?: string, kind?: string, unread?: string}}
+ *   broken?: string, opaque?: boolean, dark?: string, note?: string, kind?: string,
+ *   unread?: string}}
  *   `orientation`: EXIF's, 1 to 8, where it is left to us; `parts`: of the file, what is to be
- *   decoded, if not all; `broken`: it breaks off early, which not all browsers mind; `dark`: why a
- *   nearly black image of this kind is refused; `note`: why other pixels than Pillow's come of it;
- *   `kind`: what it is, where browsers may decode it otherwise; `unread`: the format's name where
- *   few browsers read it
+ *   decoded, if not all; `broken`: what is wrong with it, which not all browsers mind; `opaque`:
+ *   what comes out transparent is damaged; `dark`: why a nearly black image of this kind is
+ *   refused; `note`: why other pixels than Pillow's come of it; `kind`: what it is, where browsers
+ *   may decode it otherwise; `unread`: the format's name where few browsers read it
  */
 export function readHeader(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -25,7 +29,7 @@ export function readHeader(bytes) {
     if (text(bytes, 4, 4) === "ftyp") return isoMedia(bytes, view);
   } catch (error) {
     if (!(error instanceof RangeError)) throw error; // thrown by `view` beyond the end
-    return { broken: true };
+    return { broken: BREAKS_OFF };
   }
   return {};
 }
@@ -34,6 +38,8 @@ function text(bytes, at, length) {
   return String.fromCharCode(...bytes.subarray(at, at + length));
 }
 
+const PNG_END = [0, 0, 0, 0, 0x49, 0x45, 0x4e, 0x44, 0xae, 0x42, 0x60, 0x82];
+
 /** Chunks that no decoder can do without, and the transparency that it may not pass over. */
 function png(bytes, view) {
   const header = { width: view.getUint32(16), height: view.getUint32(20), orientation: 1 };
@@ -41,22 +47,37 @@ function png(bytes, view) {
   if (bytes[24] === 16 && bytes[25] === 0) {
     header.dark = "grey of 16 bits whose brightness is uncertain; save it with 8 bits";
   }
+  header.opaque = bytes[25] < 4; // and no chunk to the contrary
   header.parts = [bytes.subarray(0, 8)];
   for (let at = 8, kind = ""; at + 8 <= bytes.length && kind !== "IEND"; ) {
     const end = at + 12 + view.getUint32(at);
     kind = text(bytes, at + 4, 4);
     if (kind === "eXIf") header.orientation = exifOrientation(bytes.subarray(at + 8, end));
-    if (/^[A-Z]|tRNS/.test(kind)) {
+    if (kind === "tRNS") header.opaque = false;
+    if (/^[A-Z]|tRNS/.test(kind) && kind !== "IEND") {
       header.parts.push(bytes.subarray(at, end));
-      if (kind === "IDAT" && end > bytes.length) header.broken = true;
+      if (end > bytes.length) header.broken ??= BREAKS_OFF;
+      else if (crc(bytes, at + 4, end - 4) !== view.getUint32(end - 4)) header.broken ??= DAMAGED;
     }
     at = end;
   }
+  header.parts.push(Uint8Array.from(PNG_END)); // Pillow asks for none; WebKit shows nothing without
   return header;
 }
 
+const CRC = Uint32Array.from({ length: 256 }, (_, number) => {
+  for (let bit = 0; bit < 8; bit += 1) number = (number >>> 1) ^ (number & 1 && 0xedb88320);
+  return number;
+});
+
+function crc(bytes, start, end) {
+  let sum = -1;
+  for (let at = start; at < end; at += 1) sum = CRC[(sum ^ bytes[at]) & 255] ^ (sum >>> 8);
+  return ~sum >>> 0;
+}
+
 function jpeg(bytes, view) {
-  const header = { kind: "JPEG", orientation: 1 };
+  const header = { kind: "JPEG", orientation: 1, opaque: true };
   let at = 2;
   for (let marker = 0; marker !== 0xda; ) {
     while (view.getUint8(at) !== 255 || [0, 0xd8, 255].includes(view.getUint8(at + 1))) at += 1;
@@ -78,12 +99,13 @@ function jpeg(bytes, view) {
   }
   let last = bytes.length - 2; // among coded pixels, these two bytes can only be the end
   while (last > at && (bytes[last] !== 0xff || bytes[last + 1] !== 0xd9)) last -= 1;
-  header.broken = last <= at;
+  if (last <= at) header.broken = BREAKS_OFF;
   return header;
 }
 
 function webp(bytes, view) {
-  const header = { kind: "WebP", broken: view.getUint32(4, true) + 8 > bytes.length };
+  const header = { kind: "WebP" };
+  if (view.getUint32(4, true) + 8 > bytes.length) header.broken = BREAKS_OFF;
   if (text(bytes, 12, 4) !== "VP8X") return header;
   const uint24 = (at) => view.getUint16(at, true) | (view.getUint8(at + 2) << 16);
   Object.assign(header, { width: uint24(24) + 1, height: uint24(27) + 1, orientation: 1 });
@@ -125,7 +147,7 @@ function bmp(view) {
   const rows = [0, 3, 6].includes(view.getUint32(30, true)) ? height : 0; // else compressed
   const end = view.getUint32(10, true) + Math.ceil((width * bits) / 32) * 4 * rows;
   const note = bits === 16 ? "BMP of 16 bits, which browsers scale otherwise" : undefined;
-  return { width, height, note, broken: end > view.byteLength };
+  return { width, height, note, broken: end > view.byteLength ? BREAKS_OFF : undefined };
 }
 
 /** AVIF and HEIC. */

@@ -4,7 +4,7 @@
  * The browser decodes. Colour profiles are left out, as by Pillow. Where a browser sees something
  * else than Pillow, a note says so, or the image is refused.
  */
-import { readHeader } from "./header.js";
+import { DAMAGED, readHeader } from "./header.js";
 import { PROBES } from "./probes.js";
 
 const MAX_BYTES = 200e6;
@@ -26,7 +26,7 @@ async function decodeAnyhow(image) {
   const bytes = image instanceof Blob ? await readBytes(image) : undefined;
   const header = bytes ? readHeader(bytes) : {};
   if (header.width) refuse(header.width, header.height); // before memory is taken
-  if (header.broken) throw new Error("the file breaks off before its end");
+  if (header.broken) throw new Error(header.broken);
   const file = bytes && new Blob(header.parts ?? [bytes], { type: image.type });
   const bitmap = await openBitmap(file ?? image, header);
   const { orientation = 1, kind } = header;
@@ -35,6 +35,7 @@ async function decodeAnyhow(image) {
   try {
     refuse(width, height);
     const { rgb, transparent, brightest } = readPixels(bitmap, orientation, width, height);
+    if (header.opaque && transparent) throw new Error(DAMAGED);
     if (header.dark && brightest < 16) throw new Error(header.dark);
     const note = transparent ? "transparent; browsers don't tell the colours beneath" : header.note;
     return { rgb, width, height, kind, note };
@@ -78,7 +79,7 @@ async function openBitmap(image, { unread }) {
     if (!(image instanceof Blob)) throw error;
     if (!image.size) throw new Error("the file is empty");
     if (unread) throw new Error(`this browser cannot read ${unread}; save it as JPEG or PNG`);
-    throw new Error("damaged, or no image that this browser can read");
+    throw new Error(DAMAGED);
   }
 }
 
