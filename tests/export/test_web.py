@@ -238,6 +238,7 @@ def photos_of_all_kinds(folder: Path) -> list[Path]:
     exif = {turn: Image.Exif() for turn in (3, 5, 6, 8)}
     for turn, tags in exif.items():
         tags[0x0112] = turn
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
     frames = [draw_photo(seed) for seed in (8, 9)]
     for name, (image, options) in {
         "plain.jpg": (photo, {}),
@@ -247,6 +248,8 @@ def photos_of_all_kinds(folder: Path) -> list[Path]:
         "cmyk.jpg": (photo.convert("CMYK"), {}),
         "upside-down.jpg": (photo, {"exif": exif[3]}),
         "turned.jpg": (photo, {"exif": exif[6]}),
+        "turned-by-xmp.jpg": (photo, {"xmp": xmp}),
+        "turned-by-xmp.webp": (photo, {"xmp": xmp, "lossless": True}),
         "turned.webp": (photo, {"exif": exif[5], "lossless": True}),
         "turned.png": (photo, {"exif": exif[8], "icc_profile": profile}),
         "opaque.png": (photo.convert("RGBA"), {}),

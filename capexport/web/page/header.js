@@ -10,7 +10,7 @@ export const DAMAGED = "damaged, or no image that this browser can read";
  * @returns {{width?: number, height?: number, orientation?: number, parts?: Uint8Array[],
  *   broken?: string, opaque?: boolean, dark?: string, note?: string, kind?: string,
  *   unread?: string}}
- *   `orientation`: EXIF's, 1 to 8, where it is left to us; `parts`: of the file, what is to be
+ *   `orientation`: EXIF's or XMP's, 1 to 8, where it is left to us; `parts`: of the file, what is to be
  *   decoded, if not all; `broken`: what is wrong with it, which not all browsers mind; `opaque`:
  *   what comes out transparent is damaged; `dark`: why a nearly black image of this kind is
  *   refused; `note`: why other pixels than Pillow's come of it; `kind`: what it is, where browsers
@@ -42,7 +42,8 @@ const PNG_END = [0, 0, 0, 0, 0x49, 0x45, 0x4e, 0x44, 0xae, 0x42, 0x60, 0x82];
 
 /** Chunks that no decoder can do without, and the transparency that it may not pass over. */
 function png(bytes, view) {
-  const header = { width: view.getUint32(16), height: view.getUint32(20), orientation: 1 };
+  const header = { width: view.getUint32(16), height: view.getUint32(20) };
+  const [exif, xmp] = [[], []];
   if (bytes[24] === 16) header.kind = "PNG of 16 bits";
   if (bytes[24] === 16 && bytes[25] === 0) {
     header.dark = "grey of 16 bits whose brightness is uncertain; save it with 8 bits";
@@ -52,7 +53,10 @@ function png(bytes, view) {
   for (let at = 8, kind = ""; at + 8 <= bytes.length && kind !== "IEND"; ) {
     const end = at + 12 + view.getUint32(at);
     kind = text(bytes, at + 4, 4);
-    if (kind === "eXIf") header.orientation = exifOrientation(bytes.subarray(at + 8, end));
+    if (kind === "eXIf") exif.push(bytes.subarray(at + 8, end));
+    if (kind === "iTXt" && text(bytes, at + 8, 13) === "XML:com.adobe") {
+      xmp.push(bytes.subarray(at + 8, end));
+    }
     if (kind === "tRNS") header.opaque = false;
     if (/^[A-Z]|tRNS/.test(kind) && kind !== "IEND") {
       header.parts.push(bytes.subarray(at, end));
@@ -61,6 +65,7 @@ function png(bytes, view) {
     }
     at = end;
   }
+  header.orientation = orientation(exif, xmp);
   header.parts.push(Uint8Array.from(PNG_END)); // Pillow asks for none; WebKit shows nothing without
   return header;
 }
@@ -77,7 +82,8 @@ function crc(bytes, start, end) {
 }
 
 function jpeg(bytes, view) {
-  const header = { kind: "JPEG", orientation: 1, opaque: true };
+  const header = { kind: "JPEG", opaque: true };
+  const [exif, xmp] = [[], []];
   let at = 2;
   for (let marker = 0; marker !== 0xda; ) {
     while (view.getUint8(at) !== 255 || [0, 0xd8, 255].includes(view.getUint8(at + 1))) at += 1;
@@ -90,13 +96,14 @@ function jpeg(bytes, view) {
     }
     // JFIF (E0) and Adobe (EE) say what the colours mean. The others become comments.
     if (marker > 0xe0 && marker <= 0xef && marker !== 0xee) {
-      if (text(bytes, at + 4, 6) === "Exif\0\0" && header.orientation === 1) {
-        header.orientation = exifOrientation(bytes.subarray(at + 4, end));
-      }
+      const body = bytes.subarray(at + 4, end);
+      if (text(body, 0, 6) === "Exif\0\0") exif.push(body);
+      if (text(body, 0, 28) === "http://ns.adobe.com/xap/1.0/") xmp.push(body);
       bytes[at + 1] = 0xfe;
     }
     at = end;
   }
+  header.orientation = orientation(exif, xmp);
   let last = bytes.length - 2; // among coded pixels, these two bytes can only be the end
   while (last > at && (bytes[last] !== 0xff || bytes[last + 1] !== 0xd9)) last -= 1;
   if (last <= at) header.broken = BREAKS_OFF;
@@ -108,16 +115,16 @@ function webp(bytes, view) {
   if (view.getUint32(4, true) + 8 > bytes.length) header.broken = BREAKS_OFF;
   if (text(bytes, 12, 4) !== "VP8X") return header;
   const uint24 = (at) => view.getUint16(at, true) | (view.getUint8(at + 2) << 16);
-  Object.assign(header, { width: uint24(24) + 1, height: uint24(27) + 1, orientation: 1 });
+  Object.assign(header, { width: uint24(24) + 1, height: uint24(27) + 1 });
+  const chunks = { EXIF: [], ICCP: [], "XMP ": [] };
   bytes[20] &= ~0x2c; // has a profile, EXIF, XMP
   for (let at = 12; at + 8 < bytes.length; ) {
     const [kind, length] = [text(bytes, at, 4), view.getUint32(at + 4, true)];
-    if (kind === "EXIF") {
-      header.orientation = exifOrientation(bytes.subarray(at + 8, at + 8 + length));
-    }
-    if (["EXIF", "ICCP", "XMP "].includes(kind)) bytes.fill(0x2d, at, at + 4); // unknown: left out
+    chunks[kind]?.push(bytes.subarray(at + 8, at + 8 + length));
+    if (kind in chunks) bytes.fill(0x2d, at, at + 4); // unknown chunks are left out
     at += 8 + length + (length % 2);
   }
+  header.orientation = orientation(chunks.EXIF, chunks["XMP "]);
   return header;
 }
 
@@ -158,6 +165,18 @@ function isoMedia(bytes, view) {
   return { kind: "AVIF", note: brands.includes("avis") ? note : undefined };
 }
 
+/** Of blocks of EXIF and XMP; like Pillow, by the first EXIF that has one, or else the XMP. */
+function orientation(exif, xmp) {
+  const found = [...exif.map(exifOrientation), ...xmp.map(xmpOrientation)];
+  const value = found.find((value) => value !== undefined);
+  return value >= 1 && value <= 8 ? value : 1;
+}
+
+function xmpOrientation(bytes) {
+  const [, value] = /tiff:Orientation(?:="|>)(\d)/.exec(new TextDecoder().decode(bytes)) ?? [];
+  return value && Number(value);
+}
+
 /** However broken they are, EXIF data are never a reason to refuse a photo. */
 function exifOrientation(bytes) {
   const exif = text(bytes, 0, 4) === "Exif" ? bytes.subarray(6) : bytes;
@@ -167,12 +186,10 @@ function exifOrientation(bytes) {
     const first = view.getUint32(4, little);
     for (let index = 0; index < view.getUint16(first, little); index += 1) {
       const entry = first + 2 + 12 * index;
-      if (view.getUint16(entry, little) !== 0x0112) continue;
-      const value = view.getUint16(entry + 8, little);
-      return value >= 1 && value <= 8 ? value : 1;
+      if (view.getUint16(entry, little) === 0x0112) return view.getUint16(entry + 8, little);
     }
   } catch (error) {
     if (!(error instanceof RangeError)) throw error;
   }
-  return 1;
+  return undefined;
 }
