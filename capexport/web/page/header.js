@@ -10,11 +10,11 @@ export const DAMAGED = "damaged, or no image that this browser can read";
  * @returns {{width?: number, height?: number, orientation?: number, parts?: Uint8Array[],
  *   broken?: string, opaque?: boolean, dark?: string, note?: string, kind?: string,
  *   unread?: string}}
- *   `orientation`: EXIF's or XMP's, 1 to 8, where it is left to us; `parts`: of the file, what is to be
- *   decoded, if not all; `broken`: what is wrong with it, which not all browsers mind; `opaque`:
- *   what comes out transparent is damaged; `dark`: why a nearly black image of this kind is
- *   refused; `note`: why other pixels than Pillow's come of it; `kind`: what it is, where browsers
- *   may decode it otherwise; `unread`: the format's name where few browsers read it
+ *   `orientation`: EXIF's or XMP's, 1 to 8, where it is left to us; `parts`: of the file, what is
+ *   to be decoded, if not all; `broken`: what is wrong with it, which not all browsers mind;
+ *   `opaque`: what comes out transparent is damaged; `dark`: why a nearly black image of this kind
+ *   is refused; `note`: why other pixels than Pillow's come of it; `kind`: what it is, where
+ *   browsers may decode it otherwise; `unread`: the format's name where few browsers read it
  */
 export function readHeader(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);

@@ -47,6 +47,7 @@ async function decodeAnyhow(image) {
 /** Why this browser's pixels of a kind of file may be others than Pillow's, if so. */
 async function otherwise(kind) {
   if (!kind) return undefined;
+  if (!PROBES[kind]) return `${kind}, which this browser may decode otherwise`;
   tried[kind] ??= isPillows(PROBES[kind]);
   return (await tried[kind]) ? undefined : `${kind}, which this browser decodes otherwise`;
 }
@@ -54,7 +55,6 @@ async function otherwise(kind) {
 const tried = {}; // by kind, a promise of whether they are the same
 
 async function isPillows(probe) {
-  if (!probe) return false; // of a kind that few browsers read: who knows?
   const bytes = Uint8Array.from(atob(probe.file), (letter) => letter.charCodeAt(0));
   const { rgb } = await decodeAnyhow(new Blob([bytes])).catch(() => ({ rgb: [] }));
   return probe.checksum === rgb.reduce((sum, value) => (Math.imul(31, sum) + value) | 0, 0);
