@@ -6,6 +6,8 @@ times 2^22 as integers, and rounded to bytes after each of the two axes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import numpy_helper, parser
@@ -171,11 +173,10 @@ _KERNELS = {
     """,
     ),
 }
-_AT_ONCE = 1 << 19  # pixels that are held as float32
-# A pass over one of the two axes, the first of its pixels: as many output lines at once as that
-# allows. A weight is multiplied in two parts, its last 7 bits and the others: the sums of each are
-# whole numbers, or multiples of 128, that float32 holds exactly, in whatever order they are added
-# (of up to 500 taps: an edge of 50,000 pixels).
+# A pass over one of the two axes, the first of its pixels: as many output lines at once as
+# `at_once` allows. A weight is multiplied in two parts, its last 7 bits and the others: the sums of
+# each are whole numbers, or multiples of 128, that float32 holds exactly, in whatever order they
+# are added (of up to 500 taps: an edge of 50,000 pixels).
 _PASS = """
     {this}_taps = Gather (taps, {this})
     {this}_end = Unsqueeze ({this}_taps, zero_axis)
@@ -220,6 +221,41 @@ _PASS = """
     {this}_resized = Slice ({this}_some_more, zero_axis, crop_axis)
 """
 
+# What both texts name and no `ImageSpec` changes. A kernel leaves out some of it.
+_NUMBERS: dict[str, Any] = {
+    # Of pixels and axes.
+    "zero": np.int64(0),
+    "one": np.int64(1),
+    "two": np.int64(2),
+    "last": np.array([-1]),
+    "zero_axis": np.array([0]),
+    "one_axis": np.array([1]),
+    "two_axis": np.array([2]),
+    "inner_axes": np.array([1, 2]),
+    "flat_shape": np.array([0, -1]),
+    "at_once": np.int64(1 << 19),  # pixels that are held as float32
+    # Of weights, in double.
+    "zero_double": np.float64(0),
+    "half": np.float64(0.5),
+    "one_double": np.float64(1),
+    "two_double": np.float64(2),
+    "three_halves": np.float64(1.5),
+    "five_halves": np.float64(2.5),
+    "four": np.float64(4),
+    "five": np.float64(5),
+    "eight": np.float64(8),
+    "minus_half": np.float64(-0.5),
+    "step": np.float64(128),  # between a weight's two parts
+    "whole": np.float64(1 << 22),  # what a pixel's weights add up to
+    # Of sums and bytes.
+    "whole_int": np.int32(1 << 22),
+    "half_a_byte": np.int32(1 << 21),
+    "black": np.int32(0),
+    "full": np.int32(255),
+    "white": np.float32(255),
+    "yes": np.bool_(True),
+}
+
 
 def image_head(spec: ImageSpec, opset: int, ir_version: int) -> onnx.ModelProto:
     """A graph of `image`, uint8 (height, width, 3) in RGB, upright, to `images`, float32
@@ -227,14 +263,13 @@ def image_head(spec: ImageSpec, opset: int, ir_version: int) -> onnx.ModelProto:
 
     Images that `preprocess` refuses as too elongated are taken like any other.
     """
-    reach, weight = _KERNELS[spec.resample]
     model = parser.parse_model(
         _GRAPH.format(
             ir_version=ir_version,
             opset=opset,
             crop=spec.crop,
             resized=_RESIZED[spec.keep_aspect],
-            weight=weight,
+            weight=_KERNELS[spec.resample][1],
             first_pass=_PASS.format(this="first"),
             second_pass=_PASS.format(this="second"),
         )
@@ -242,7 +277,7 @@ def image_head(spec: ImageSpec, opset: int, ir_version: int) -> onnx.ModelProto:
     used = {name for node in _nodes(model.graph) for name in node.input}
     model.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(value), name)
-        for name, value in _constants(spec, reach).items()
+        for name, value in {**_NUMBERS, **_from_spec(spec)}.items()
         if name in used
     )
     return model
@@ -254,49 +289,21 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return [*graph.node, *(node for body in inner for node in _nodes(body))]
 
 
-def _constants(spec: ImageSpec, reach: int) -> dict[str, object]:
-    double, whole = np.float64, 1 << 22
+def _from_spec(spec: ImageSpec) -> dict[str, Any]:
+    crop = spec.crop
     return {
         "shorter_edge": np.array([spec.resize]),
-        "crop": np.int64(spec.crop),
-        "crop_axis": np.array([spec.crop]),
-        "last_line": np.int64(spec.crop - 1),
-        "positions": np.arange(spec.crop, dtype=double)[:, None],
-        "at_once": np.int64(_AT_ONCE),
-        "zero": np.int64(0),
-        "one": np.int64(1),
-        "two": np.int64(2),
-        "last": np.array([-1]),
-        "zero_axis": np.array([0]),
-        "one_axis": np.array([1]),
-        "two_axis": np.array([2]),
-        "inner_axes": np.array([1, 2]),
-        "flat_shape": np.array([0, -1]),
-        "planes_shape": np.array([3, spec.crop, spec.crop]),
-        "one_channel_shape": np.array([spec.crop, -1]),
-        "channels_shape": np.array([3 * spec.crop, -1]),
-        "lines_shape": np.array([-1, 3 * spec.crop]),
-        "rows_pixels_shape": np.array([spec.crop, spec.crop, 3]),
-        "columns_pixels_shape": np.array([spec.crop, 3, spec.crop]),
-        "zero_double": double(0),
-        "half": double(0.5),
-        "one_double": double(1),
-        "two_double": double(2),
-        "three_halves": double(1.5),
-        "five_halves": double(2.5),
-        "four": double(4),
-        "five": double(5),
-        "eight": double(8),
-        "minus_half": double(-0.5),
-        "reach": double(reach),
-        "step": double(128),
-        "whole": double(whole),
-        "whole_int": np.int32(whole),
-        "half_a_byte": np.int32(whole // 2),
-        "black": np.int32(0),
-        "full": np.int32(255),
-        "yes": np.bool_(True),
-        "white": np.float32(255),
+        "crop": np.int64(crop),
+        "crop_axis": np.array([crop]),
+        "last_line": np.int64(crop - 1),
+        "positions": np.arange(crop, dtype=np.float64)[:, None],
+        "reach": np.float64(_KERNELS[spec.resample][0]),
+        "planes_shape": np.array([3, crop, crop]),
+        "one_channel_shape": np.array([crop, -1]),
+        "channels_shape": np.array([3 * crop, -1]),
+        "lines_shape": np.array([-1, 3 * crop]),
+        "rows_pixels_shape": np.array([crop, crop, 3]),
+        "columns_pixels_shape": np.array([crop, 3, crop]),
         "mean": np.array(spec.mean, np.float32)[:, None, None],
         "std": np.array(spec.std, np.float32)[:, None, None],
     }

@@ -65,8 +65,8 @@ def loop_graph(
             them from outside.
     Returns:
         A graph of `max_tokens` and `min_tokens`, int64 scalars, `first_<name>` of each state, and
-        the constant inputs as they are, to `words`, int64 (steps, batch), and `log_probabilities`,
-        float32 (batch,). A row's words count up to its first `end_token`.
+        the constant inputs as they are, to `words`, int64 (steps, batch), their token ids, and
+        `log_probabilities`, float32 (batch,). A row's words count up to its first `end_token`.
     """
     values = {node.name: node for node in (*step.graph.input, *step.graph.output)}
     constant = [v.name for v in step.graph.input if v.name not in ("tokens", *state)]

@@ -4,12 +4,12 @@ Input:
     image: uint8 (height, width, 3), a photo of any size, upright, in RGB.
 Outputs:
     tokens: int64 (length,), the caption's token ids, as `Caption.tokens` has them.
-    words: string (length,), their words; joined by spaces they are `Caption.text`.
+    words: string (said,), their words; joined by spaces they are `Caption.text`.
     log_probability: float32 (), as `Caption.log_probability`.
 
-There are no special tokens among them. The graph does all that `Captioner.caption` does with a
-decoded photo: Pillow's resizing, the encoder, and the decoding that the artifact's manifest asks
-for, greedy or with beams.
+Special tokens are in neither, unless the decoding allows them; then `words`, which leaves them out,
+is the shorter one. The graph does all that `Captioner.caption` does with a decoded photo: Pillow's
+resizing, the encoder, and the decoding that the artifact's manifest asks for, greedy or with beams.
 """
 
 from __future__ import annotations
@@ -109,9 +109,9 @@ def _add_words(graph: onnx.GraphProto, vocabulary: Vocabulary) -> None:
     graph.initializer.append(numpy_helper.from_array(np.asarray(last), "last_special"))
     graph.node.extend(
         [
-            helper.make_node("Greater", ["tokens", "last_special"], ["is_word"]),
-            helper.make_node("Compress", ["tokens", "is_word"], ["written"]),
-            helper.make_node("Gather", ["vocabulary", "written"], ["words"]),
+            helper.make_node("Greater", ["tokens", "last_special"], ["is_word"], "is_word"),
+            helper.make_node("Compress", ["tokens", "is_word"], ["written"], "written"),
+            helper.make_node("Gather", ["vocabulary", "written"], ["words"], "words"),
         ]
     )
 
@@ -134,7 +134,7 @@ def _rename(graph: onnx.GraphProto, known: Mapping[str, str], prefix: str) -> No
     for item in (*graph.input, *graph.output, *graph.initializer):
         item.name = new(item.name)
     for node in graph.node:
-        node.name = new(node.name)
+        node.name = new(node.name or node.output[0])  # which onnxruntime's errors tell
         node.input[:], node.output[:] = map(new, node.input), map(new, node.output)
         for attribute in node.attribute:
             if attribute.HasField("g"):

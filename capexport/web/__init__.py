@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capexport.artifact import Manifest
-from capexport.atomic import new_folder, refuse_existing
+from capexport.atomic import new_folder, refuse_existing, sha256_of
 from capexport.decoding import DecodingKeywords
 from capexport.errors import DownloadError, MissingExtraError, OptionError, importing
 from capexport.preprocessing import ImageSource
@@ -33,10 +33,17 @@ PACKAGE = "onnxruntime-web@1.30.0"
 _INTEGRITY = (
     "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 )
-# Of the package's `dist`, and by which names the page knows them: many servers know no .mjs.
+# Of the package's `dist`: by which names the page knows them, as many servers know no .mjs, and
+# their SHA-256, since files of other versions load or fail only in the visitor's browser.
 _RUNTIME_FILES = {
-    "ort.wasm.bundle.min.mjs": "onnxruntime.js",
-    "ort-wasm-simd-threaded.wasm": "onnxruntime.wasm",
+    "ort.wasm.bundle.min.mjs": (
+        "onnxruntime.js",
+        "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
+    ),
+    "ort-wasm-simd-threaded.wasm": (
+        "onnxruntime.wasm",
+        "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+    ),
 }
 _BY_HAND = f"pass --runtime DIR, the folder `dist` of the npm package {PACKAGE}"
 
@@ -72,7 +79,8 @@ def write_site(
         decoding: how it decodes, in place of the artifact's defaults.
     Raises:
         OutputExistsError: `out` is there already.
-        OptionError: an artifact that one graph does not hold, or a `runtime` that lacks a file.
+        OptionError: an artifact that one graph does not hold, or a `runtime` that lacks a file or
+            is of another version.
         MissingExtraError: onnx is not installed, or neither npm nor `runtime` is there.
         DownloadError: npm cannot fetch the package, or fetched another one.
         ParityError: the graph does not say what `Captioner` says.
@@ -98,10 +106,12 @@ def _add_runtime(folder: Path, runtime: Path | None) -> None:
         source = runtime or fetch_runtime(Path(temporary))
         if (source / "dist").is_dir():
             source /= "dist"
-        for theirs, ours in _RUNTIME_FILES.items():
+        for theirs, (ours, sha256) in _RUNTIME_FILES.items():
             if not (source / theirs).is_file():
                 raise OptionError(f"{source}: holds no {theirs}; {_BY_HAND}")
             shutil.copyfile(source / theirs, folder / ours)
+            if sha256_of(folder / ours) != sha256:
+                raise OptionError(f"{source / theirs}: of another version; {_BY_HAND}")
 
 
 def fetch_runtime(folder: Path) -> Path:
@@ -113,7 +123,7 @@ def fetch_runtime(folder: Path) -> Path:
     """
     if (npm := shutil.which("npm")) is None:
         raise MissingExtraError(f"npm, which fetches {PACKAGE}, is not installed; {_BY_HAND}")
-    command = [npm, "pack", PACKAGE, "--silent", "--ignore-scripts"]
+    command = [npm, "pack", PACKAGE, "--loglevel=error", "--ignore-scripts"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     packed = list(folder.glob("*.tgz"))
     if done.returncode or len(packed) != 1:

@@ -199,8 +199,11 @@ def test_neither_torch_nor_words_of_capexport_are_needed(tmp_path: Path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     onnx.checker.check_model(str(out), full_check=True)
-    operators = {node.domain for node in onnx.load(out).graph.node}
-    assert operators == {""}  # what every build of onnxruntime has
+    nodes = onnx.load(out).graph.node
+    assert {node.domain for node in nodes} == {""}  # what every build of onnxruntime has
+    assert all(node.name for node in nodes)
+    with pytest.raises(Exception, match="Name:'image/rows'"):
+        opened(out).run(None, {"image": np.zeros((0, 5, 3), np.uint8)})
 
 
 @pytest.mark.parametrize(

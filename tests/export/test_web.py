@@ -1,4 +1,4 @@
-"""The web page in a real browser: Chromium, headless."""
+"""The web page in real browsers: Chromium, and the engine of Safari."""
 
 import base64
 import contextlib
@@ -30,6 +30,7 @@ from capexport.web import PAGE, fetch_runtime, write_site
 ORIGINALS = Path(__file__).parents[3] / "shared" / "data" / "originals"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 DRIVER = shutil.which("chromedriver")
+WEBKIT = next(Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"), None)
 POLICY = "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; report-uri /violation"
 AXE = "axe-core@4.14.1"
 
@@ -138,6 +139,27 @@ def browsing(*flags: str) -> Iterator[webdriver.Chrome]:
         driver.quit()
 
 
+@pytest.fixture
+def webkit() -> Iterator[webdriver.WebKitGTK]:
+    """Another browser, on a screen of its own."""
+    if not (WEBKIT and shutil.which("WebKitWebDriver") and shutil.which("Xvfb")):
+        pytest.skip("needs Debian's packages webkit2gtk-driver and xvfb")
+    options = webdriver.WebKitGTKOptions()
+    options.binary_location = str(WEBKIT)
+    options.add_argument("--automation")
+    with subprocess.Popen(["Xvfb", "-displayfd", "1"], stdout=subprocess.PIPE, text=True) as screen:
+        assert screen.stdout is not None
+        environment = {**os.environ, "DISPLAY": f":{screen.stdout.readline().strip()}"}
+        try:
+            service = webdriver.WebKitGTKService("/usr/bin/WebKitWebDriver", env=environment)
+            driver = webdriver.WebKitGTK(options, service)
+            driver.set_script_timeout(120)
+            yield driver
+            driver.quit()
+        finally:
+            screen.terminate()
+
+
 @pytest.fixture(scope="module")
 def page(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
     """(driver, server): the page of the bundled captioner, open and ready.
@@ -216,6 +238,7 @@ def photos_of_all_kinds(folder: Path) -> list[Path]:
     exif = {turn: Image.Exif() for turn in (3, 5, 6, 8)}
     for turn, tags in exif.items():
         tags[0x0112] = turn
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
     frames = [draw_photo(seed) for seed in (8, 9)]
     for name, (image, options) in {
         "plain.jpg": (photo, {}),
@@ -225,6 +248,8 @@ def photos_of_all_kinds(folder: Path) -> list[Path]:
         "cmyk.jpg": (photo.convert("CMYK"), {}),
         "upside-down.jpg": (photo, {"exif": exif[3]}),
         "turned.jpg": (photo, {"exif": exif[6]}),
+        "turned-by-xmp.jpg": (photo, {"xmp": xmp}),
+        "turned-by-xmp.webp": (photo, {"xmp": xmp, "lossless": True}),
         "turned.webp": (photo, {"exif": exif[5], "lossless": True}),
         "turned.png": (photo, {"exif": exif[8], "icc_profile": profile}),
         "opaque.png": (photo.convert("RGBA"), {}),
@@ -269,8 +294,12 @@ const hex = (hash) => [...new Uint8Array(hash)].map((n) => n.toString(16).padSta
 import("./pixels.js").then(async ({ decode }) => {
   const said = [];
   for (const path of paths) {
-    const { rgb, width, height, note } = await decode(path);
-    said.push([width, height, hex(await crypto.subtle.digest("SHA-256", rgb)), note ?? null]);
+    try {
+      const { rgb, width, height, note } = await decode(path);
+      said.push([width, height, hex(await crypto.subtle.digest("SHA-256", rgb)), note ?? null]);
+    } catch (error) {
+      said.push(error.message);
+    }
   }
   return said;
 }).then(done, (error) => done(String(error)));
@@ -278,7 +307,8 @@ import("./pixels.js").then(async ({ decode }) => {
 
 
 def decoded(driver: webdriver.Chrome, paths: list[Path]) -> list:
-    """(width, height, hash of the pixels, note) of each file, by the page's own pixels.js."""
+    """(width, height, hash of the pixels, note) of each file, by the page's own pixels.js; of one
+    that it refuses, the reason."""
     driver.execute_script(
         "const probe = document.createElement('input'); document.body.append(probe);"
         "Object.assign(probe, {type: 'file', id: 'probe', multiple: true});"
@@ -300,26 +330,40 @@ def test_pixels_are_pillows_or_a_note_says_why_not(page, tmp_path: Path):
             draw_photo(turn, (41, 31)).save(tmp_path / name, exif=tags)
             photos.append(tmp_path / name)
     draw_photo(3, (2100, 2060)).save(large := tmp_path / "tiles.png", compress_level=1)
-    for path, said in zip([*photos, large], decoded(driver, [*photos, large]), strict=True):
-        image = load_image(path)
-        digest = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
-        assert said == [*image.size, digest, None], path.name
+    frames = [draw_photo(seed) for seed in (2, 3)]
+    draw_photo(1).save(
+        still := tmp_path / "still.png", save_all=True, default_image=True, append_images=frames
+    )
+    photos += [large, still]
+    for path, said in zip(photos, decoded(driver, photos), strict=True):
+        assert said == [*pillows(path), None], path.name
+
+
+def pillows(path: Path) -> tuple[int, int, str]:
+    """(width, height, hash of the pixels) as `load_image` has them."""
+    image = load_image(path)
+    return *image.size, hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
 
 
 @in_a_browser
 def test_what_a_browser_sees_otherwise_is_said_or_refused(page, tmp_path: Path):
     driver, _ = page
-    photo, frames = draw_photo(1), [draw_photo(2), draw_photo(3)]
-    many = {"save_all": True, "append_images": frames}
-    photo.save(tmp_path / "apart.png", default_image=True, **many)
-    photo.save(tmp_path / "moving.avif", **many)
+    photo = draw_photo(1)
+    photo.save(
+        tmp_path / "moving.avif", save_all=True, append_images=[draw_photo(2), draw_photo(3)]
+    )
     Image.merge("RGBA", (*photo.split(), photo.convert("L"))).save(tmp_path / "glass.png")
-    photo.quantize().save(tmp_path / "hole.gif", transparency=3)
+    photo.quantize().save(hole := tmp_path / "hole.gif", transparency=3)
+    within = bytearray(hole.read_bytes())
+    within[6:10] = struct.pack("<HH", *(edge + 9 for edge in photo.size))  # a larger canvas
+    (tmp_path / "within.gif").write_bytes(within)
+    (tmp_path / "bits.bmp").write_bytes(bmp_of_16_bits())
     names = {
-        "apart.png": "animated, with a still image that browsers don't show",
         "moving.avif": "animated AVIF",
         "glass.png": "transparent",
         "hole.gif": "transparent",
+        "within.gif": "",
+        "bits.bmp": "BMP of 16 bits, which browsers scale otherwise",
     }
     for (text, details), (name, note) in zip(
         reversed(pick(driver, [tmp_path / name for name in names])), names.items(), strict=True
@@ -327,23 +371,66 @@ def test_what_a_browser_sees_otherwise_is_said_or_refused(page, tmp_path: Path):
         assert text and f"perhaps not as in Python: {note}" in details and name in details
 
 
+def bmp_of_16_bits() -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 1 << 15, (60, 80), np.uint16).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, 80, 60, 1, 16, 0, len(pixels), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(pixels), 0, 0, 54) + header + pixels
+
+
+def test_probes_are_what_pillow_sees_in_them():
+    script = (PAGE / "probes.js").read_text(encoding="utf-8")
+    probes = re.findall(r'checksum: (-?\d+),\s+file: "([^"]+)"', script)
+    assert len(probes) == 4
+    for checksum, file in probes:
+        image, total = load_image(base64.b64decode(file)), 0
+        for value in np.asarray(image).ravel().tolist():
+            total = (31 * total + value) % (1 << 32)
+        assert total == int(checksum) % (1 << 32)
+
+
 @in_a_browser
-def test_what_other_browsers_see_otherwise_is_said_there(page, tmp_path: Path):
-    """Firefox's pixels are Pillow's in all other kinds; here Chromium says that it is one."""
-    driver, server = page
-    photo = draw_photo(1)
-    photo.save(tmp_path / "a.avif")
-    grey = np.asarray(photo.convert("L")).astype(np.uint16) * 257
-    Image.fromarray(grey).save(tmp_path / "grey16.png")
-    photo.save(tmp_path / "plain.png")
-    names = {"a.avif": ": AVIF", "grey16.png": ": PNG of 16 bits", "plain.png": None}
-    paths = [tmp_path / name for name in names]
-    assert not [said for _, _, _, said in decoded(driver, paths) if said]
-    with browsing("--user-agent=Mozilla/5.0 (X11; rv:153.0) Gecko/20100101 Firefox/153.0") as other:
-        visit(other, server)
-        for (text, details), note in zip(pick(other, paths)[::-1], names.values(), strict=True):
-            assert text
-            assert note in details if note else "Python" not in details
+def test_a_browser_that_decodes_otherwise_is_found_by_trying(
+    page, small_site: Path, tmp_path: Path
+):
+    driver, _ = page
+    shutil.copytree(small_site, other := tmp_path / "site")
+    script = (other / "probes.js").read_text(encoding="utf-8")
+    (other / "probes.js").write_text(re.sub(r"(checksum: -?)\d+", r"\g<1>1", script))
+    draw_photo(1).save(tmp_path / "a.avif")
+    draw_photo(1).save(tmp_path / "a.png")
+    with served(other) as server, new_tab(driver):
+        visit(driver, server)
+        png, avif = pick(driver, [tmp_path / "a.avif", tmp_path / "a.png"])
+    assert "perhaps not as in Python: AVIF, which this browser decodes otherwise" in avif[1]
+    assert "Python" not in png[1]
+    driver.get_log("browser")  # that the page is not kept for later
+
+
+def test_webkit_sees_what_pillow_sees_or_says_otherwise(webkit, site: Path, tmp_path: Path):
+    photos = photos_of_all_kinds(tmp_path / "photos")
+    photos += sorted(ORIGINALS.glob("*.jpg"))[:16]
+    draw_photo(1).save(avif := tmp_path / "a.avif")
+    breaks_off(cut := tmp_path / "cut.jpg", "JPEG")
+    draw_photo(1).save(flipped := tmp_path / "flipped.png")
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    with served(site) as server:
+        visit(webkit, server)
+        *said, other, short, damaged = decoded(webkit, [*photos, avif, cut, flipped])
+        assert [*map(tuple, said)] == [(*pillows(path), None) for path in photos]
+        assert other[3] or other[:3] == [*pillows(avif)]
+        assert short == "the file breaks off before its end"
+        assert damaged.startswith("damaged")
+        shown = pick(webkit, photos)[::-1]
+        assert [text for text, _ in shown] == python_captions(site, photos)
+        assert server.violations == []
+
+
+def breaks_off(path: Path, kind: str) -> Path:
+    draw_photo(1).save(path, kind)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
 
 
 @in_a_browser
@@ -359,8 +446,9 @@ def test_errors_name_the_file_and_the_rest_goes_on(page, tmp_path: Path):
     bomb = bytearray(png.read_bytes())
     bomb[16:24] = struct.pack(">II", 30000, 30000)
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)
+    for kind in ("JPEG", "PNG", "GIF", "BMP", "WebP"):
+        breaks_off(tmp_path / f"cut.{kind}", kind)
     for name, content in {
-        "cut.jpg": photo[: len(photo) // 2],
         "words.jpg": b"these are no pixels",
         "empty.jpg": b"",
         "<img src=x onerror=alert(1)>.jpg": b"no",
@@ -370,7 +458,7 @@ def test_errors_name_the_file_and_the_rest_goes_on(page, tmp_path: Path):
     }.items():
         (tmp_path / name).write_bytes(content)
     reasons = {
-        "cut.jpg": "damaged, or no image",
+        **{f"cut.{kind}": "breaks off" for kind in ("JPEG", "PNG", "GIF", "BMP", "WebP")},
         "words.jpg": "damaged, or no image",
         "empty.jpg": "the file is empty",
         "<img src=x onerror=alert(1)>.jpg": "damaged, or no image",
@@ -443,13 +531,15 @@ const draw = () => {
 };
 import("./captioner.js").then(async ({ Captioner }) => {
   const captioner = await Captioner.load();
-  const images = [draw(), new Blob(["no photo"]), "photo.jpg", draw()];
+  const canvas = document.createElement("canvas");
+  const images = [draw(), new Blob(["no photo"]), "photo.jpg", canvas, draw()];
   const asked = await Promise.allSettled(images.map((image) => captioner.caption(image)));
   const said = asked.map(({ value, reason }) => value ?? reason.message);
   captioner.close();
   const closed = await captioner.caption(draw()).catch((error) => error.message);
   const lost = await Captioner.load("lost.onnx").catch((error) => error.message);
-  return [...said, closed, lost];
+  const other = await Captioner.load("LICENSES.txt").catch((error) => error.message);
+  return [...said, closed, lost, other];
 }).then(done, (error) => done(String(error)));
 """
 
@@ -457,7 +547,8 @@ import("./captioner.js").then(async ({ Captioner }) => {
 @in_a_browser
 def test_captioner_js_is_usable_alone(page):
     driver, _ = page
-    first, blob, text, last, closed, lost = driver.execute_async_script(ALONE)
+    said = driver.execute_async_script(ALONE)
+    first, blob, text, canvas, last, closed, lost, other = said
     site = page[1].folder
     pixels = np.array([i % 251 for i in range(300 * 200 * 4)], np.uint8).reshape(200, 300, 4)
     session = onnxruntime.InferenceSession(site / "captioner.onnx")
@@ -467,9 +558,25 @@ def test_captioner_js_is_usable_alone(page):
     assert (first["width"], first["height"]) == (300, 200) and first["milliseconds"] > 0
     assert last["text"] == first["text"]
     assert blob == "image: damaged, or no image that this browser can read"
-    assert text.startswith("image: ")
+    wanted = "image: no Blob, File, ImageData, ImageBitmap, but "
+    assert text == f"{wanted}String; createImageBitmap() takes elements"
+    assert canvas.startswith(f"{wanted}HTMLCanvasElement; ")
     assert closed == "the captioner is closed"
     assert lost.endswith("lost.onnx: cannot be loaded (404)")
+    assert "/LICENSES.txt: Can't create a session" in other
+    driver.get_log("browser")  # its complaints are no other test's
+
+
+@in_a_browser
+def test_a_page_that_cannot_start_says_what_it_needs(page):
+    driver, server = page
+    assert driver.find_elements(By.ID, "idle") == []
+    with new_tab(driver):
+        driver.get((server.folder / "index.html").as_uri())
+        idle = driver.find_element(By.ID, "idle")
+        wait(driver, idle.is_displayed)
+        assert "web server" in idle.text
+    driver.get_log("browser")
 
 
 @in_a_browser
@@ -663,8 +770,7 @@ def test_axe_finds_no_fault_on_a_phone(page, axe: str, tmp_path: Path):
     [
         (["--runtime", ".."], None, "holds no ort.wasm.bundle.min.mjs; pass --runtime DIR"),
         ([], "", "npm, which fetches onnxruntime-web@"),
-        ([str(COMMITTED / "opt"), "--runtime", "dist"], None, "one file holds a CNN-LSTM"),
-        ([str(COMMITTED / "cnn-lstm"), "--precision", "w8", "--runtime", "dist"], None, "int8"),
+        (["--runtime", "dist"], None, "bundle.min.mjs: of another version; pass --runtime DIR"),
         (["no-such-folder"], None, "no-such-folder"),
     ],
 )
@@ -683,6 +789,34 @@ def test_refusals_are_one_line_and_leave_nothing(
     assert {file.name for file in tmp_path.rglob("*")} <= {
         "dist", "made", "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([str(COMMITTED / "opt")], "one file holds a CNN-LSTM"),
+        ([str(COMMITTED / "cnn-lstm"), "--precision", "w8"], "int8"),
+    ],
+)
+def test_artifacts_that_no_page_holds_are_refused(
+    runtime: Path, arguments: list[str], reason: str, tmp_path: Path, capsys
+):
+    out = ["--runtime", str(runtime), "--out", str(tmp_path / "site")]
+    assert main(["web", *arguments, *out]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_npm_that_says_why_it_cannot_fetch_is_quoted(tmp_path: Path, monkeypatch, capsys):
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
+    assert main(["web", "--out", str(tmp_path / "site")]) == 2
+    error = capsys.readouterr().err
+    assert "ECONNREFUSED" in error and error.count("\n") == 1
 
 
 def test_an_npm_that_brings_something_else_is_refused(tmp_path: Path, monkeypatch, capsys):

@@ -6,6 +6,8 @@ const [files, status, doing, progress, stop, results, title, template] = names.m
   document.getElementById(id),
 );
 
+document.getElementById("idle").remove();
+
 const waiting = [];
 let [taken, captioned, failed, running, captioner] = [0, 0, 0, false, undefined];
 

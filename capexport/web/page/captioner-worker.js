@@ -13,12 +13,12 @@ self.onmessage = async ({ data }) => {
   let broken = !session;
   try {
     if (!session) {
-      session = await ort.InferenceSession.create(await fetched(data.model));
+      session = await named(opened(data.model), data.model);
       self.postMessage({});
       return;
     }
     const began = performance.now();
-    const { rgb, width, height, note } = await named(decode(data.image), data.image);
+    const { rgb, width, height, note } = await named(decode(data.image), data.image.name ?? "image");
     broken = true; // should the next line fail: memory that ran out in WebAssembly stays so
     const said = await session.run({ image: new ort.Tensor("uint8", rgb, [height, width, 3]) });
     self.postMessage({
@@ -35,17 +35,17 @@ self.onmessage = async ({ data }) => {
   }
 };
 
-async function fetched(url) {
+async function opened(url) {
   const response = await fetch(url);
-  if (!response.ok) throw new Error(`${url}: cannot be loaded (${response.status})`);
-  return new Uint8Array(await response.arrayBuffer());
+  if (!response.ok) throw new Error(`cannot be loaded (${response.status})`);
+  return ort.InferenceSession.create(new Uint8Array(await response.arrayBuffer()));
 }
 
 /** What `promise` gives; its error begins with the file's name. */
-async function named(promise, image) {
+async function named(promise, name) {
   try {
     return await promise;
   } catch (error) {
-    throw new Error(`${image?.name ?? "image"}: ${error.message}`);
+    throw new Error(`${name}: ${error.message}`);
   }
 }

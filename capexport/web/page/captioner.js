@@ -1,3 +1,5 @@
+const KINDS = ["Blob", "File", "ImageData", "ImageBitmap"];
+
 /**
  * Captions for photos, made on this device.
  *
@@ -6,8 +8,8 @@
  *     const { text } = await captioner.caption(file);
  *
  * A worker does the work, so that the page stays responsive. It needs captioner-worker.js,
- * pixels.js, onnxruntime.js, onnxruntime.wasm and captioner.onnx beside this file, and all of them,
- * like the script of any worker, on the page's own origin.
+ * pixels.js, header.js, probes.js, onnxruntime.js, onnxruntime.wasm and captioner.onnx beside this
+ * file, and all of them, like the script of any worker, on the page's own origin.
  */
 export class Captioner {
   #model;
@@ -38,6 +40,11 @@ export class Captioner {
    */
   caption(image) {
     const caption = this.#turn.then(async () => {
+      const kind = Object.prototype.toString.call(image).slice(8, -1); // frames have other classes
+      if (!KINDS.includes(kind)) {
+        const taken = KINDS.join(", ");
+        throw new TypeError(`image: no ${taken}, but ${kind}; createImageBitmap() takes elements`);
+      }
       if (!this.#worker) await this.#start();
       return this.#ask({ image });
     });

@@ -1,92 +1,195 @@
+const BREAKS_OFF = "the file breaks off before its end";
+export const DAMAGED = "damaged, or no image that this browser can read";
+
 /**
- * What the bytes of an image file tell before it is decoded. All of it is optional.
+ * What the bytes of an image file tell before it is decoded, all of it optional. Metadata that
+ * Pillow leaves out or applies last, and browsers each in their own way, are taken out of `bytes`:
+ * colour profiles, gamma, orientation, animation.
  *
- * @param {Uint8Array} bytes
- * @returns {{width?: number, height?: number, orientation?: number, dark?: string, note?: string,
- *   unread?: string, other?: string}} `orientation`: EXIF's, 1 to 8, where browsers leave it to
- *   us; `dark`: why a nearly black image of this kind is refused; `note`: why other pixels than
- *   Pillow's may come of it; `other`: what kind it is, where they come of it outside Chromium;
- *   `unread`: the format's name where few browsers read it
+ * @param {Uint8Array} bytes - changed in place
+ * @returns {{width?: number, height?: number, orientation?: number, parts?: Uint8Array[],
+ *   broken?: string, opaque?: boolean, dark?: string, note?: string, kind?: string,
+ *   unread?: string}}
+ *   `orientation`: EXIF's or XMP's, 1 to 8, where it is left to us; `parts`: of the file, what is
+ *   to be decoded, if not all; `broken`: what is wrong with it, which not all browsers mind;
+ *   `opaque`: what comes out transparent is damaged; `dark`: why a nearly black image of this kind
+ *   is refused; `note`: why other pixels than Pillow's come of it; `kind`: what it is, where
+ *   browsers may decode it otherwise; `unread`: the format's name where few browsers read it
  */
 export function readHeader(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const start = text(bytes, 0, 4);
   try {
-    const start = text(view, 0, 4);
-    if (start === "\x89PNG") return png(view);
-    if (start.startsWith("\xff\xd8")) return jpeg(view);
-    if (start === "RIFF" && text(view, 8, 4) === "WEBP") return webp(view);
-    if (start === "II*\0" || start === "MM\0*") return { unread: "TIFF" };
-    if (text(view, 4, 4) === "ftyp") return isoMedia(view);
+    if (start === "\x89PNG") return png(bytes, view);
+    if (start.startsWith("\xff\xd8")) return jpeg(bytes, view);
+    if (start === "RIFF" && text(bytes, 8, 4) === "WEBP") return webp(bytes, view);
+    if (start === "GIF8") return gif(bytes, view);
+    if (start.startsWith("BM")) return bmp(view);
+    if (start === "II*\0" || start === "MM\0*") return { kind: "TIFF", unread: "TIFF" };
+    if (text(bytes, 4, 4) === "ftyp") return isoMedia(bytes, view);
   } catch (error) {
-    if (!(error instanceof RangeError)) throw error; // the file ends early: the decoder will say so
+    if (!(error instanceof RangeError)) throw error; // thrown by `view` beyond the end
+    return { broken: BREAKS_OFF };
   }
   return {};
 }
 
-function text(view, at, length) {
-  return String.fromCharCode(...new Uint8Array(view.buffer, view.byteOffset + at, length));
+function text(bytes, at, length) {
+  return String.fromCharCode(...bytes.subarray(at, at + length));
 }
 
-function png(view) {
+const PNG_END = [0, 0, 0, 0, 0x49, 0x45, 0x4e, 0x44, 0xae, 0x42, 0x60, 0x82];
+
+/** Chunks that no decoder can do without, and the transparency that it may not pass over. */
+function png(bytes, view) {
   const header = { width: view.getUint32(16), height: view.getUint32(20) };
-  if (view.getUint8(24) === 16) header.other = "PNG of 16 bits";
-  if (header.other && view.getUint8(25) === 0) {
+  const [exif, xmp] = [[], []];
+  if (bytes[24] === 16) header.kind = "PNG of 16 bits";
+  if (bytes[24] === 16 && bytes[25] === 0) {
     header.dark = "grey of 16 bits whose brightness is uncertain; save it with 8 bits";
   }
-  for (let at = 8, animated = false, frames = 0; ; at += 12 + view.getUint32(at)) {
-    const kind = text(view, at + 4, 4);
-    if (kind === "acTL") animated = true;
-    if (kind === "fcTL") frames += 1;
-    if (kind !== "IDAT" && kind !== "IEND") continue;
-    if (animated && !frames) header.note = "animated, with a still image that browsers don't show";
-    return header;
+  header.opaque = bytes[25] < 4; // and no chunk to the contrary
+  header.parts = [bytes.subarray(0, 8)];
+  for (let at = 8, kind = ""; at + 8 <= bytes.length && kind !== "IEND"; ) {
+    const end = at + 12 + view.getUint32(at);
+    kind = text(bytes, at + 4, 4);
+    if (kind === "eXIf") exif.push(bytes.subarray(at + 8, end));
+    if (kind === "iTXt" && text(bytes, at + 8, 13) === "XML:com.adobe") {
+      xmp.push(bytes.subarray(at + 8, end));
+    }
+    if (kind === "tRNS") header.opaque = false;
+    if (/^[A-Z]|tRNS/.test(kind) && kind !== "IEND") {
+      header.parts.push(bytes.subarray(at, end));
+      if (end > bytes.length) header.broken ??= BREAKS_OFF;
+      else if (crc(bytes, at + 4, end - 4) !== view.getUint32(end - 4)) header.broken ??= DAMAGED;
+    }
+    at = end;
   }
+  header.orientation = orientation(exif, xmp);
+  header.parts.push(Uint8Array.from(PNG_END)); // Pillow asks for none; WebKit shows nothing without
+  return header;
 }
 
-function jpeg(view) {
-  for (let at = 2; ; at += 2 + view.getUint16(at + 2)) {
-    while (view.getUint8(at) === 255 && view.getUint8(at + 1) === 255) at += 1;
-    const marker = view.getUint8(at + 1);
-    if (view.getUint8(at) !== 255 || marker === 0xda) return {};
+const CRC = Uint32Array.from({ length: 256 }, (_, number) => {
+  for (let bit = 0; bit < 8; bit += 1) number = (number >>> 1) ^ (number & 1 && 0xedb88320);
+  return number;
+});
+
+function crc(bytes, start, end) {
+  let sum = -1;
+  for (let at = start; at < end; at += 1) sum = CRC[(sum ^ bytes[at]) & 255] ^ (sum >>> 8);
+  return ~sum >>> 0;
+}
+
+function jpeg(bytes, view) {
+  const header = { kind: "JPEG", opaque: true };
+  const [exif, xmp] = [[], []];
+  let at = 2;
+  for (let marker = 0; marker !== 0xda; ) {
+    while (view.getUint8(at) !== 255 || [0, 0xd8, 255].includes(view.getUint8(at + 1))) at += 1;
+    marker = bytes[at + 1];
+    const end = at + 2 + view.getUint16(at + 2);
     // All frame headers, C0 to CF, but not the tables that have numbers among them.
     if (marker >= 0xc0 && marker <= 0xcf && ![0xc4, 0xc8, 0xcc].includes(marker)) {
-      return { height: view.getUint16(at + 5), width: view.getUint16(at + 7) };
+      header.height = view.getUint16(at + 5);
+      header.width = view.getUint16(at + 7);
     }
+    // JFIF (E0) and Adobe (EE) say what the colours mean. The others become comments.
+    if (marker > 0xe0 && marker <= 0xef && marker !== 0xee) {
+      const body = bytes.subarray(at + 4, end);
+      if (text(body, 0, 6) === "Exif\0\0") exif.push(body);
+      if (text(body, 0, 28) === "http://ns.adobe.com/xap/1.0/") xmp.push(body);
+      bytes[at + 1] = 0xfe;
+    }
+    at = end;
   }
+  header.orientation = orientation(exif, xmp);
+  let last = bytes.length - 2; // among coded pixels, these two bytes can only be the end
+  while (last > at && (bytes[last] !== 0xff || bytes[last + 1] !== 0xd9)) last -= 1;
+  if (last <= at) header.broken = BREAKS_OFF;
+  return header;
 }
 
-/** Chromium turns no WebP, so it is done here. */
-function webp(view) {
-  if (text(view, 12, 4) !== "VP8X") return {};
+function webp(bytes, view) {
+  const header = { kind: "WebP" };
+  if (view.getUint32(4, true) + 8 > bytes.length) header.broken = BREAKS_OFF;
+  if (text(bytes, 12, 4) !== "VP8X") return header;
   const uint24 = (at) => view.getUint16(at, true) | (view.getUint8(at + 2) << 16);
-  const header = { width: uint24(24) + 1, height: uint24(27) + 1, orientation: 1 };
-  for (let at = 12; at + 8 < view.byteLength; ) {
-    const length = view.getUint32(at + 4, true);
-    if (text(view, at, 4) === "EXIF") {
-      header.orientation = exifOrientation(view, at + 8);
-      break;
-    }
+  Object.assign(header, { width: uint24(24) + 1, height: uint24(27) + 1 });
+  const chunks = { EXIF: [], ICCP: [], "XMP ": [] };
+  bytes[20] &= ~0x2c; // has a profile, EXIF, XMP
+  for (let at = 12; at + 8 < bytes.length; ) {
+    const [kind, length] = [text(bytes, at, 4), view.getUint32(at + 4, true)];
+    chunks[kind]?.push(bytes.subarray(at + 8, at + 8 + length));
+    if (kind in chunks) bytes.fill(0x2d, at, at + 4); // unknown chunks are left out
     at += 8 + length + (length % 2);
+  }
+  header.orientation = orientation(chunks.EXIF, chunks["XMP "]);
+  return header;
+}
+
+/** Up to the end of the first frame. */
+function gif(bytes, view) {
+  const table = (at) => (view.getUint8(at) & 128 ? 6 << (bytes[at] & 7) : 0); // its bytes
+  const header = { width: view.getUint16(6, true), height: view.getUint16(8, true) };
+  for (let at = 13 + table(10), kind = 0x21; kind === 0x21; ) {
+    kind = view.getUint8(at);
+    if (kind !== 0x21 && kind !== 0x2c) break;
+    if (kind === 0x2c) {
+      const [left, top, wide, high] = [1, 3, 5, 7].map((from) => view.getUint16(at + from, true));
+      const whole = !left && !top && wide === header.width && high === header.height;
+      if (!whole) header.note = "a first frame of another size, which browsers place otherwise";
+    }
+    at += kind === 0x2c ? 11 + table(at + 9) : 2;
+    while (view.getUint8(at)) at += 1 + bytes[at];
+    at += 1;
   }
   return header;
 }
 
-function exifOrientation(view, start) {
-  const at = text(view, start, 4) === "Exif" ? start + 6 : start;
-  const little = text(view, at, 2) === "II";
-  const first = at + view.getUint32(at + 4, little);
-  for (let index = 0; index < view.getUint16(first, little); index += 1) {
-    const entry = first + 2 + 12 * index;
-    if (view.getUint16(entry, little) !== 0x0112) continue;
-    const value = view.getUint16(entry + 8, little);
-    return value >= 1 && value <= 8 ? value : 1;
-  }
-  return 1;
+function bmp(view) {
+  if (view.getUint32(14, true) < 40) return {};
+  const [width, height] = [18, 22].map((at) => Math.abs(view.getInt32(at, true)));
+  const bits = view.getUint16(28, true);
+  const rows = [0, 3, 6].includes(view.getUint32(30, true)) ? height : 0; // else compressed
+  const end = view.getUint32(10, true) + Math.ceil((width * bits) / 32) * 4 * rows;
+  const note = bits === 16 ? "BMP of 16 bits, which browsers scale otherwise" : undefined;
+  return { width, height, note, broken: end > view.byteLength ? BREAKS_OFF : undefined };
 }
 
 /** AVIF and HEIC. */
-function isoMedia(view) {
-  const brands = text(view, 8, Math.min(view.getUint32(0), 64) - 8);
-  if (brands.includes("avis")) return { note: "animated AVIF, whose first frame decoders disagree on" };
-  return /hei[cxms]|hev[cxms]/.test(brands) ? { unread: "HEIC" } : { other: "AVIF" };
+function isoMedia(bytes, view) {
+  const brands = text(bytes, 8, Math.min(view.getUint32(0), 64) - 8);
+  if (/hei[cxms]|hev[cxms]/.test(brands)) return { kind: "HEIC", unread: "HEIC" };
+  const note = "animated AVIF, whose first frame decoders disagree on";
+  return { kind: "AVIF", note: brands.includes("avis") ? note : undefined };
+}
+
+/** Of blocks of EXIF and XMP; like Pillow, by the first EXIF that has one, or else the XMP. */
+function orientation(exif, xmp) {
+  const found = [...exif.map(exifOrientation), ...xmp.map(xmpOrientation)];
+  const value = found.find((value) => value !== undefined);
+  return value >= 1 && value <= 8 ? value : 1;
+}
+
+function xmpOrientation(bytes) {
+  const [, value] = /tiff:Orientation(?:="|>)(\d)/.exec(new TextDecoder().decode(bytes)) ?? [];
+  return value && Number(value);
+}
+
+/** However broken they are, EXIF data are never a reason to refuse a photo. */
+function exifOrientation(bytes) {
+  const exif = text(bytes, 0, 4) === "Exif" ? bytes.subarray(6) : bytes;
+  const view = new DataView(exif.buffer, exif.byteOffset, exif.byteLength);
+  const little = text(exif, 0, 2) === "II";
+  try {
+    const first = view.getUint32(4, little);
+    for (let index = 0; index < view.getUint16(first, little); index += 1) {
+      const entry = first + 2 + 12 * index;
+      if (view.getUint16(entry, little) === 0x0112) return view.getUint16(entry + 8, little);
+    }
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+  }
+  return undefined;
 }

@@ -1,10 +1,11 @@
 /**
  * From an image file to the upright RGB pixels that capexport reads from it in Python.
  *
- * The browser decodes. Colour profiles are left out, as by Pillow. Where a browser is known to see
- * something else than Pillow, a note says so, or the image is refused.
+ * The browser decodes. Colour profiles are left out, as by Pillow. Where a browser sees something
+ * else than Pillow, a note says so, or the image is refused.
  */
-import { readHeader } from "./header.js";
+import { DAMAGED, readHeader } from "./header.js";
+import { PROBES } from "./probes.js";
 
 const MAX_BYTES = 200e6;
 const MAX_PIXELS = 64e6; // a tab has less memory than Python; a phone's 50 megapixels pass
@@ -17,27 +18,46 @@ const TILE = 2048; // pixels: large canvases are refused here and there, and tak
  *   height x width x 3
  */
 export async function decode(image) {
-  const header = image instanceof Blob ? readHeader(await readBytes(image)) : {};
+  const { note, ...pixels } = await decodeAnyhow(image);
+  return { ...pixels, note: note ?? (await otherwise(pixels.kind)) };
+}
+
+async function decodeAnyhow(image) {
+  const bytes = image instanceof Blob ? await readBytes(image) : undefined;
+  const header = bytes ? readHeader(bytes) : {};
   if (header.width) refuse(header.width, header.height); // before memory is taken
-  const bitmap = await openBitmap(image, header);
-  const { orientation = 1 } = header;
+  if (header.broken) throw new Error(header.broken);
+  const file = bytes && new Blob(header.parts ?? [bytes], { type: image.type });
+  const bitmap = await openBitmap(file ?? image, header);
+  const { orientation = 1, kind } = header;
   const size = [bitmap.width, bitmap.height];
   const [width, height] = orientation > 4 ? size.reverse() : size;
   try {
     refuse(width, height);
     const { rgb, transparent, brightest } = readPixels(bitmap, orientation, width, height);
+    if (header.opaque && transparent) throw new Error(DAMAGED);
     if (header.dark && brightest < 16) throw new Error(header.dark);
-    return { rgb, width, height, note: differs(header, transparent) };
+    const note = transparent ? "transparent; browsers don't tell the colours beneath" : header.note;
+    return { rgb, width, height, kind, note };
   } finally {
     bitmap.close();
   }
 }
 
-/** Why the pixels may be others than Pillow's; undefined where they are not. */
-function differs({ note, other }, transparent) {
-  if (transparent) return "transparent; browsers don't tell the colours beneath";
-  if (note || !other || navigator.userAgent.includes("Chrome/")) return note;
-  return `${other}, which browsers other than Chromium decode slightly otherwise`;
+/** Why this browser's pixels of a kind of file may be others than Pillow's, if so. */
+async function otherwise(kind) {
+  if (!kind) return undefined;
+  if (!PROBES[kind]) return `${kind}, which this browser may decode otherwise`;
+  tried[kind] ??= isPillows(PROBES[kind]);
+  return (await tried[kind]) ? undefined : `${kind}, which this browser decodes otherwise`;
+}
+
+const tried = {}; // by kind, a promise of whether they are the same
+
+async function isPillows(probe) {
+  const bytes = Uint8Array.from(atob(probe.file), (letter) => letter.charCodeAt(0));
+  const { rgb } = await decodeAnyhow(new Blob([bytes])).catch(() => ({ rgb: [] }));
+  return probe.checksum === rgb.reduce((sum, value) => (Math.imul(31, sum) + value) | 0, 0);
 }
 
 async function readBytes(blob) {
@@ -51,16 +71,15 @@ async function readBytes(blob) {
   }
 }
 
-async function openBitmap(image, { orientation, unread }) {
+async function openBitmap(image, { unread }) {
   const options = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
-  if (orientation) options.imageOrientation = "none"; // it is turned here
   try {
     return await createImageBitmap(image, image instanceof Blob ? options : {});
   } catch (error) {
     if (!(image instanceof Blob)) throw error;
     if (!image.size) throw new Error("the file is empty");
     if (unread) throw new Error(`this browser cannot read ${unread}; save it as JPEG or PNG`);
-    throw new Error("damaged, or no image that this browser can read");
+    throw new Error(DAMAGED);
   }
 }
 
