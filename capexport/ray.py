@@ -1,4 +1,4 @@
-"""Caption more files than one machine can, on a cluster: with Ray Data.
+"""Caption more files than one machine can, on a cluster: with Ray.
 
 `caption_files` is a whole job, from folders to a folder of captions, which goes on after an
 interruption. `caption_dataset` is one step of a Ray Data pipeline of your own.
@@ -10,7 +10,6 @@ import glob
 import io
 import logging
 import os
-import pickle
 import re
 import socket
 import warnings
@@ -18,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,7 +47,6 @@ from capexport.preprocessing import FloatArray, ImageSpec, image_name, preproces
 with importing("capexport.ray needs Ray Data: `pip install 'capexport[ray]'`"):
     import pyarrow as pa
     import ray
-    import ray.data
     from pyarrow.fs import (
         FileSelector,
         FileSystem,
@@ -57,10 +55,12 @@ with importing("capexport.ray needs Ray Data: `pip install 'capexport[ray]'`"):
         LocalFileSystem,
         PyFileSystem,
     )
+    from ray.exceptions import RayError, RayTaskError
 
     from capexport.bulk.parts import FORMATS, SCHEMA, Parts
 
 if TYPE_CHECKING:
+    import ray.data
     from typing_extensions import Unpack
 
 log = logging.getLogger("capexport")
@@ -73,7 +73,8 @@ _MAX_BYTES = 100_000_000  # of a file that comes over the network, which is read
 _FETCHING = 32
 # Scheme and host, path, and options such as `endpoint_override`.
 _URI = re.compile(r"([a-z][a-z0-9+.-]*://[^/?]*)/?(.*?)(\?\w+=.*)?", re.DOTALL | re.IGNORECASE)
-_LARGEST_PART, _PARTS_AN_ACTOR = 1000, 16
+_LARGEST_PART = 1000
+_LOSSES = 3  # for each actor, without a part done between them; then it's no machine's fault
 
 # Ray reports home unless this is set before it starts. What is set already stays.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -189,7 +190,9 @@ def caption_dataset(
         fn_constructor_args=(work, column, filesystem),
         batch_size=8 * work.batch_size,
         batch_format="pyarrow",
-        **work.pool(started=1),  # what comes before needs cores, too
+        # The first alone from the start on: what comes before needs cores, too.
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=work.workers, initial_size=1),
+        **work.resources,
     )
 
 
@@ -248,14 +251,10 @@ class _Work:
             {name: value for name, value in options.items() if value is not None},
         )
 
-    def pool(self, started: int) -> dict[str, Any]:
-        """For `map_batches`: so many actors from the start on, the others as there is room."""
-        compute = ray.data.ActorPoolStrategy(
-            min_size=1, max_size=self.workers, initial_size=started
-        )
-        if self.device == "cuda":  # and a core, as Ray Data has it; to ask for more is experimental
-            return {"compute": compute, "num_gpus": 1}
-        return {"compute": compute, "num_cpus": self.threads}
+    @property
+    def resources(self) -> dict[str, Any]:
+        """What Ray reserves for an actor. With a GPU comes a core."""
+        return {"num_gpus": 1} if self.device == "cuda" else {"num_cpus": self.threads}
 
 
 def _actors(device: str, workers: int | None, threads: int | None, small: bool) -> tuple[int, int]:
@@ -282,11 +281,7 @@ def _actors(device: str, workers: int | None, threads: int | None, small: bool) 
 
 
 class _Captioning:
-    """What an actor does: it captions images, and reads the next ones meanwhile.
-
-    If an actor was lost, an image may have crashed it, since decoders are written in C. The actor
-    that takes over its images reads them in a separate process.
-    """
+    """What an actor does: it captions images, and reads the next ones meanwhile."""
 
     def __init__(self, work: _Work, filesystem: FileSystem | None) -> None:
         self._work = work
@@ -298,17 +293,21 @@ class _Captioning:
             _read, spec=self._captioner.image, truncated=work.truncated, filesystem=filesystem
         )
         self._apart: ProcessPoolExecutor | None = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Ray's, of its own doing
-            self._careful = ray.get_runtime_context().was_current_actor_reconstructed
         local = isinstance(filesystem, LocalFileSystem)
         self._readers = ThreadPoolExecutor(work.threads if local else _FETCHING)
 
-    def rows(self, images: Iterable[Any]) -> Iterator[tuple[str | None, float | None, str | None]]:
-        """Text, log-probability and error of each image, in order."""
+    def rows(
+        self, images: Iterable[Any], careful: bool
+    ) -> Iterator[tuple[str | None, float | None, str | None]]:
+        """Text, log-probability and error of each image, in order.
+
+        Args:
+            careful: an actor that had these images was lost. One of them may have crashed it, since
+                decoders are written in C, so they are read in a separate process.
+        """
         size = self._work.batch_size
         read: Iterator[FloatArray | str]
-        if self._careful:
+        if careful:
             read = map(self._read_apart, images)
         else:
             read = map_ahead(self._readers, self._read, iter(images), 2 * size)
@@ -350,32 +349,23 @@ def _read(
 
 
 class _PartWriter:
-    """An actor of `caption_files`: a table of names becomes a part, and a row that says so.
-
-    What is wrong with more than an image comes back in that row, so that the caller gets the error
-    itself, without Ray's account of it.
-    """
+    """An actor of `caption_files`: names become a part."""
 
     def __init__(self, work: _Work, filesystem: FileSystem, parts: Parts) -> None:
         self._begin = partial(_Captioning, work, filesystem)
-        self._captioning: _Captioning | None = None
         self._parts = parts
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        captioned, failed, trouble = 0, 0, b""
-        try:
-            part = self._captioned(table["file_name"].to_pylist())
-            self._parts.write(part)
-            captioned = part["error"].null_count
-            failed = len(part) - captioned
-        except (CapexportError, OSError) as error:
-            trouble = pickle.dumps(error)
-        return pa.table({"captioned": [captioned], "failed": [failed], "trouble": [trouble]})
+    @cached_property
+    def _captioning(self) -> _Captioning:  # an error in `__init__` would lose its type
+        return self._begin()
 
-    def _captioned(self, names: Sequence[str]) -> pa.Table:
-        self._captioning = self._captioning or self._begin()
-        rows = self._captioning.rows(map(original_name, names))
-        return pa.table([names, *zip(*rows, strict=True)], SCHEMA)
+    def write(self, names: Sequence[str], careful: bool) -> tuple[int, int]:
+        """Caption files; how many have a caption now, and how many cannot be read."""
+        rows = self._captioning.rows(map(original_name, names), careful)
+        part = pa.table([names, *zip(*rows, strict=True)], SCHEMA)
+        self._parts.write(part)
+        captioned = part["error"].null_count
+        return captioned, len(part) - captioned
 
 
 def _write_parts(
@@ -383,27 +373,59 @@ def _write_parts(
 ) -> tuple[int, int]:
     """Caption files; how many have a caption now, and how many cannot be read.
 
-    A part is what an actor does in one piece, and what an interruption costs: a sixteenth of its
-    work, so that in the end no actor works while all others wait.
+    Each actor has one part in hand. If it is lost, a new one is started, and whichever is free
+    first takes the part.
     """
-    each = min(-(-len(names) // (work.workers * _PARTS_AN_ACTOR)), _LARGEST_PART)
-    each = -(-each // work.batch_size) * work.batch_size
-    starts = range(0, len(names), each)
-    tables = [pa.table({"file_name": names[start : start + each]}) for start in starts]
-    written = ray.data.from_arrow(tables).map_batches(
-        _PartWriter,
-        fn_constructor_args=(work, source, parts),
-        batch_size=each,
-        batch_format="pyarrow",
-        **work.pool(started=min(work.workers, len(tables))),
-    )
-    captioned = failed = 0
-    for row in written.iter_rows():
-        if row["trouble"]:
-            raise pickle.loads(row["trouble"])
-        captioned += row["captioned"]
-        failed += row["failed"]
+    begin = ray.remote(_PartWriter).options(**work.resources).remote
+    cut = _cut(names, work)
+    lost: list[Sequence[str]] = []
+    working: dict[ray.ObjectRef, tuple[Any, Sequence[str]]] = {}
+
+    def start() -> None:
+        actor = begin(work, source, parts)
+        working[actor.__ray_ready__.remote()] = actor, []
+
+    captioned = failed = losses = 0
+    try:
+        for _ in range(min(work.workers, -(-len(names) // work.batch_size))):
+            start()
+        while captioned + failed < len(names):
+            [done], _ = ray.wait(list(working))
+            actor, part = working.pop(done)
+            try:
+                result = ray.get(done)
+            except RayTaskError as error:
+                if isinstance(error.cause, CapexportError | OSError):
+                    raise error.cause from None  # without Ray's account of it
+                raise
+            except RayError:
+                losses += 1
+                if losses > _LOSSES * work.workers:
+                    raise
+                ray.kill(actor)  # which may only be out of reach
+                lost += [part] * bool(part)
+                start()
+                continue
+            if part:
+                captioned, failed, losses = captioned + result[0], failed + result[1], 0
+                log.info("%d of %d files", captioned + failed, len(names))
+            careful = bool(lost)
+            if part := lost.pop() if lost else next(cut, []):
+                working[actor.write.remote(part, careful)] = actor, part
+    finally:
+        for actor, _ in working.values():
+            ray.kill(actor)
     return captioned, failed
+
+
+def _cut(names: Sequence[str], work: _Work) -> Iterator[Sequence[str]]:
+    """Parts that become smaller, so that in the end no actor works long while all others wait."""
+    start, least = 0, 2 * work.batch_size
+    while start < len(names):
+        size = min((len(names) - start) // (4 * work.workers), _LARGEST_PART)
+        size = max(size // least * least, least)
+        yield names[start : start + size]
+        start += size
 
 
 class _ColumnCaptioner:
@@ -411,13 +433,16 @@ class _ColumnCaptioner:
 
     def __init__(self, work: _Work, column: str, filesystem: FileSystem | None) -> None:
         self._captioning, self._column = _Captioning(work, filesystem), column
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's, of its own doing
+            self._careful = ray.get_runtime_context().was_current_actor_reconstructed
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if taken := set(SCHEMA.names[1:]).intersection(table.column_names):
             raise OptionError(f"the dataset has a column {min(taken)!r} already: rename_columns")
         column = table[self._column]
         images = (_image_in(column[row]) for row in range(len(column)))
-        rows = zip(*self._captioning.rows(images), strict=True)
+        rows = zip(*self._captioning.rows(images, self._careful), strict=True)
         for field, values in zip(list(SCHEMA)[1:], rows, strict=True):
             table = table.append_column(field, [pa.array(values, field.type)])
         return table

@@ -1,4 +1,4 @@
-"""Ray Data: a real cluster of this machine's, whose workers are killed."""
+"""Ray: a real cluster of this machine's, whose workers are killed."""
 
 import json
 import os
@@ -165,7 +165,7 @@ def kill_a_worker(out: Path) -> None:
     while not list(out.glob("part-*")):
         time.sleep(0.02)
     for process in psutil.Process().children(recursive=True):
-        if "MapWorker(MapBatches(_PartWriter))" in " ".join(process.cmdline()):
+        if "_PartWriter" in " ".join(process.cmdline()):
             process.kill()
             return
 
