@@ -24,7 +24,7 @@ from capexport.bench.report import table
 from capexport.cli import run_parser, teaching
 from capexport.sessions import available_cores
 
-SAMPLE = 1.0  # seconds between two looks at the processes' memory
+SAMPLE = 2.0  # seconds between two looks at the processes' memory, which takes 50 ms of Ray's
 MANY = 100_000_000  # photos, on paper
 COMMAND, RAY = "capexport caption", "capexport.ray"
 JOB = """
@@ -130,7 +130,8 @@ def measured(contender: str, files: Path, out: Path) -> dict[str, Any]:
     ) as process:  # fmt: skip
         while process.poll() is None:
             peak = max(peak, _megabytes(psutil.Process(process.pid)))
-            time.sleep(SAMPLE)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SAMPLE)
         output = process.stdout.read() if process.stdout else ""
     seconds = time.perf_counter() - began
     if process.returncode:
