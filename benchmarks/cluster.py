@@ -32,14 +32,15 @@ import sys
 import time
 import tracemalloc
 import ray
-from capexport.ray import _found, caption_files
+from capexport.bulk.places import list_images
+from capexport.ray import caption_files
 ray.init("local")
 print(caption_files(sys.argv[1], sys.argv[2]))
 began = time.perf_counter()
 assert caption_files(sys.argv[1], sys.argv[2], resume=True).captioned == 0
 seconds = time.perf_counter() - began
 tracemalloc.start()
-found = _found([sys.argv[1]], None)
+found = list_images([sys.argv[1]], None)
 print(seconds, tracemalloc.get_traced_memory()[1])
 """
 

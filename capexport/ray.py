@@ -6,29 +6,25 @@ interruption. `caption_dataset` is one step of a Ray Data pipeline of your own.
 
 from __future__ import annotations
 
-import glob
-import io
 import logging
 import os
-import re
 import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from capexport.artifact import FILE_NAME, Manifest
 from capexport.atomic import sha256_of
-from capexport.bulk.files import is_searched, search
-from capexport.bulk.names import original_name, readable_name, shown
+from capexport.bulk.names import original_name, shown
 from capexport.bulk.run import map_ahead
 from capexport.captioner import Caption, Captioner, model_folder
 from capexport.decoding import DecodingKeywords, changed
@@ -37,7 +33,6 @@ from capexport.errors import (
     CapexportError,
     DeviceError,
     ImageError,
-    ImageNotFoundError,
     OptionError,
     importing,
 )
@@ -47,17 +42,11 @@ from capexport.preprocessing import FloatArray, ImageSpec, image_name, preproces
 with importing("capexport.ray needs Ray Data: `pip install 'capexport[ray]'`"):
     import pyarrow as pa
     import ray
-    from pyarrow.fs import (
-        FileSelector,
-        FileSystem,
-        FileType,
-        FSSpecHandler,
-        LocalFileSystem,
-        PyFileSystem,
-    )
+    from pyarrow.fs import FileSystem, LocalFileSystem
     from ray.exceptions import RayError, RayTaskError
 
     from capexport.bulk.parts import FORMATS, SCHEMA, Parts
+    from capexport.bulk.places import Places, fetch, list_images, locate
 
 if TYPE_CHECKING:
     import ray.data
@@ -65,14 +54,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("capexport")
 
-Places: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-
-_MAX_BYTES = 100_000_000  # of a file that comes over the network, which is read as a whole
 # Files that an actor fetches at a time: an object store answers in a tenth of a second, and one
 # core captions less than 300 photos in a second.
 _FETCHING = 32
-# Scheme and host, path, and options such as `endpoint_override`.
-_URI = re.compile(r"([a-z][a-z0-9+.-]*://[^/?]*)/?(.*?)(\?\w+=.*)?", re.DOTALL | re.IGNORECASE)
 _LARGEST_PART = 1000
 _LOSSES = 3  # for each actor, without a part done between them; then it's no machine's fault
 
@@ -142,8 +126,8 @@ def caption_files(
         raise OptionError(f"format must be {' or '.join(FORMATS)}, got {format!r}")
     work = _Work.checked(model, device, workers, threads, prompt, truncated, options)
     places = [photos] if isinstance(photos, str | os.PathLike) else list(photos)
-    source, names = _found(places, filesystem)
-    target, folder = _located(out, filesystem)
+    source, names = list_images(places, filesystem)
+    target, folder = locate(out, filesystem)
     made_with = {"captioner": work.sha256, "format": format, "prompt": prompt, **work.options}
     parts, there = Parts.begin(target, folder, format, made_with, resume)
     missing = [name for name in names if name not in there]
@@ -292,7 +276,6 @@ class _Captioning:
         self._read = partial(
             _read, spec=self._captioner.image, truncated=work.truncated, filesystem=filesystem
         )
-        self._apart: ProcessPoolExecutor | None = None
         local = isinstance(filesystem, LocalFileSystem)
         self._readers = ThreadPoolExecutor(work.threads if local else _FETCHING)
 
@@ -308,7 +291,7 @@ class _Captioning:
         size = self._work.batch_size
         read: Iterator[FloatArray | str]
         if careful:
-            read = map(self._read_apart, images)
+            read = self._read_apart(images)
         else:
             read = map_ahead(self._readers, self._read, iter(images), 2 * size)
         while batch := list(islice(read, size)):
@@ -325,14 +308,19 @@ class _Captioning:
         prompts = None if self._work.prompt is None else [self._work.prompt] * len(pixels)
         return self._captioner.caption_pixels(pixels, prompts=prompts, **self._work.options)
 
-    def _read_apart(self, image: Any) -> FloatArray | str:
-        self._apart = self._apart or ProcessPoolExecutor(1, get_context("spawn"))
-        try:
-            return self._apart.submit(self._read, image).result()
-        except BrokenProcessPool:
-            self._apart = None
-            name = image if isinstance(image, str) else image_name(image)
-            return shown(f"{name}: ends the process that reads it")
+    def _read_apart(self, images: Iterable[Any]) -> Iterator[FloatArray | str]:
+        apart: ProcessPoolExecutor | None = None
+        for image in images:
+            apart = apart or ProcessPoolExecutor(1, get_context("spawn"))
+            try:
+                read = apart.submit(self._read, image).result()
+            except BrokenProcessPool:
+                apart = None
+                name = image if isinstance(image, str) else image_name(image)
+                read = shown(f"{name}: ends the process that reads it")
+            yield read
+        if apart:  # Ray ends an actor's processes without a word, and Python complains
+            apart.shutdown()
 
 
 def _read(
@@ -341,8 +329,8 @@ def _read(
     """Its pixels, or what is wrong with it."""
     try:
         if isinstance(image, str):
-            source, path = _located(image, filesystem)
-            image = Path(path) if isinstance(source, LocalFileSystem) else _fetched(source, path)
+            source, path = locate(image, filesystem)
+            image = Path(path) if isinstance(source, LocalFileSystem) else fetch(source, path)
         return preprocess(image, spec, truncated=truncated)
     except (ImageError, OptionError) as error:
         return shown(str(error))
@@ -377,7 +365,7 @@ def _write_parts(
     first takes the part.
     """
     begin = ray.remote(_PartWriter).options(**work.resources).remote
-    cut = _cut(names, work)
+    cut = _cut(names, work.workers, work.batch_size)
     lost: list[Sequence[str]] = []
     working: dict[ray.ObjectRef, tuple[Any, Sequence[str]]] = {}
 
@@ -418,12 +406,12 @@ def _write_parts(
     return captioned, failed
 
 
-def _cut(names: Sequence[str], work: _Work) -> Iterator[Sequence[str]]:
+def _cut(names: Sequence[str], workers: int, batch_size: int) -> Iterator[Sequence[str]]:
     """Parts that become smaller, so that in the end no actor works long while all others wait."""
-    start, least = 0, 2 * work.batch_size
+    start = 0
     while start < len(names):
-        size = min((len(names) - start) // (4 * work.workers), _LARGEST_PART)
-        size = max(size // least * least, least)
+        size = min((len(names) - start) // (4 * workers), _LARGEST_PART)
+        size = max(size // batch_size, 1) * batch_size
         yield names[start : start + size]
         start += size
 
@@ -454,92 +442,3 @@ def _image_in(cell: pa.Scalar) -> Any:
         return cell.to_numpy()
     image = cell.as_py()
     return image.get("bytes") or image.get("path") if isinstance(image, dict) else image
-
-
-class _File(io.BytesIO):
-    """A file's content, and its name for errors."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.name = name
-
-
-def _fetched(filesystem: FileSystem, path: str) -> _File:
-    try:
-        with filesystem.open_input_stream(path) as file:
-            content = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError as error:
-        raise ImageNotFoundError(f"{path}: no such file") from error
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be fetched: {error}") from error
-    if len(content) > _MAX_BYTES:
-        raise ImageError(f"{path}: more than {_MAX_BYTES / 1e6:.0f} MB; save it smaller")
-    return _File(content, path)
-
-
-def _located(
-    place: str | os.PathLike[str], filesystem: FileSystem | None
-) -> tuple[FileSystem, str]:
-    """A file system, and the path there of a path or URI.
-
-    But for `file:`, a URI's path is taken as it is, as the tools of object stores take it: %20
-    may be part of a name, a space is a space.
-    """
-    name = os.fspath(place)
-    uri = _URI.fullmatch(name)
-    if filesystem is None and uri:
-        base, path, query = uri.groups(default="")
-        try:
-            if base == "file://":
-                filesystem, name = FileSystem.from_uri(name)
-            else:
-                filesystem, root = _system(base + query)
-                name = f"{root.rstrip('/')}/{path}"
-        except (pa.ArrowException, OSError) as error:
-            raise OptionError(f"{place}: no file system can be reached: {error}") from error
-    filesystem = filesystem or LocalFileSystem()
-    if not isinstance(filesystem, FileSystem):  # pyarrow's own functions take fsspec's, too
-        filesystem = PyFileSystem(FSSpecHandler(filesystem))
-    return filesystem, os.path.abspath(name) if isinstance(filesystem, LocalFileSystem) else name
-
-
-@cache
-def _system(uri: str) -> tuple[FileSystem, str]:
-    return cast(tuple[FileSystem, str], FileSystem.from_uri(uri))
-
-
-def _found(
-    places: Sequence[str | os.PathLike[str]], filesystem: FileSystem | None
-) -> tuple[FileSystem, list[str]]:
-    """The images in all places, and the file system that they are on."""
-    located = [_located(place, filesystem) for place in places]
-    if not located or any(system != located[0][0] for system, _ in located):
-        raise OptionError("photos: name places on one file system, and at least one")
-    source, paths = located[0][0], [path for _, path in located]
-    if isinstance(source, LocalFileSystem):
-        for path in paths:
-            if not (os.path.lexists(path) or glob.has_magic(path)):
-                raise ImageNotFoundError(f"{path}: no such file or folder")
-        found = search(paths, None)
-        names: Iterable[str | Path] = found.paths
-        for suffix, number in found.unreadable().items():
-            log.warning("%d %s left out", number, suffix)
-    else:
-        names = dict.fromkeys(name for path in paths for name in _listed(source, path))
-    return source, list(map(readable_name, names))
-
-
-def _listed(filesystem: FileSystem, path: str) -> list[str]:
-    """The images below a folder, or the file itself, by the rules of `search`."""
-    base = path.rstrip("/")
-    kind = filesystem.get_file_info(base).type
-    if kind == FileType.File:
-        return [base]
-    entries = []
-    if kind == FileType.Directory:
-        entries = filesystem.get_file_info(FileSelector(base, recursive=True))
-    names = [entry.path for entry in entries if entry.type == FileType.File]
-    names = sorted(name for name in names if is_searched(name[len(base) :]))
-    if not names:
-        raise ImageNotFoundError(f"{path}: no image files there that can be read")
-    return names

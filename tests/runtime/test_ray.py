@@ -29,10 +29,13 @@ psutil = pytest.importorskip("psutil")
 
 import pyarrow.dataset  # noqa: E402
 from fsspec.implementations.local import LocalFileSystem as LocalFiles  # noqa: E402
+from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem  # noqa: E402
+from ray.exceptions import ActorDiedError  # noqa: E402
 
 from capexport.bulk.parts import RECORD, SCHEMA, Parts  # noqa: E402
-from capexport.ray import _actors, _located, caption_dataset, caption_files  # noqa: E402
+from capexport.bulk.places import locate  # noqa: E402
+from capexport.ray import _actors, _cut, caption_dataset, caption_files  # noqa: E402
 
 MANY = 256
 
@@ -189,6 +192,30 @@ def test_killed_workers_and_a_photo_that_kills(tmp_path: Path, many: Path, artif
     assert error == f"{many}/000 deadly.jpg: ends the process that reads it"
 
 
+class Fatal(FSSpecHandler):
+    """Files that no other process can be told of."""
+
+    def __reduce__(self):
+        return os._exit, (11,)
+
+
+def test_workers_that_always_end(tmp_path: Path, photos: list[Path], artifact: Path):
+    system = PyFileSystem(Fatal(LocalFiles()))
+    places = str(photos[0].parent), str(tmp_path / "out")
+    with pytest.raises(ActorDiedError):
+        caption_files(*places, artifact, filesystem=system, workers=1)
+    assert caption_files(*places, artifact, resume=True).failed == 0
+
+
+@pytest.mark.parametrize(("count", "workers"), [(1, 3), (64, 1), (65, 2), (100_001, 7)])
+def test_parts_become_smaller(count: int, workers: int):
+    names = [str(number) for number in range(count)]
+    cut = list(_cut(names, workers, 32))
+    sizes = list(map(len, cut))
+    assert [name for part in cut for name in part] == names
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] <= 1000 and sizes[-1] <= 32
+
+
 def test_the_readme(tmp_path: Path, photos: list[Path]):
     def absolute(code: str) -> str:  # its workers are in another current folder
         return re.sub(r'"(\w[\w.]*/)"', lambda match: repr(f"{tmp_path}/{match[1]}"), code)
@@ -280,6 +307,10 @@ def test_refused_before_anything_starts(tmp_path: Path, photos: list[Path], arti
     with pytest.raises(OptionError, match="takes no prompt"):  # what a worker says
         caption_files(folder, tmp_path / "out", artifact, prompt="a photo of")
     Parts.begin(LocalFileSystem(), str(tmp_path / "out"), "parquet", {}, False)  # it left nothing
+    memory = MemoryFileSystem()
+    memory.pipe("/photos/a.jpg", b"")
+    with pytest.raises(OptionError, match="must see the same folder"):
+        caption_files("/photos", "/out", artifact, filesystem=memory)
 
 
 @pytest.fixture(params=["local", "another"])
@@ -322,9 +353,9 @@ def test_parts(tmp_path: Path, system, format: str):
 
 
 def test_places(tmp_path: Path):
-    assert _located("a", LocalFiles()) == (PyFileSystem(FSSpecHandler(LocalFiles())), "a")
-    assert _located("file:///a%20b", None)[1] == "/a b"
-    assert _located(tmp_path / "a%20b", None)[1] == f"{tmp_path}/a%20b"
+    assert locate("a", LocalFiles()) == (PyFileSystem(FSSpecHandler(LocalFiles())), "a")
+    assert locate("file:///a%20b", None)[1] == "/a b"
+    assert locate(tmp_path / "a%20b", None)[1] == f"{tmp_path}/a%20b"
     options = "?region=us-east-1&endpoint_override=localhost:1"
     for key in ("a%20b.jpg", "a b/ü.jpg", "a?b.jpg", "A.jpg", "a//b\n.jpg"):
-        assert _located(f"s3://bucket/{key}{options}", None)[1] == f"bucket/{key}"
+        assert locate(f"s3://bucket/{key}{options}", None)[1] == f"bucket/{key}"
