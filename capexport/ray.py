@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -58,6 +58,7 @@ log = logging.getLogger("capexport")
 # core captions less than 300 photos in a second.
 _FETCHING = 32
 _LARGEST_PART = 1000
+_PATIENCE = 10  # seconds between two looks at whether there is a cluster at all
 _LOSSES = 3  # for each actor, without a part done between them; then it's no machine's fault
 
 # Ray reports home unless this is set before it starts. What is set already stays.
@@ -340,12 +341,11 @@ class _PartWriter:
     """An actor of `caption_files`: names become a part."""
 
     def __init__(self, work: _Work, filesystem: FileSystem, parts: Parts) -> None:
-        self._begin = partial(_Captioning, work, filesystem)
-        self._parts = parts
+        self._work, self._filesystem, self._parts = work, filesystem, parts
 
-    @cached_property
-    def _captioning(self) -> _Captioning:  # an error in `__init__` would lose its type
-        return self._begin()
+    def load(self) -> None:
+        """Load the captioner; in `__init__`, an error would lose its type."""
+        self._captioning = _Captioning(self._work, self._filesystem)
 
     def write(self, names: Sequence[str], careful: bool) -> tuple[int, int]:
         """Caption files; how many have a caption now, and how many cannot be read."""
@@ -371,14 +371,14 @@ def _write_parts(
 
     def start() -> None:
         actor = begin(work, source, parts)
-        working[actor.__ray_ready__.remote()] = actor, []
+        working[actor.load.remote()] = actor, []
 
     captioned = failed = losses = 0
     try:
         for _ in range(min(work.workers, -(-len(names) // work.batch_size))):
             start()
         while captioned + failed < len(names):
-            [done], _ = ray.wait(list(working))
+            done = _next(working)
             actor, part = working.pop(done)
             try:
                 result = ray.get(done)
@@ -404,6 +404,14 @@ def _write_parts(
         for actor, _ in working.values():
             ray.kill(actor)
     return captioned, failed
+
+
+def _next(working: Iterable[ray.ObjectRef]) -> ray.ObjectRef:
+    """The first that is done."""
+    while not (done := ray.wait(list(working), timeout=_PATIENCE)[0]):
+        if not any(node["Alive"] for node in ray.nodes()):  # else Ray waits for ever
+            raise DeviceError("no machine of the Ray cluster is left; resume=True in another one")
+    return done[0]
 
 
 def _cut(names: Sequence[str], workers: int, batch_size: int) -> Iterator[Sequence[str]]:

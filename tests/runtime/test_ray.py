@@ -35,7 +35,7 @@ from ray.exceptions import ActorDiedError  # noqa: E402
 
 from capexport.bulk.parts import RECORD, SCHEMA, Parts  # noqa: E402
 from capexport.bulk.places import locate  # noqa: E402
-from capexport.ray import _actors, _cut, caption_dataset, caption_files  # noqa: E402
+from capexport.ray import _actors, _cut, _next, caption_dataset, caption_files  # noqa: E402
 
 MANY = 256
 
@@ -205,6 +205,16 @@ def test_workers_that_always_end(tmp_path: Path, photos: list[Path], artifact: P
     with pytest.raises(ActorDiedError):
         caption_files(*places, artifact, filesystem=system, workers=1)
     assert caption_files(*places, artifact, resume=True).failed == 0
+
+
+def test_a_cluster_without_machines(monkeypatch: pytest.MonkeyPatch):
+    import ray
+
+    never = ray.remote(num_cpus=64)(print).remote()
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": False}])
+    monkeypatch.setattr("capexport.ray._PATIENCE", 0.01)
+    with pytest.raises(DeviceError, match="no machine"):
+        _next([never])
 
 
 @pytest.mark.parametrize(("count", "workers"), [(1, 3), (64, 1), (65, 2), (100_001, 7)])
