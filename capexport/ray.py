@@ -434,6 +434,9 @@ class _ColumnCaptioner:
             self._careful = ray.get_runtime_context().was_current_actor_reconstructed
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if self._column not in table.column_names:
+            has = ", ".join(table.column_names)
+            raise OptionError(f"the dataset has no column {self._column!r}, but {has}")
         if taken := set(SCHEMA.names[1:]).intersection(table.column_names):
             raise OptionError(f"the dataset has a column {min(taken)!r} already: rename_columns")
         column = table[self._column]

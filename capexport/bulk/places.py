@@ -42,6 +42,8 @@ def locate(place: str | os.PathLike[str], filesystem: FileSystem | None) -> tupl
     may be part of a name, a space is a space.
     """
     name = os.fspath(place)
+    if not name:
+        raise OptionError("an empty path names nothing; this folder is .")
     uri = _URI.fullmatch(name)
     if filesystem is None and uri:
         base, path, query = uri.groups(default="")

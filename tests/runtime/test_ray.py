@@ -270,6 +270,18 @@ def test_a_dataset_as_hugging_face_has_them(artifact: Path, captioner: Captioner
     assert [row["image"] for row in found] == contents
 
 
+def test_columns_that_do_not_suit(artifact: Path):
+    from ray.data import from_items
+
+    dataset = from_items([{"image": b"", "text": "mine"}])
+    for column, message in (
+        ("picture", "no column 'picture', but image, text"),
+        ("image", "'text'"),
+    ):
+        with pytest.raises(Exception, match=message):
+            caption_dataset(dataset, column, artifact).take_all()
+
+
 def test_arrows_own_tensors(artifact: Path, captioner: Captioner):
     from ray.data import from_arrow
 
@@ -298,6 +310,8 @@ def test_refused_before_anything_starts(tmp_path: Path, photos: list[Path], arti
         (ImageNotFoundError, "no image", {"photos": f"{tmp_path}/e", "filesystem": LocalFiles()}),
         (ImageNotFoundError, "no such", {"photos": [folder, tmp_path / "nowhere"]}),
         (OptionError, "at least one", {"photos": []}),
+        (OptionError, "empty path", {"photos": ""}),
+        (OptionError, "empty path", {"out": ""}),
         (OptionError, "format", {"format": "csv"}),
         (OptionError, "device", {"device": "cuda:1"}),
         (DeviceError, "a GPU", {"device": "cuda"}),
