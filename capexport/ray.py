@@ -121,7 +121,9 @@ def caption_files(
         ImageNotFoundError: no images are there.
         OutputExistsError: there is something in `out` and `resume` is off, or it was made with
             another captioner or other options, or a later run has taken over.
+        DeviceError: no machine of the cluster has room for a worker, or none is left.
         ArtifactError, OptionError: as `Captioner.load` and `Captioner.caption`.
+        ray.exceptions.ActorDiedError: workers end again and again, and caption nothing meanwhile.
     """
     if format not in FORMATS:
         raise OptionError(f"format must be {' or '.join(FORMATS)}, got {format!r}")
