@@ -24,7 +24,7 @@ from capexport.bench.report import table
 from capexport.cli import run_parser, teaching
 from capexport.sessions import available_cores
 
-SAMPLE = 1.0  # seconds between two looks at the processes' memory
+SAMPLE = 2.0  # seconds between two looks at the processes' memory, which takes 50 ms of Ray's
 MANY = 100_000_000  # photos, on paper
 COMMAND, RAY = "capexport caption", "capexport.ray"
 JOB = """
@@ -32,14 +32,15 @@ import sys
 import time
 import tracemalloc
 import ray
-from capexport.ray import _found, caption_files
+from capexport.bulk.places import list_images
+from capexport.ray import caption_files
 ray.init("local")
 print(caption_files(sys.argv[1], sys.argv[2]))
 began = time.perf_counter()
 assert caption_files(sys.argv[1], sys.argv[2], resume=True).captioned == 0
 seconds = time.perf_counter() - began
 tracemalloc.start()
-found = _found([sys.argv[1]], None)
+found = list_images([sys.argv[1]], None)
 print(seconds, tracemalloc.get_traced_memory()[1])
 """
 
@@ -130,7 +131,8 @@ def measured(contender: str, files: Path, out: Path) -> dict[str, Any]:
     ) as process:  # fmt: skip
         while process.poll() is None:
             peak = max(peak, _megabytes(psutil.Process(process.pid)))
-            time.sleep(SAMPLE)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SAMPLE)
         output = process.stdout.read() if process.stdout else ""
     seconds = time.perf_counter() - began
     if process.returncode:

@@ -1,4 +1,4 @@
-"""Caption more files than one machine can, on a cluster: with Ray Data.
+"""Caption more files than one machine can, on a cluster: with Ray.
 
 `caption_files` is a whole job, from folders to a folder of captions, which goes on after an
 interruption. `caption_dataset` is one step of a Ray Data pipeline of your own.
@@ -6,30 +6,25 @@ interruption. `caption_dataset` is one step of a Ray Data pipeline of your own.
 
 from __future__ import annotations
 
-import glob
-import io
 import logging
 import os
-import pickle
-import re
 import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from capexport.artifact import FILE_NAME, Manifest
 from capexport.atomic import sha256_of
-from capexport.bulk.files import is_searched, search
-from capexport.bulk.names import original_name, readable_name, shown
+from capexport.bulk.names import original_name, shown
 from capexport.bulk.run import map_ahead
 from capexport.captioner import Caption, Captioner, model_folder
 from capexport.decoding import DecodingKeywords, changed
@@ -38,7 +33,6 @@ from capexport.errors import (
     CapexportError,
     DeviceError,
     ImageError,
-    ImageNotFoundError,
     OptionError,
     importing,
 )
@@ -48,32 +42,24 @@ from capexport.preprocessing import FloatArray, ImageSpec, image_name, preproces
 with importing("capexport.ray needs Ray Data: `pip install 'capexport[ray]'`"):
     import pyarrow as pa
     import ray
-    import ray.data
-    from pyarrow.fs import (
-        FileSelector,
-        FileSystem,
-        FileType,
-        FSSpecHandler,
-        LocalFileSystem,
-        PyFileSystem,
-    )
+    from pyarrow.fs import FileSystem, LocalFileSystem
+    from ray.exceptions import RayError, RayTaskError
 
     from capexport.bulk.parts import FORMATS, SCHEMA, Parts
+    from capexport.bulk.places import Places, fetch, list_images, locate
 
 if TYPE_CHECKING:
+    import ray.data
     from typing_extensions import Unpack
 
 log = logging.getLogger("capexport")
 
-Places: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-
-_MAX_BYTES = 100_000_000  # of a file that comes over the network, which is read as a whole
 # Files that an actor fetches at a time: an object store answers in a tenth of a second, and one
 # core captions less than 300 photos in a second.
 _FETCHING = 32
-# Scheme and host, path, and options such as `endpoint_override`.
-_URI = re.compile(r"([a-z][a-z0-9+.-]*://[^/?]*)/?(.*?)(\?\w+=.*)?", re.DOTALL | re.IGNORECASE)
-_LARGEST_PART, _PARTS_AN_ACTOR = 1000, 16
+_LARGEST_PART = 1000
+_PATIENCE = 10  # seconds between two looks at whether there is a cluster at all
+_LOSSES = 3  # for each actor, without a part done between them; then it's no machine's fault
 
 # Ray reports home unless this is set before it starts. What is set already stays.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -135,14 +121,16 @@ def caption_files(
         ImageNotFoundError: no images are there.
         OutputExistsError: there is something in `out` and `resume` is off, or it was made with
             another captioner or other options, or a later run has taken over.
+        DeviceError: no machine of the cluster has room for a worker, or none is left.
         ArtifactError, OptionError: as `Captioner.load` and `Captioner.caption`.
+        ray.exceptions.ActorDiedError: workers end again and again, and caption nothing meanwhile.
     """
     if format not in FORMATS:
         raise OptionError(f"format must be {' or '.join(FORMATS)}, got {format!r}")
     work = _Work.checked(model, device, workers, threads, prompt, truncated, options)
     places = [photos] if isinstance(photos, str | os.PathLike) else list(photos)
-    source, names = _found(places, filesystem)
-    target, folder = _located(out, filesystem)
+    source, names = list_images(places, filesystem)
+    target, folder = locate(out, filesystem)
     made_with = {"captioner": work.sha256, "format": format, "prompt": prompt, **work.options}
     parts, there = Parts.begin(target, folder, format, made_with, resume)
     missing = [name for name in names if name not in there]
@@ -189,7 +177,9 @@ def caption_dataset(
         fn_constructor_args=(work, column, filesystem),
         batch_size=8 * work.batch_size,
         batch_format="pyarrow",
-        **work.pool(started=1),  # what comes before needs cores, too
+        # The first alone from the start on: what comes before needs cores, too.
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=work.workers, initial_size=1),
+        **work.resources,
     )
 
 
@@ -248,14 +238,10 @@ class _Work:
             {name: value for name, value in options.items() if value is not None},
         )
 
-    def pool(self, started: int) -> dict[str, Any]:
-        """For `map_batches`: so many actors from the start on, the others as there is room."""
-        compute = ray.data.ActorPoolStrategy(
-            min_size=1, max_size=self.workers, initial_size=started
-        )
-        if self.device == "cuda":  # and a core, as Ray Data has it; to ask for more is experimental
-            return {"compute": compute, "num_gpus": 1}
-        return {"compute": compute, "num_cpus": self.threads}
+    @property
+    def resources(self) -> dict[str, Any]:
+        """What Ray reserves for an actor. With a GPU comes a core."""
+        return {"num_gpus": 1} if self.device == "cuda" else {"num_cpus": self.threads}
 
 
 def _actors(device: str, workers: int | None, threads: int | None, small: bool) -> tuple[int, int]:
@@ -282,11 +268,7 @@ def _actors(device: str, workers: int | None, threads: int | None, small: bool) 
 
 
 class _Captioning:
-    """What an actor does: it captions images, and reads the next ones meanwhile.
-
-    If an actor was lost, an image may have crashed it, since decoders are written in C. The actor
-    that takes over its images reads them in a separate process.
-    """
+    """What an actor does: it captions images, and reads the next ones meanwhile."""
 
     def __init__(self, work: _Work, filesystem: FileSystem | None) -> None:
         self._work = work
@@ -297,19 +279,22 @@ class _Captioning:
         self._read = partial(
             _read, spec=self._captioner.image, truncated=work.truncated, filesystem=filesystem
         )
-        self._apart: ProcessPoolExecutor | None = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Ray's, of its own doing
-            self._careful = ray.get_runtime_context().was_current_actor_reconstructed
         local = isinstance(filesystem, LocalFileSystem)
         self._readers = ThreadPoolExecutor(work.threads if local else _FETCHING)
 
-    def rows(self, images: Iterable[Any]) -> Iterator[tuple[str | None, float | None, str | None]]:
-        """Text, log-probability and error of each image, in order."""
+    def rows(
+        self, images: Iterable[Any], careful: bool
+    ) -> Iterator[tuple[str | None, float | None, str | None]]:
+        """Text, log-probability and error of each image, in order.
+
+        Args:
+            careful: an actor that had these images was lost. One of them may have crashed it, since
+                decoders are written in C, so they are read in a separate process.
+        """
         size = self._work.batch_size
         read: Iterator[FloatArray | str]
-        if self._careful:
-            read = map(self._read_apart, images)
+        if careful:
+            read = self._read_apart(images)
         else:
             read = map_ahead(self._readers, self._read, iter(images), 2 * size)
         while batch := list(islice(read, size)):
@@ -326,14 +311,19 @@ class _Captioning:
         prompts = None if self._work.prompt is None else [self._work.prompt] * len(pixels)
         return self._captioner.caption_pixels(pixels, prompts=prompts, **self._work.options)
 
-    def _read_apart(self, image: Any) -> FloatArray | str:
-        self._apart = self._apart or ProcessPoolExecutor(1, get_context("spawn"))
-        try:
-            return self._apart.submit(self._read, image).result()
-        except BrokenProcessPool:
-            self._apart = None
-            name = image if isinstance(image, str) else image_name(image)
-            return shown(f"{name}: ends the process that reads it")
+    def _read_apart(self, images: Iterable[Any]) -> Iterator[FloatArray | str]:
+        apart: ProcessPoolExecutor | None = None
+        for image in images:
+            apart = apart or ProcessPoolExecutor(1, get_context("spawn"))
+            try:
+                read = apart.submit(self._read, image).result()
+            except BrokenProcessPool:
+                apart = None
+                name = image if isinstance(image, str) else image_name(image)
+                read = shown(f"{name}: ends the process that reads it")
+            yield read
+        if apart:  # Ray ends an actor's processes without a word, and Python complains
+            apart.shutdown()
 
 
 def _read(
@@ -342,40 +332,30 @@ def _read(
     """Its pixels, or what is wrong with it."""
     try:
         if isinstance(image, str):
-            source, path = _located(image, filesystem)
-            image = Path(path) if isinstance(source, LocalFileSystem) else _fetched(source, path)
+            source, path = locate(image, filesystem)
+            image = Path(path) if isinstance(source, LocalFileSystem) else fetch(source, path)
         return preprocess(image, spec, truncated=truncated)
     except (ImageError, OptionError) as error:
         return shown(str(error))
 
 
 class _PartWriter:
-    """An actor of `caption_files`: a table of names becomes a part, and a row that says so.
-
-    What is wrong with more than an image comes back in that row, so that the caller gets the error
-    itself, without Ray's account of it.
-    """
+    """An actor of `caption_files`: names become a part."""
 
     def __init__(self, work: _Work, filesystem: FileSystem, parts: Parts) -> None:
-        self._begin = partial(_Captioning, work, filesystem)
-        self._captioning: _Captioning | None = None
-        self._parts = parts
+        self._work, self._filesystem, self._parts = work, filesystem, parts
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        captioned, failed, trouble = 0, 0, b""
-        try:
-            part = self._captioned(table["file_name"].to_pylist())
-            self._parts.write(part)
-            captioned = part["error"].null_count
-            failed = len(part) - captioned
-        except (CapexportError, OSError) as error:
-            trouble = pickle.dumps(error)
-        return pa.table({"captioned": [captioned], "failed": [failed], "trouble": [trouble]})
+    def load(self) -> None:
+        """Load the captioner; in `__init__`, an error would lose its type."""
+        self._captioning = _Captioning(self._work, self._filesystem)
 
-    def _captioned(self, names: Sequence[str]) -> pa.Table:
-        self._captioning = self._captioning or self._begin()
-        rows = self._captioning.rows(map(original_name, names))
-        return pa.table([names, *zip(*rows, strict=True)], SCHEMA)
+    def write(self, names: Sequence[str], careful: bool) -> tuple[int, int]:
+        """Caption files; how many have a caption now, and how many cannot be read."""
+        rows = self._captioning.rows(map(original_name, names), careful)
+        part = pa.table([names, *zip(*rows, strict=True)], SCHEMA)
+        self._parts.write(part)
+        captioned = part["error"].null_count
+        return captioned, len(part) - captioned
 
 
 def _write_parts(
@@ -383,27 +363,67 @@ def _write_parts(
 ) -> tuple[int, int]:
     """Caption files; how many have a caption now, and how many cannot be read.
 
-    A part is what an actor does in one piece, and what an interruption costs: a sixteenth of its
-    work, so that in the end no actor works while all others wait.
+    Each actor has one part in hand. If it is lost, a new one is started, and whichever is free
+    first takes the part.
     """
-    each = min(-(-len(names) // (work.workers * _PARTS_AN_ACTOR)), _LARGEST_PART)
-    each = -(-each // work.batch_size) * work.batch_size
-    starts = range(0, len(names), each)
-    tables = [pa.table({"file_name": names[start : start + each]}) for start in starts]
-    written = ray.data.from_arrow(tables).map_batches(
-        _PartWriter,
-        fn_constructor_args=(work, source, parts),
-        batch_size=each,
-        batch_format="pyarrow",
-        **work.pool(started=min(work.workers, len(tables))),
-    )
-    captioned = failed = 0
-    for row in written.iter_rows():
-        if row["trouble"]:
-            raise pickle.loads(row["trouble"])
-        captioned += row["captioned"]
-        failed += row["failed"]
+    begin = ray.remote(_PartWriter).options(**work.resources).remote
+    cut = _cut(names, work.workers, work.batch_size)
+    lost: list[Sequence[str]] = []
+    working: dict[ray.ObjectRef, tuple[Any, Sequence[str]]] = {}
+
+    def start() -> None:
+        actor = begin(work, source, parts)
+        working[actor.load.remote()] = actor, []
+
+    captioned = failed = losses = 0
+    try:
+        for _ in range(min(work.workers, -(-len(names) // work.batch_size))):
+            start()
+        while captioned + failed < len(names):
+            done = _next(working)
+            actor, part = working.pop(done)
+            try:
+                result = ray.get(done)
+            except RayTaskError as error:
+                if isinstance(error.cause, CapexportError | OSError):
+                    raise error.cause from None  # without Ray's account of it
+                raise
+            except RayError:
+                losses += 1
+                if losses > _LOSSES * work.workers:
+                    raise
+                ray.kill(actor)  # which may only be out of reach
+                lost += [part] * bool(part)
+                start()
+                continue
+            if part:
+                captioned, failed, losses = captioned + result[0], failed + result[1], 0
+                log.info("%d of %d files", captioned + failed, len(names))
+            careful = bool(lost)
+            if part := lost.pop() if lost else next(cut, []):
+                working[actor.write.remote(part, careful)] = actor, part
+    finally:
+        for actor, _ in working.values():
+            ray.kill(actor)
     return captioned, failed
+
+
+def _next(working: Iterable[ray.ObjectRef]) -> ray.ObjectRef:
+    """The first that is done."""
+    while not (done := ray.wait(list(working), timeout=_PATIENCE)[0]):
+        if not any(node["Alive"] for node in ray.nodes()):  # else Ray waits for ever
+            raise DeviceError("no machine of the Ray cluster is left; resume=True in another one")
+    return done[0]
+
+
+def _cut(names: Sequence[str], workers: int, batch_size: int) -> Iterator[Sequence[str]]:
+    """Parts that become smaller, so that in the end no actor works long while all others wait."""
+    start = 0
+    while start < len(names):
+        size = min((len(names) - start) // (4 * workers), _LARGEST_PART)
+        size = max(size // batch_size, 1) * batch_size
+        yield names[start : start + size]
+        start += size
 
 
 class _ColumnCaptioner:
@@ -411,13 +431,19 @@ class _ColumnCaptioner:
 
     def __init__(self, work: _Work, column: str, filesystem: FileSystem | None) -> None:
         self._captioning, self._column = _Captioning(work, filesystem), column
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's, of its own doing
+            self._careful = ray.get_runtime_context().was_current_actor_reconstructed
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if self._column not in table.column_names:
+            has = ", ".join(table.column_names)
+            raise OptionError(f"the dataset has no column {self._column!r}, but {has}")
         if taken := set(SCHEMA.names[1:]).intersection(table.column_names):
             raise OptionError(f"the dataset has a column {min(taken)!r} already: rename_columns")
         column = table[self._column]
         images = (_image_in(column[row]) for row in range(len(column)))
-        rows = zip(*self._captioning.rows(images), strict=True)
+        rows = zip(*self._captioning.rows(images, self._careful), strict=True)
         for field, values in zip(list(SCHEMA)[1:], rows, strict=True):
             table = table.append_column(field, [pa.array(values, field.type)])
         return table
@@ -429,92 +455,3 @@ def _image_in(cell: pa.Scalar) -> Any:
         return cell.to_numpy()
     image = cell.as_py()
     return image.get("bytes") or image.get("path") if isinstance(image, dict) else image
-
-
-class _File(io.BytesIO):
-    """A file's content, and its name for errors."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.name = name
-
-
-def _fetched(filesystem: FileSystem, path: str) -> _File:
-    try:
-        with filesystem.open_input_stream(path) as file:
-            content = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError as error:
-        raise ImageNotFoundError(f"{path}: no such file") from error
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be fetched: {error}") from error
-    if len(content) > _MAX_BYTES:
-        raise ImageError(f"{path}: more than {_MAX_BYTES / 1e6:.0f} MB; save it smaller")
-    return _File(content, path)
-
-
-def _located(
-    place: str | os.PathLike[str], filesystem: FileSystem | None
-) -> tuple[FileSystem, str]:
-    """A file system, and the path there of a path or URI.
-
-    But for `file:`, a URI's path is taken as it is, as the tools of object stores take it: %20
-    may be part of a name, a space is a space.
-    """
-    name = os.fspath(place)
-    uri = _URI.fullmatch(name)
-    if filesystem is None and uri:
-        base, path, query = uri.groups(default="")
-        try:
-            if base == "file://":
-                filesystem, name = FileSystem.from_uri(name)
-            else:
-                filesystem, root = _system(base + query)
-                name = f"{root.rstrip('/')}/{path}"
-        except (pa.ArrowException, OSError) as error:
-            raise OptionError(f"{place}: no file system can be reached: {error}") from error
-    filesystem = filesystem or LocalFileSystem()
-    if not isinstance(filesystem, FileSystem):  # pyarrow's own functions take fsspec's, too
-        filesystem = PyFileSystem(FSSpecHandler(filesystem))
-    return filesystem, os.path.abspath(name) if isinstance(filesystem, LocalFileSystem) else name
-
-
-@cache
-def _system(uri: str) -> tuple[FileSystem, str]:
-    return cast(tuple[FileSystem, str], FileSystem.from_uri(uri))
-
-
-def _found(
-    places: Sequence[str | os.PathLike[str]], filesystem: FileSystem | None
-) -> tuple[FileSystem, list[str]]:
-    """The images in all places, and the file system that they are on."""
-    located = [_located(place, filesystem) for place in places]
-    if not located or any(system != located[0][0] for system, _ in located):
-        raise OptionError("photos: name places on one file system, and at least one")
-    source, paths = located[0][0], [path for _, path in located]
-    if isinstance(source, LocalFileSystem):
-        for path in paths:
-            if not (os.path.lexists(path) or glob.has_magic(path)):
-                raise ImageNotFoundError(f"{path}: no such file or folder")
-        found = search(paths, None)
-        names: Iterable[str | Path] = found.paths
-        for suffix, number in found.unreadable().items():
-            log.warning("%d %s left out", number, suffix)
-    else:
-        names = dict.fromkeys(name for path in paths for name in _listed(source, path))
-    return source, list(map(readable_name, names))
-
-
-def _listed(filesystem: FileSystem, path: str) -> list[str]:
-    """The images below a folder, or the file itself, by the rules of `search`."""
-    base = path.rstrip("/")
-    kind = filesystem.get_file_info(base).type
-    if kind == FileType.File:
-        return [base]
-    entries = []
-    if kind == FileType.Directory:
-        entries = filesystem.get_file_info(FileSelector(base, recursive=True))
-    names = [entry.path for entry in entries if entry.type == FileType.File]
-    names = sorted(name for name in names if is_searched(name[len(base) :]))
-    if not names:
-        raise ImageNotFoundError(f"{path}: no image files there that can be read")
-    return names

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import secrets
+import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSy
 
 from capexport.atomic import remove_dead_drafts, replacing_binary_file
 from capexport.bulk.rows import to_json
-from capexport.errors import OutputExistsError
+from capexport.errors import OptionError, OutputExistsError
 
 FORMATS = ("parquet", "jsonl")
 # A row has either `error`, for an image that cannot be read, or the two columns before it. The
@@ -97,9 +99,15 @@ class Parts:
 
         Raises:
             OutputExistsError: another run has taken over.
+            OptionError: the folder is not there: this machine does not see it, or it was removed.
         """
         record = self._record()
-        if record is None or record.get("run") != self.run:
+        if record is None:
+            raise OptionError(
+                f"{self.folder}: not there any more, or not for the process {os.getpid()} on "
+                f"{socket.gethostname()}; all that write to it must see the same folder"
+            )
+        if record.get("run") != self.run:
             raise OutputExistsError(f"{self.folder}: another run has taken over")
         names = "\0".join(rows["file_name"].to_pylist())
         name = f"part-{hashlib.sha256(names.encode()).hexdigest()[:16]}.{self.format}"

@@ -1,4 +1,4 @@
-"""Ray Data: a real cluster of this machine's, whose workers are killed."""
+"""Ray: a real cluster of this machine's, whose workers are killed."""
 
 import json
 import os
@@ -29,10 +29,13 @@ psutil = pytest.importorskip("psutil")
 
 import pyarrow.dataset  # noqa: E402
 from fsspec.implementations.local import LocalFileSystem as LocalFiles  # noqa: E402
+from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem  # noqa: E402
+from ray.exceptions import ActorDiedError  # noqa: E402
 
 from capexport.bulk.parts import RECORD, SCHEMA, Parts  # noqa: E402
-from capexport.ray import _actors, _located, caption_dataset, caption_files  # noqa: E402
+from capexport.bulk.places import locate  # noqa: E402
+from capexport.ray import _actors, _cut, _next, caption_dataset, caption_files  # noqa: E402
 
 MANY = 256
 
@@ -165,7 +168,7 @@ def kill_a_worker(out: Path) -> None:
     while not list(out.glob("part-*")):
         time.sleep(0.02)
     for process in psutil.Process().children(recursive=True):
-        if "MapWorker(MapBatches(_PartWriter))" in " ".join(process.cmdline()):
+        if "_PartWriter" in " ".join(process.cmdline()):
             process.kill()
             return
 
@@ -187,6 +190,40 @@ def test_killed_workers_and_a_photo_that_kills(tmp_path: Path, many: Path, artif
     assert len(found) == MANY + 1
     [error] = [row["error"] for row in found.values() if row["error"]]
     assert error == f"{many}/000 deadly.jpg: ends the process that reads it"
+
+
+class Fatal(FSSpecHandler):
+    """Files that no other process can be told of."""
+
+    def __reduce__(self):
+        return os._exit, (11,)
+
+
+def test_workers_that_always_end(tmp_path: Path, photos: list[Path], artifact: Path):
+    system = PyFileSystem(Fatal(LocalFiles()))
+    places = str(photos[0].parent), str(tmp_path / "out")
+    with pytest.raises(ActorDiedError):
+        caption_files(*places, artifact, filesystem=system, workers=1)
+    assert caption_files(*places, artifact, resume=True).failed == 0
+
+
+def test_a_cluster_without_machines(monkeypatch: pytest.MonkeyPatch):
+    import ray
+
+    never = ray.remote(num_cpus=64)(print).remote()
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": False}])
+    monkeypatch.setattr("capexport.ray._PATIENCE", 0.01)
+    with pytest.raises(DeviceError, match="no machine"):
+        _next([never])
+
+
+@pytest.mark.parametrize(("count", "workers"), [(1, 3), (64, 1), (65, 2), (100_001, 7)])
+def test_parts_become_smaller(count: int, workers: int):
+    names = [str(number) for number in range(count)]
+    cut = list(_cut(names, workers, 32))
+    sizes = list(map(len, cut))
+    assert [name for part in cut for name in part] == names
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] <= 1000 and sizes[-1] <= 32
 
 
 def test_the_readme(tmp_path: Path, photos: list[Path]):
@@ -233,6 +270,18 @@ def test_a_dataset_as_hugging_face_has_them(artifact: Path, captioner: Captioner
     assert [row["image"] for row in found] == contents
 
 
+def test_columns_that_do_not_suit(artifact: Path):
+    from ray.data import from_items
+
+    dataset = from_items([{"image": b"", "text": "mine"}])
+    for column, message in (
+        ("picture", "no column 'picture', but image, text"),
+        ("image", "'text'"),
+    ):
+        with pytest.raises(Exception, match=message):
+            caption_dataset(dataset, column, artifact).take_all()
+
+
 def test_arrows_own_tensors(artifact: Path, captioner: Captioner):
     from ray.data import from_arrow
 
@@ -261,6 +310,8 @@ def test_refused_before_anything_starts(tmp_path: Path, photos: list[Path], arti
         (ImageNotFoundError, "no image", {"photos": f"{tmp_path}/e", "filesystem": LocalFiles()}),
         (ImageNotFoundError, "no such", {"photos": [folder, tmp_path / "nowhere"]}),
         (OptionError, "at least one", {"photos": []}),
+        (OptionError, "empty path", {"photos": ""}),
+        (OptionError, "empty path", {"out": ""}),
         (OptionError, "format", {"format": "csv"}),
         (OptionError, "device", {"device": "cuda:1"}),
         (DeviceError, "a GPU", {"device": "cuda"}),
@@ -280,6 +331,10 @@ def test_refused_before_anything_starts(tmp_path: Path, photos: list[Path], arti
     with pytest.raises(OptionError, match="takes no prompt"):  # what a worker says
         caption_files(folder, tmp_path / "out", artifact, prompt="a photo of")
     Parts.begin(LocalFileSystem(), str(tmp_path / "out"), "parquet", {}, False)  # it left nothing
+    memory = MemoryFileSystem()
+    memory.pipe("/photos/a.jpg", b"")
+    with pytest.raises(OptionError, match="must see the same folder"):
+        caption_files("/photos", "/out", artifact, filesystem=memory)
 
 
 @pytest.fixture(params=["local", "another"])
@@ -322,9 +377,9 @@ def test_parts(tmp_path: Path, system, format: str):
 
 
 def test_places(tmp_path: Path):
-    assert _located("a", LocalFiles()) == (PyFileSystem(FSSpecHandler(LocalFiles())), "a")
-    assert _located("file:///a%20b", None)[1] == "/a b"
-    assert _located(tmp_path / "a%20b", None)[1] == f"{tmp_path}/a%20b"
+    assert locate("a", LocalFiles()) == (PyFileSystem(FSSpecHandler(LocalFiles())), "a")
+    assert locate("file:///a%20b", None)[1] == "/a b"
+    assert locate(tmp_path / "a%20b", None)[1] == f"{tmp_path}/a%20b"
     options = "?region=us-east-1&endpoint_override=localhost:1"
     for key in ("a%20b.jpg", "a b/ü.jpg", "a?b.jpg", "A.jpg", "a//b\n.jpg"):
-        assert _located(f"s3://bucket/{key}{options}", None)[1] == f"bucket/{key}"
+        assert locate(f"s3://bucket/{key}{options}", None)[1] == f"bucket/{key}"
