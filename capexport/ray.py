@@ -6,7 +6,6 @@ interruption. `caption_dataset` is one step of a Ray Data pipeline of your own.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import warnings
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from capexport.artifact import FILE_NAME, Manifest
 from capexport.atomic import sha256_of
@@ -51,8 +51,6 @@ with importing("capexport.ray needs Ray Data: `pip install 'capexport[ray]'`"):
 if TYPE_CHECKING:
     import ray.data
     from typing_extensions import Unpack
-
-log = logging.getLogger("capexport")
 
 # Files that an actor fetches at a time: an object store answers in a tenth of a second, and one
 # core captions less than 300 photos in a second.
@@ -376,6 +374,7 @@ def _write_parts(
         working[actor.load.remote()] = actor, []
 
     captioned = failed = losses = 0
+    bar = tqdm(total=len(names), unit="image", disable=None)
     try:
         for _ in range(min(work.workers, -(-len(names) // work.batch_size))):
             start()
@@ -398,11 +397,12 @@ def _write_parts(
                 continue
             if part:
                 captioned, failed, losses = captioned + result[0], failed + result[1], 0
-                log.info("%d of %d files", captioned + failed, len(names))
+                bar.update(len(part))
             careful = bool(lost)
             if part := lost.pop() if lost else next(cut, []):
                 working[actor.write.remote(part, careful)] = actor, part
     finally:
+        bar.close()
         for actor, _ in working.values():
             ray.kill(actor)
     return captioned, failed

@@ -112,12 +112,7 @@ class SideCars:
         folders = {target(path).parent: path.parent for path in paths}
         for folder, beside in folders.items():
             if folder != beside:
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                except (FileExistsError, NotADirectoryError) as error:
-                    raise OutputExistsError(
-                        f"{folder}: a file stands where this folder should; pick another --out-dir"
-                    ) from error
+                folder.mkdir(parents=True, exist_ok=True)
         self._locks = _lock_folders(sorted({os.path.realpath(folder) for folder in folders})[:64])
         existing = [path for path in paths if self._exists(path)]
         if existing and not (resume or overwrite):

@@ -11,6 +11,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from capexport.bulk.names import shown
@@ -70,10 +71,7 @@ def run_command(name: str, command: Callable[[], int]) -> int:
     except BrokenPipeError:  # as when `| head` has read enough
         code = 141
     except (CapexportError, OSError, ValueError) as error:
-        reason = str(error)
-        if isinstance(error, FileNotFoundError) and error.errno and error.filename is None:
-            reason = "the current folder is gone; change to another"  # `getcwd` names none
-        say(f"{name}: {shown(reason)}")
+        say(f"{name}: {shown(_reason(error))}")
         code = 2
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
@@ -82,6 +80,17 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         code = 128 + number
     _give_up(sys.stdout)
     return code
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in plainer words where the system's own would not help."""
+    if isinstance(error, FileNotFoundError) and error.errno and error.filename is None:
+        return "the current folder is gone; change to another"  # `getcwd` names none
+    if isinstance(error, NotADirectoryError | FileExistsError) and error.filename is not None:
+        path = Path(os.fsdecode(error.filename))
+        if file := next((above for above in (path, *path.parents) if above.is_file()), None):
+            return f"{file}: a file stands where a folder should be; pick another name"
+    return str(error)
 
 
 def run_parser(

@@ -97,7 +97,7 @@ def test_refusals(
         assert main([*flags, flag, str(other)]) == 2
         assert "a folder, not the name of a file" in capsys.readouterr().err
     assert main([*flags, "--sheet", str(artifact / "manifest.json")]) == 2
-    assert "Not a directory" in capsys.readouterr().err
+    assert "a file stands where a folder should be" in capsys.readouterr().err
     humans = tmp_path / "humans.csv"
     humans.write_text(f"image,caption\n{photos[0].name},A dog\n")
     for module, *flag in (

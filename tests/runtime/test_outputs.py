@@ -371,14 +371,17 @@ def test_an_empty_folder_name_is_not_the_current_folder(artifact, photos, monkey
     assert "--out-dir: an empty name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("below", ["", "deeper"])
-def test_a_file_where_the_folder_of_side_cars_should_be_is_told(
-    below: str, artifact: Path, photos: list[Path], tmp_path: Path,
+@pytest.mark.parametrize(
+    "flags", [("--out-dir", "texts"), ("--out-dir", "texts/deeper"), ("--out", "texts/it.jsonl")]
+)
+def test_a_file_where_a_folder_should_be_is_told(
+    flags: tuple[str, str], artifact: Path, photos: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     (tmp_path / "texts").write_text("mine")
-    assert caption(artifact, photos[0], "--out-dir", tmp_path / "texts" / below) == 2
-    assert "pick another --out-dir" in capsys.readouterr().err
+    assert caption(artifact, photos[0], flags[0], tmp_path / flags[1]) == 2
+    told = f"{tmp_path / 'texts'}: a file stands where a folder should be"
+    assert told in capsys.readouterr().err
     assert (tmp_path / "texts").read_text() == "mine"
     assert not list(Path().glob("*.txt"))
 
@@ -615,7 +618,10 @@ def test_quiet_says_what_went_wrong_alone(artifact, photos, capsys):
         (["lstm", "--out", "new", "--max-tokens", "0"], "max_tokens must be at least 1"),
         (["graph", "--out", "new", "--num-beams", "0"], "num_beams must be at least 1"),
         (["blip2", "--out", "there"], "already there"),
-        (["blip2", "--out", "there/new"], "Not a directory"),
+        *(
+            ([command, "--out", "there/new"], "there: a file stands where a folder should be")
+            for command in ("lstm", "blip2", "graph", "web")
+        ),
         (["caption", "-m", "owner/model", "x.jpg", "--out", "there"], "already there"),
     ],
 )
