@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         **teaching(
             "Send requests of three protocols, bad ones among them, from many clients at once to "
             "`capexport serve`, check every answer, and measure images a second against what "
-            "`capexport caption` does with the same photos, in turn. The last line of standard "
+            "`capexport caption` does with the same files, in turn. The last line of standard "
             "output is JSON; the exit code is 1 where an answer was wrong.",
             "python benchmarks/serve.py --photos flickr8k/Images",
             "python benchmarks/serve.py --photos photos/ --clients 8 --requests 500 --rounds 1",
@@ -80,9 +80,9 @@ def _benchmark(options: argparse.Namespace) -> int:
     wanted = [caption.text for caption in captioner.caption(photos)]
     requests = make_requests([photo.read_bytes() for photo in photos], wanted, options.requests)
     good = sum(request.status == 200 for request in requests)
-    paths = list(itertools.islice(itertools.cycle(photos), good))
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder, serving(model, threads) as (address, process):
+        paths = files_of(requests, Path(folder))
         names = itertools.count()
 
         def bulk() -> None:
@@ -121,6 +121,7 @@ class Request:
     """What is sent, and the status and, where it is 200, the caption that must come back."""
 
     path: str
+    image: bytes
     body: bytes
     status: int
     caption: str = ""
@@ -144,11 +145,20 @@ def make_requests(photos: Sequence[bytes], captions: Sequence[str], count: int) 
         if number % BAD_EVERY == 0:
             photo = next(pairs)[0]
             broken = photo[: len(photo) // 3] if number % 2 else b"no image"
-            requests.append(Request(path, _body(path, broken), 400))
+            requests.append(Request(path, broken, _body(path, broken), 400))
         else:
             photo, caption = next(pairs)
-            requests.append(Request(path, _body(path, photo), 200, caption))
+            requests.append(Request(path, photo, _body(path, photo), 200, caption))
     return requests
+
+
+def files_of(requests: Sequence[Request], folder: Path) -> list[Path]:
+    """A file in `folder` with the image of each request, bad ones among them."""
+    files: dict[bytes, Path] = {}
+    for image in {request.image for request in requests}:
+        files[image] = folder / f"{len(files)}.jpg"
+        files[image].write_bytes(image)
+    return [files[request.image] for request in requests]
 
 
 def _body(path: str, photo: bytes) -> bytes:
@@ -330,7 +340,7 @@ def render(result: dict[str, Any]) -> str:
             f"{result['model']} ({machine['cpu']}, {machine['threads']} threads; {versions})",
             f"{result['photos']} photos, one of medium size {photo['width']} x {photo['height']} "
             f"pixels and {photo['kilobytes']} KB; {result['requests']} requests a round, "
-            f"{result['bad_requests']} of them bad, from "
+            f"{result['bad_requests']} of them with bad files, which capexport caption gets, too; "
             f"{result['clients']} clients on the same machine, {result['rounds']} rounds in turn; "
             f"load average {load['before']:.1f} before, {load['after']:.1f} after",
             "",
