@@ -66,8 +66,9 @@ SECTIONS = (
     (
         "CNN-LSTM: many files with Ray",
         "python benchmarks/cluster.py --photos photos/",
-        "`capexport.ray.caption_files` against `capexport caption`, on one machine, whose cores "
-        "other processes shared: the load average is that before each run.",
+        "`capexport.ray.caption_files` against `capexport caption`, on one machine. A run is a "
+        "whole process, with Ray's start and end of some seconds; the load average is that before "
+        "it.",
         "cluster.md",
     ),
     (
