@@ -48,6 +48,7 @@ def compared_images(photos: Sequence[ImageSource]) -> list[ImageSource]:
     return images
 
 
+@np.errstate(invalid="ignore")  # an error tells it, without numpy's warnings
 def compare_outputs(
     graph: str, expected: Mapping[str, FloatArray], actual: Mapping[str, FloatArray]
 ) -> float:
@@ -75,6 +76,7 @@ def compare_outputs(
     return worst
 
 
+@np.errstate(invalid="ignore", divide="ignore")
 def relative_error(wanted: np.ndarray, got: np.ndarray) -> float:
     """Root mean square of the difference, as a share of that of `wanted`; computed in float32."""
     difference = np.square(wanted - got.astype(np.float32)).mean()

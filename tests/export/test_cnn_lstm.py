@@ -403,6 +403,7 @@ def test_the_checkpoint_stays_as_it_is(checkpoint: Checkpoint):
         checkpoint.model.eval()
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_parity_takes_no_nan(value: float):
     wanted = {"logits": np.ones((2, 3), np.float32)}
