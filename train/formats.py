@@ -40,6 +40,12 @@ _FLICKR_SPLITS = {
 FLICKR8K_SPLIT = ", ".join(_FLICKR_SPLITS.values())
 _COCO_FILE = re.compile(r"captions_(train|val|test)(\w*)\.json")
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+# What captions that have a name of their own may be called.
+_RENAMED = {
+    ".jsonl": "metadata.jsonl",
+    ".json": "captions_train.json (COCO's form) or dataset_coco.json (Karpathy's)",
+    **dict.fromkeys((".csv", ".tsv", ".txt", ".token"), "captions.txt"),
+}
 # Where captions lie, beside the data folder itself.
 _PLACES = (
     ".",
@@ -106,6 +112,8 @@ def find_captions(folder: Path, official: str | None) -> tuple[Source, Contents,
     Raises:
         DatasetError: no such folder, no such captions, or none whose photos are there.
     """
+    if folder.is_file():
+        raise DatasetError(f"{folder}: a file; pass the folder that it lies in")
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
     every = [source for find in _FINDERS for source in find(folder)]
@@ -113,7 +121,7 @@ def find_captions(folder: Path, official: str | None) -> tuple[Source, Contents,
         raise DatasetError(
             f"{folder}: no captions there: neither captions.txt nor another of "
             f"{', '.join((*_KARPATHY_FILES, *_FLICKR_FILES, *_METADATA_FILES))} or "
-            "annotations/captions_*.json"
+            f"annotations/captions_*.json{_other_name(folder)}"
         )
     sources = sorted(every, key=lambda source: bool(source.split)) if official == "" else every
     if official:
@@ -128,6 +136,15 @@ def find_captions(folder: Path, official: str | None) -> tuple[Source, Contents,
         contents,
         [said.get(other.name, other.name) for other in every if other != source],
     )
+
+
+def _other_name(folder: Path) -> str:
+    """What to call the one file that may hold captions, where there is one."""
+    files = [path for path in folder.iterdir() if path.suffix.lower() in _RENAMED]
+    if len(files) != 1:
+        return ""
+    [file] = files
+    return f"; if {file.name} holds them, rename it to {_RENAMED[file.suffix.lower()]}"
 
 
 def _best(folder: Path, sources: Sequence[Source]) -> tuple[Source, Contents, dict[str, str]]:

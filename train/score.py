@@ -16,7 +16,7 @@ from capexport.artifact import FILE_NAME
 from capexport.atomic import replace_file, require_writable
 from capexport.cli import run_parser, teaching
 from capexport.cli.decoding import add_decoding, given_decoding
-from capexport.errors import importing
+from capexport.errors import OptionError, importing
 from capexport.metrics import format_scores, score, scorers
 from train.data import SPLITS, Photo, photos_as_trained
 
@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
+    if options.batch_size < 1:
+        raise OptionError("--batch-size must be at least 1")
     scorers()  # now, not after the captions
     if options.captions:
         require_writable(options.captions)

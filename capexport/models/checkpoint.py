@@ -89,6 +89,8 @@ def find_checkpoint(folder: Path) -> Path:
     for place in (folder, folder / "best"):
         if (place / FILE_NAME).exists():
             return place / FILE_NAME
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file; pass the folder that it lies in")
     raise CheckpointError(
         f"{folder}: no {FILE_NAME} there; pass a checkpoint or run folder of `python -m train`"
     )

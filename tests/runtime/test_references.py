@@ -209,6 +209,12 @@ def test_odd_lines_of_the_real_files(tmp_path: Path):
     assert read(tmp_path, "image,caption\n0.jpg,a dog\n1.jpg,\n") == {"0.jpg": ["a dog"]}
 
 
+def test_folders_between_backslashes(tmp_path: Path):
+    file = tmp_path / "captions.csv"
+    file.write_text("image,caption\nImages\\a\\0.jpg,a dog\nImages/a/0.jpg,a cat\n")
+    assert read_captions(file) == [CaptionedImage("Images/a/0.jpg", ["a dog", "a cat"])]
+
+
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [

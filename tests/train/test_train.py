@@ -569,6 +569,30 @@ def test_unreadable_photos_are_listed_and_skipped(data, options, tmp_path):
         assert load_checkpoint(tmp_path / run).training["photos"]["train"] < 32 + 1
 
 
+def test_words_that_are_not_learnt_are_told(options, tmp_path, capsys):
+    data = shutil.copytree(options[options.index("--data") + 1], tmp_path / "data")
+    options[options.index("--data") + 1] = str(data)
+    options[options.index("--min-count") + 1] = "5"
+    lines = [f"{index:03}.jpg,dog 犬 🐶\n{index:03}.jpg,🐶" for index in range(40)]
+    rare = [f"000.jpg,cat rare{'xyz'[index]}" for index in range(3)]
+    (data / "captions.txt").write_text("image,caption\n" + "\n".join(lines), encoding="utf-8")
+    assert main([*options, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "a vocabulary of 5, without 0.0% of their words, which become <UNK>" in said
+    assert "left out: 32 captions without a word left after the cleaning" in said
+    (data / "captions.txt").write_text("image,caption\n" + "\n".join(lines[1:40] + rare))
+    assert main([*options, "--epochs", "1", "--out", str(tmp_path / "rare")]) == 0
+    assert "without 16.2% of their words" in capsys.readouterr().out
+
+
+def test_captions_without_words_are_refused_first(options, tmp_path, capsys):
+    data = kaggle(tmp_path / "data")
+    options[options.index("--data") + 1] = str(data)
+    options[options.index("--backbone-weights") + 1] = str(tmp_path / "nothing")
+    assert main([*options, "--min-count", "1000", "--out", str(tmp_path / "run")]) == 2
+    assert "no word is in the captions for train 1000 times" in capsys.readouterr().err
+
+
 def test_backbone_weights_that_cannot_be_used(tmp_path, monkeypatch, options, capsys):
     encoder = ImageEncoder(CnnLstmConfig(1))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -611,6 +635,11 @@ def test_usage_errors(capsys, options, tmp_path):
         assert len(error.splitlines()) == 1
     assert score_module.main([str(tmp_path), "--data", str(tmp_path)]) == 2
     assert "no checkpoint.json" in capsys.readouterr().err
+    assert score_module.main([str(tmp_path), "--data", str(tmp_path), "--batch-size", "0"]) == 2
+    assert "--batch-size must be at least 1" in capsys.readouterr().err
+    (tmp_path / "checkpoint.json").touch()
+    assert score_module.main([str(tmp_path / "checkpoint.json"), "--data", str(tmp_path)]) == 2
+    assert "a file; pass the folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--keep-articles" in capsys.readouterr().out
