@@ -27,7 +27,7 @@ from capexport.artifact import FILE_NAME
 from capexport.cli import run_parser, teaching
 from capexport.errors import DatasetError, ImageError
 from capexport.families.cnn_lstm import Vocabulary
-from capexport.preprocessing import load_image
+from capexport.preprocessing import ImageSpec, preprocess
 from train.formats import FLICKR8K_SPLIT, find_captions
 
 SPLITS = ("train", "validation", "test")
@@ -310,6 +310,16 @@ def readable(
             yield from pool.map(attempt, paths[start : start + _READ_AHEAD])
 
 
+def check_photo(path: Path) -> bool:
+    """Whether every captioner can take a photo, for `readable`.
+
+    Raises:
+        ImageError: it cannot be decoded, or is a strip that none takes.
+    """
+    preprocess(path, ImageSpec())
+    return True
+
+
 def photos_as_trained(
     data: Path, split: str, captioner: Path | None, seed: int | None
 ) -> list[Photo]:
@@ -338,9 +348,9 @@ def photos_as_trained(
         raise DatasetError(f"{captioner}: says no split that can be made: {numbers}") from error
     name_of = {photo.path: photo.name for photo in dataset.splits[split]}
     checked = tqdm(
-        readable(list(name_of), load_image), "checking photos", len(name_of), leave=False
+        readable(list(name_of), check_photo), "checking photos", len(name_of), leave=False
     )
-    dataset.skip("unreadable images", [name_of[path] for path, image in checked if image is None])
+    dataset.skip("unreadable images", [name_of[path] for path, good in checked if not good])
     photos = dataset.splits[split]
     for reason, names in dataset.skipped.items():
         print(f"left out: {len(names)} {reason}, {names[0]} for one", file=sys.stderr)

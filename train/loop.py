@@ -27,7 +27,7 @@ from capexport.metrics import cider, format_scores, score, scorers
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
 from capexport.models.torch_captioner import TorchDecoder, require_torch_device, torch_captioner
-from capexport.preprocessing import ImageSpec, load_image
+from capexport.preprocessing import ImageSpec
 from train import figures
 from train.config import TrainConfig
 from train.data import (
@@ -35,6 +35,7 @@ from train.data import (
     Examples,
     Photo,
     build_vocabulary,
+    check_photo,
     clean,
     encode_captions,
     read_dataset,
@@ -176,8 +177,8 @@ def _features_of_readable(
         features, usable = cached, set(cached.readable)
     else:
         features = LiveFeatures(encoder, spec, config.augment, config.device)
-        checked = tqdm(readable(paths, load_image), "checking photos", len(paths))
-        usable = {path for path, image in checked if image is not None}
+        checked = tqdm(readable(paths, check_photo), "checking photos", len(paths))
+        usable = {path for path, good in checked if good}
     unreadable = (photo.name for photo in dataset.photos() if photo.path not in usable)
     dataset.skip("unreadable images", unreadable)
     return features

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import kaggle
+from conftest import draw_photo, kaggle
 from safetensors.torch import load_file, save_file
 
 from capexport import Captioner, DownloadError
@@ -30,7 +30,7 @@ from train import loop
 from train import score as score_module
 from train.__main__ import main
 from train.config import TrainConfig
-from train.data import Examples, Photo, encode_captions, read_dataset
+from train.data import Examples, Photo, encode_captions, photos_as_trained, read_dataset
 from train.features import CachedFeatures, LiveFeatures, load_backbone
 from train.folder import run_folder
 from train.objective import CiderReward, _draw, batch_loss, self_critical_loss
@@ -560,13 +560,18 @@ def test_unreadable_photos_are_listed_and_skipped(data, options, tmp_path):
     for name in ("007.jpg", "011.jpg"):
         path = broken / "Images" / name
         path.write_bytes(path.read_bytes()[:300])
+    strip = read_dataset(broken, 0.1, 0.1, 0).splits["test"][0]
+    draw_photo(0, (400, 3)).save(strip.path)
     options[options.index("--data") + 1] = str(broken)
     for run, extra in (("cached", []), ("live", ["--no-feature-cache"])):
         small = ["--epochs", "1", "--resize", "72", "--crop", "64", "--out", str(tmp_path / run)]
         assert main([*options, *small, *extra]) == 0
         skipped = json.loads((tmp_path / run / "skipped.json").read_text())
-        assert skipped == {"unreadable images": ["007.jpg", "011.jpg"]}
-        assert load_checkpoint(tmp_path / run).training["photos"]["train"] < 32 + 1
+        assert skipped == {"unreadable images": sorted(["007.jpg", "011.jpg", strip.name])}
+        photos = load_checkpoint(tmp_path / run).training["photos"]
+        assert photos["train"] < 32 + 1
+        scored = photos_as_trained(broken, "test", tmp_path / run, None)
+        assert len(scored) == photos["test"] == 3
 
 
 def test_words_that_are_not_learnt_are_told(options, tmp_path, capsys):
@@ -822,7 +827,7 @@ def test_self_critical_training_finds_the_words_that_are_rewarded():
         (["--objective", "cider"], "pass --init"),
         (["--squash", "--resize", "80"], "--squash goes without --resize"),
         (["--dropout", "1"], "below 1"),
-        (["--decoder", "attention", "--hidden-size", "30"], "4 heads do not divide"),
+        (["--decoder", "attention", "--hidden-size", "30"], "a multiple of its 4 heads"),
     ],
 )
 def test_options_that_contradict_each_other(flags, message, options, tmp_path, capsys):
