@@ -143,9 +143,10 @@ def _split(
         return {"train": told["train"], **halves}, (
             f"no test split: the validation split is halved into validation and test, seed {seed}"
         )
-    if validation <= 0 or test <= 0 or validation + test >= 1:
+    if not (validation > 0 and test > 0 and validation + test < 1):
         raise DatasetError(
-            "the shares for validation and test must leave some photos to each split"
+            "--validation and --test must leave some photos to each split: each above 0, and "
+            f"together below 1, not {validation} and {test}"
         )
     apart = told.keys() == {"train", "test"}
     order = ranked(told["train"] if apart else names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -297,9 +298,11 @@ def _located(
     """
     below = {place.rpartition("/")[0] for image in images for place in places(image)}
     best: tuple[int, Path, set[str], list[str | None]] | None = None
+    candidates = [[_composed(place) for place in places(image)] for image in images]
     for root in (folder / name for name in (".", *_IMAGE_FOLDERS)):
         present = set(_present(root, below))
-        names = [next((p for p in places(image) if p in present), None) for image in images]
+        there = {_composed(name): name for name in present}
+        names = [next((there[p] for p in tried if p in there), None) for tried in candidates]
         found = len(names) - names.count(None)
         if best is None or found > best[0]:
             best = found, root, present, names
@@ -318,6 +321,11 @@ def _located(
             contents.told.setdefault(_split_of(image), []).append(name)
     contents.uncaptioned = _images_beside(contents.captions.keys() & present, present)
     return contents
+
+
+def _composed(name: str) -> str:
+    """An accented letter as one character: macOS, and what it packs, has it as two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _split_of(image: CaptionedImage) -> str:

@@ -87,7 +87,8 @@ def _score(options: argparse.Namespace) -> int:
     changes: Any = given_decoding(options)
     captions = caption_photos(captioner, photos, options.batch_size, **changes)
     if options.captions:
-        replace_file(options.captions, json.dumps(captions, indent=1) + "\n")
+        text = json.dumps(captions, indent=1, ensure_ascii=False)
+        replace_file(options.captions, text + "\n")
     scores = score(captions, {photo.name: photo.captions for photo in photos})
     print(f"{len(photos)} photos: {format_scores(scores)}")
     print(json.dumps(scores))

@@ -338,6 +338,16 @@ def test_links_are_followed(tmp_path: Path):
     assert len(dataset.photos()) == 19
 
 
+def test_accents_of_file_names_may_be_letters_of_their_own(tmp_path: Path):
+    folder = kaggle(tmp_path)
+    (folder / "Images" / "000.jpg").rename(folder / "Images" / "e\u0301te\u0301.jpg")
+    text = (folder / "captions.txt").read_text().replace("000.jpg", "\u00e9t\u00e9.jpg")
+    (folder / "captions.txt").write_text(text, encoding="utf-8")
+    dataset = read_dataset(folder, 0.1, 0.1, 0)
+    assert not dataset.skipped
+    assert all(photo.path.is_file() for photo in dataset.photos())
+
+
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
@@ -385,6 +395,12 @@ def test_the_official_split_counts_where_it_is(texts: str, tmp_path: Path):
     assert names(read_dataset(folder, 0.1, 0.1, seed=0)) == {
         split: [f"{index:03}.jpg" for index in indices] for split, indices in wanted.items()
     }
+
+
+@pytest.mark.parametrize("shares", [(0, 0.1), (0.6, 0.4), (float("nan"), 0.1)])
+def test_shares_that_leave_a_split_empty(shares: tuple[float, float], tmp_path: Path):
+    with pytest.raises(DatasetError, match="--validation and --test must leave"):
+        read_dataset(kaggle(tmp_path), *shares, seed=0)
 
 
 def test_three_photos_are_enough(tmp_path: Path):
