@@ -16,7 +16,7 @@ from capexport.artifact import FILE_NAME
 from capexport.atomic import replace_file, require_writable
 from capexport.cli import run_parser, teaching
 from capexport.cli.decoding import add_decoding, given_decoding
-from capexport.errors import OptionError, importing
+from capexport.errors import OptionError, OutputExistsError, importing
 from capexport.metrics import format_scores, score, scorers
 from train.data import SPLITS, Photo, photos_as_trained
 
@@ -76,6 +76,8 @@ def _score(options: argparse.Namespace) -> int:
     scorers()  # now, not after the captions
     if options.captions:
         require_writable(options.captions)
+        if options.captions.is_dir():
+            raise OutputExistsError(f"{options.captions}: a folder, not the name of a file")
     if (options.captioner / FILE_NAME).exists():
         captioner = Captioner.load(options.captioner)
     else:
@@ -87,6 +89,7 @@ def _score(options: argparse.Namespace) -> int:
     changes: Any = given_decoding(options)
     captions = caption_photos(captioner, photos, options.batch_size, **changes)
     if options.captions:
+        options.captions.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(captions, indent=1, ensure_ascii=False)
         replace_file(options.captions, text + "\n")
     scores = score(captions, {photo.name: photo.captions for photo in photos})

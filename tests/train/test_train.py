@@ -386,7 +386,7 @@ def test_scoring_takes_the_split_of_the_run(data, options, tmp_path, capsys):
     gone = dataset.splits["test"][0]
     gone.path.write_bytes(gone.path.read_bytes()[:300])
     options[options.index("--data") + 1] = str(broken)
-    run, file = tmp_path / "run", tmp_path / "captions.json"
+    run, file = tmp_path / "run", tmp_path / "new" / "captions.json"
     shares = ["--validation", "0.2", "--test", "0.3", "--seed", "7", "--epochs", "1"]
     assert main([*options, *shares, "--out", str(run)]) == 0
     assert capexport(["lstm", str(run), "--out", str(tmp_path / "artifact")]) == 0
@@ -398,6 +398,8 @@ def test_scoring_takes_the_split_of_the_run(data, options, tmp_path, capsys):
         assert said.keys() == wanted
         assert said == json.loads((run / "test.json").read_text())["captions"]
         assert "does not say" not in capsys.readouterr().err
+    assert score_module.main([str(run), "--data", str(broken), "--captions", str(tmp_path)]) == 2
+    assert "a folder, not the name of a file" in capsys.readouterr().err
 
 
 def test_no_picture_stops_a_training(options, tmp_path, capsys, monkeypatch):
