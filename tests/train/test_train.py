@@ -431,10 +431,18 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def fill_the_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.safetensors")
+
+
 @pytest.mark.parametrize(
     ("stop", "code"),
-    [(interrupt, 130), (functools.partial(signal.raise_signal, signal.SIGTERM), 143)],
-    ids=["Ctrl-C", "SIGTERM"],
+    [
+        (interrupt, 130),
+        (functools.partial(signal.raise_signal, signal.SIGTERM), 143),
+        (fill_the_disk, 2),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "full disk"],
 )
 def test_interruption_keeps_the_last_epoch(stop, code, options, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
