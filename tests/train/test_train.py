@@ -21,6 +21,7 @@ from conftest import draw_photo, kaggle
 from safetensors.torch import load_file, save_file
 
 from capexport import Captioner, DownloadError
+from capexport.bench.sheet import Entry, draw_sheet
 from capexport.cli import main as capexport
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.checkpoint import load_checkpoint, save_checkpoint
@@ -400,6 +401,15 @@ def test_scoring_takes_the_split_of_the_run(data, options, tmp_path, capsys):
         assert "does not say" not in capsys.readouterr().err
     assert score_module.main([str(run), "--data", str(broken), "--captions", str(tmp_path)]) == 2
     assert "a folder, not the name of a file" in capsys.readouterr().err
+
+
+def test_letters_that_the_font_lacks_are_told_once(tmp_path):
+    draw_photo(0).save(tmp_path / "0.jpg")
+    sheet = tmp_path / "sheet.png"
+    with pytest.warns(UserWarning) as told:
+        draw_sheet([Entry(tmp_path / "0.jpg", {"CNN-LSTM": "\U00013000\U00013001 dog"})], sheet)
+    assert len(told) == 1
+    assert f"{sheet}: Glyph" in str(told[0].message)
 
 
 def test_no_picture_stops_a_training(options, tmp_path, capsys, monkeypatch):
