@@ -214,11 +214,12 @@ def _json_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, list[str
             continue
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or not ("text" in row or "caption" in row):
+            named = isinstance(row, dict) and "file_name" in row
+            if not (named and ("text" in row or "caption" in row)):
                 raise ValueError('not an object with "file_name" and "text"')
             text = row.get("text", row.get("caption"))
             texts = text if isinstance(text, list) else [] if text is None else [text]
-            yield _inside(row.get("file_name")), _stripped(texts)
+            yield _inside(row["file_name"]), _stripped(texts)
         except (ValueError, RecursionError) as error:
             raise DatasetError(f"{file}, line {number}: {error}") from None
 
