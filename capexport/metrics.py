@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -169,10 +170,20 @@ def _by_treebank(java: str, texts: Texts) -> Texts:
 
 
 def _by_regular_expression(texts: Texts) -> Texts:
+    words = _words()
     return {
-        name: [" ".join(re.findall(r"'s|n't|\w+(?:-\w+)*", text.lower())) for text in some]
+        name: [" ".join(words.findall(unicodedata.normalize("NFC", text).lower())) for text in some]
         for name, some in texts.items()
     }
+
+
+@functools.cache
+def _words() -> re.Pattern[str]:
+    r"""What a word is. To `\w` the vowel signs of Hindi or Thai are none of it."""
+    signs = (chr(code) for code in range(0x300, 0x1F000))
+    marks = "".join(sign for sign in signs if unicodedata.category(sign) in ("Mn", "Mc", "Cf"))
+    word = rf"\w[\w{re.escape(marks)}]*"
+    return re.compile(f"'s|n't|{word}(?:-{word})*")
 
 
 def _meteor(java: str, human: Texts, generated: Texts) -> float:

@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from capexport.errors import DatasetError
@@ -127,7 +127,7 @@ def _inside(name: Any) -> str:
     path = PureWindowsPath(name)  # for it, / and \ are both separators
     if path.anchor or ".." in path.parts:
         raise ValueError(f"{name!r} leads out of the data folder")
-    return str(PurePosixPath(name))
+    return path.as_posix()
 
 
 def _stripped(captions: Iterable[Any]) -> list[str]:
@@ -214,11 +214,12 @@ def _json_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, list[str
             continue
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or not ("text" in row or "caption" in row):
+            named = isinstance(row, dict) and "file_name" in row
+            if not (named and ("text" in row or "caption" in row)):
                 raise ValueError('not an object with "file_name" and "text"')
             text = row.get("text", row.get("caption"))
             texts = text if isinstance(text, list) else [] if text is None else [text]
-            yield _inside(row.get("file_name")), _stripped(texts)
+            yield _inside(row["file_name"]), _stripped(texts)
         except (ValueError, RecursionError) as error:
             raise DatasetError(f"{file}, line {number}: {error}") from None
 
@@ -263,8 +264,8 @@ def _layout(first: str) -> _Layout:
         if sorted(columns) in (["caption", "image"], ["caption", "image", "number"]):
             return _Layout(delimiter, columns, header=True)
     raise ValueError(
-        f"unknown columns {first.strip()[:80]!r}: the first line must name them, as in "
-        "image,caption or image_name,comment_number,comment, or hold a file name and its caption"
+        f"unknown columns {first.strip()[:80]!r}: the first line must name them, and no others, as "
+        "in image,caption or image_name,comment_number,comment, or hold a file name and its caption"
     )
 
 

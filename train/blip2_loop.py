@@ -38,11 +38,21 @@ from capexport.models.blip2_checkpoint import (
     read_checkpoint,
 )
 from capexport.models.torch_captioner import require_torch_device
-from capexport.preprocessing import ImageSpec, load_image, preprocess
+from capexport.preprocessing import ImageSpec, preprocess
 from train import figures
 from train.blip2 import Blip2TrainConfig
 from train.blip2_folder import new_model_folder, read_trained, write_card, write_trained
-from train.data import Dataset, Example, Examples, Ids, Photo, pack, read_dataset, readable
+from train.data import (
+    Dataset,
+    Example,
+    Examples,
+    Ids,
+    Photo,
+    check_photo,
+    pack,
+    read_dataset,
+    readable,
+)
 from train.run import (
     History,
     load_state,
@@ -179,8 +189,8 @@ def train(config: Blip2TrainConfig) -> FineTuning:
     inputs = CaptionInputs(checkpoint, config.prompt)
     _examples(dataset, inputs)  # whose errors need not wait for the photos and the model
     names = {photo.path: photo.name for photo in dataset.photos()}
-    checked = tqdm(readable(list(names), load_image), "checking photos", len(names))
-    dataset.skip("unreadable images", [names[path] for path, image in checked if image is None])
+    checked = tqdm(readable(list(names), check_photo), "checking photos", len(names))
+    dataset.skip("unreadable images", [names[path] for path, good in checked if not good])
     model = load_pretrained(checkpoint, _frozen_dtype(config)).requires_grad_(False)
     parts = TrainedParts(model).float().requires_grad_(True)
     parts.load_state_dict(stored_parts(checkpoint, parts))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import string
 import sys
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from capexport.artifact import FILE_NAME
 from capexport.cli import run_parser, teaching
 from capexport.errors import DatasetError, ImageError
 from capexport.families.cnn_lstm import Vocabulary
-from capexport.preprocessing import load_image
+from capexport.preprocessing import ImageSpec, preprocess
 from train.formats import FLICKR8K_SPLIT, find_captions
 
 SPLITS = ("train", "validation", "test")
@@ -73,7 +74,9 @@ class Dataset:
         for split, photos in self.splits.items():
             self.splits[split] = [photo for photo in photos if photo.name not in gone]
             if not self.splits[split]:
-                left_out = "; ".join(f"{len(v)} {k}" for k, v in self.skipped.items())
+                left_out = "; ".join(
+                    f"{len(v)} {k}, {v[0]} for one" for k, v in self.skipped.items()
+                )
                 raise DatasetError(
                     f"no usable photo is left for {split}" + (f" ({left_out})" if left_out else "")
                 )
@@ -140,15 +143,21 @@ def _split(
         return {"train": told["train"], **halves}, (
             f"no test split: the validation split is halved into validation and test, seed {seed}"
         )
-    if validation <= 0 or test <= 0 or validation + test >= 1:
+    if not (validation > 0 and test > 0 and validation + test < 1):
         raise DatasetError(
-            "the shares for validation and test must leave some photos to each split"
+            "--validation and --test must leave some photos to each split: each above 0, and "
+            f"together below 1, not {validation} and {test}"
         )
     apart = told.keys() == {"train", "test"}
     order = ranked(told["train"] if apart else names)
-    n_validation = round(len(order) * validation)
-    n_test = 0 if apart else round(len(order) * test)
+    # Of a handful of photos, a split still gets one.
+    n_validation = max(1, round(len(order) * validation))
+    n_test = 0 if apart else max(1, round(len(order) * test))
     n_train = len(order) - n_validation - n_test
+    if n_train < 1:
+        raise DatasetError(
+            f"too few photos with captions to divide among train, validation and test: {len(order)}"
+        )
     cut = {
         "train": order[:n_train],
         "validation": order[n_train : n_train + n_validation],
@@ -161,14 +170,36 @@ def _split(
     )
 
 
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+class _Punctuation(dict[int, int | None]):
+    """What `str.translate` makes of each character: nothing of punctuation in any script."""
+
+    def __missing__(self, code: int) -> int | None:
+        sign = chr(code)
+        punctuation = sign in string.punctuation or unicodedata.category(sign)[0] == "P"
+        self[code] = None if punctuation else code
+        return self[code]
+
+
+_NO_PUNCTUATION = _Punctuation()
 
 
 def clean(caption: str, keep_articles: bool) -> list[str]:
     """The published cleaning: lower case, no punctuation, no words with digits or other
-    non-letters, and no single letters unless `keep_articles`."""
-    words = caption.lower().translate(_NO_PUNCTUATION).split()
-    return [word for word in words if word.isalpha() and (keep_articles or len(word) > 1)]
+    non-letters, and no single letters unless `keep_articles`. An accent or a vowel sign belongs to
+    its letter, however it is encoded."""
+    text = unicodedata.normalize("NFC", caption).lower().translate(_NO_PUNCTUATION)
+    return [word for word in text.split() if _spells(word) and (keep_articles or len(word) > 1)]
+
+
+def _spells(word: str) -> bool:
+    """Whether a word is all letters, with the marks and joiners that some scripts write them by."""
+    return word.isalpha() or (
+        word[0].isalpha()
+        and all(sign.isalpha() or unicodedata.category(sign) in _IN_WORDS for sign in word)
+    )
+
+
+_IN_WORDS = ("Mn", "Mc", "Cf")
 
 
 def build_vocabulary(captions: Iterable[list[str]], min_count: int) -> Vocabulary:
@@ -280,6 +311,16 @@ def readable(
             yield from pool.map(attempt, paths[start : start + _READ_AHEAD])
 
 
+def check_photo(path: Path) -> bool:
+    """Whether every captioner can take a photo, for `readable`.
+
+    Raises:
+        ImageError: it cannot be decoded, or is a strip that none takes.
+    """
+    preprocess(path, ImageSpec())
+    return True
+
+
 def photos_as_trained(
     data: Path, split: str, captioner: Path | None, seed: int | None
 ) -> list[Photo]:
@@ -308,9 +349,9 @@ def photos_as_trained(
         raise DatasetError(f"{captioner}: says no split that can be made: {numbers}") from error
     name_of = {photo.path: photo.name for photo in dataset.splits[split]}
     checked = tqdm(
-        readable(list(name_of), load_image), "checking photos", len(name_of), leave=False
+        readable(list(name_of), check_photo), "checking photos", len(name_of), leave=False
     )
-    dataset.skip("unreadable images", [name_of[path] for path, image in checked if image is None])
+    dataset.skip("unreadable images", [name_of[path] for path, good in checked if not good])
     photos = dataset.splits[split]
     for reason, names in dataset.skipped.items():
         print(f"left out: {len(names)} {reason}, {names[0]} for one", file=sys.stderr)

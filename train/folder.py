@@ -41,11 +41,12 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     remove_dead_drafts(folder)
             tempfile.TemporaryFile(dir=out).close()  # now, not after the image features
-            yield
-        except KeyboardInterrupt:
-            if (out / STATE).exists():
-                print(f"\n{out}/best is usable; --resume {out} goes on", file=sys.stderr)
-            raise
+            try:
+                yield
+            except (KeyboardInterrupt, OSError):  # such as a full disk
+                if (out / STATE).exists():
+                    print(f"\n{out}/best is usable; --resume {out} goes on", file=sys.stderr)
+                raise
         finally:
             with contextlib.suppress(OSError):
                 out.rmdir()  # where it is empty

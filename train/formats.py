@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,6 +41,12 @@ _FLICKR_SPLITS = {
 FLICKR8K_SPLIT = ", ".join(_FLICKR_SPLITS.values())
 _COCO_FILE = re.compile(r"captions_(train|val|test)(\w*)\.json")
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+# What captions that have a name of their own may be called.
+_RENAMED = {
+    ".jsonl": "metadata.jsonl",
+    ".json": "captions_train.json (COCO's form) or dataset_coco.json (Karpathy's)",
+    **dict.fromkeys((".csv", ".tsv", ".txt", ".token"), "captions.txt"),
+}
 # Where captions lie, beside the data folder itself.
 _PLACES = (
     ".",
@@ -106,6 +113,8 @@ def find_captions(folder: Path, official: str | None) -> tuple[Source, Contents,
     Raises:
         DatasetError: no such folder, no such captions, or none whose photos are there.
     """
+    if folder.is_file():
+        raise DatasetError(f"{folder}: a file; pass the folder that it lies in")
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
     every = [source for find in _FINDERS for source in find(folder)]
@@ -113,7 +122,7 @@ def find_captions(folder: Path, official: str | None) -> tuple[Source, Contents,
         raise DatasetError(
             f"{folder}: no captions there: neither captions.txt nor another of "
             f"{', '.join((*_KARPATHY_FILES, *_FLICKR_FILES, *_METADATA_FILES))} or "
-            "annotations/captions_*.json"
+            f"annotations/captions_*.json{_other_name(folder)}"
         )
     sources = sorted(every, key=lambda source: bool(source.split)) if official == "" else every
     if official:
@@ -128,6 +137,15 @@ def find_captions(folder: Path, official: str | None) -> tuple[Source, Contents,
         contents,
         [said.get(other.name, other.name) for other in every if other != source],
     )
+
+
+def _other_name(folder: Path) -> str:
+    """What to call the one file that may hold captions, where there is one."""
+    files = [path for path in folder.iterdir() if path.suffix.lower() in _RENAMED]
+    if len(files) != 1:
+        return ""
+    [file] = files
+    return f"; if {file.name} holds them, rename it to {_RENAMED[file.suffix.lower()]}"
 
 
 def _best(folder: Path, sources: Sequence[Source]) -> tuple[Source, Contents, dict[str, str]]:
@@ -280,9 +298,11 @@ def _located(
     """
     below = {place.rpartition("/")[0] for image in images for place in places(image)}
     best: tuple[int, Path, set[str], list[str | None]] | None = None
+    candidates = [[_composed(place) for place in places(image)] for image in images]
     for root in (folder / name for name in (".", *_IMAGE_FOLDERS)):
         present = set(_present(root, below))
-        names = [next((p for p in places(image) if p in present), None) for image in images]
+        there = {_composed(name): name for name in present}
+        names = [next((there[p] for p in tried if p in there), None) for tried in candidates]
         found = len(names) - names.count(None)
         if best is None or found > best[0]:
             best = found, root, present, names
@@ -301,6 +321,11 @@ def _located(
             contents.told.setdefault(_split_of(image), []).append(name)
     contents.uncaptioned = _images_beside(contents.captions.keys() & present, present)
     return contents
+
+
+def _composed(name: str) -> str:
+    """An accented letter as one character: macOS, and what it packs, has it as two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _split_of(image: CaptionedImage) -> str:

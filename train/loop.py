@@ -27,7 +27,7 @@ from capexport.metrics import cider, format_scores, score, scorers
 from capexport.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from capexport.models.cnn_lstm import CnnLstm, CnnLstmConfig, ImageEncoder
 from capexport.models.torch_captioner import TorchDecoder, require_torch_device, torch_captioner
-from capexport.preprocessing import ImageSpec, load_image
+from capexport.preprocessing import ImageSpec
 from train import figures
 from train.config import TrainConfig
 from train.data import (
@@ -35,6 +35,7 @@ from train.data import (
     Examples,
     Photo,
     build_vocabulary,
+    check_photo,
     clean,
     encode_captions,
     read_dataset,
@@ -66,14 +67,16 @@ def train(config: TrainConfig) -> tuple[Checkpoint, Dataset]:
     torch.manual_seed(config.seed)
     if "cider" in (config.objective, config.best_by):
         scorers()
+    dataset = read_dataset(config.data, config.validation, config.test, config.seed)
     begun = _begun(config.init, config.keep_articles) if config.init else None
+    if not begun:
+        _vocabulary(dataset, config)  # refused now, not after a download and the image features
     network = begun.model.config if begun else _network(config)
     encoder = begun.model.encoder if begun else ImageEncoder(network)
     if not begun:
         load_backbone(encoder, config.backbone_weights)
     encoder.train_from = _first_trained(encoder, config)
     encoder.to(config.device)
-    dataset = read_dataset(config.data, config.validation, config.test, config.seed)
     spec = begun.image if begun else config.image
     features = _features_of_readable(dataset, encoder, spec, config)
 
@@ -119,7 +122,13 @@ def _network(config: TrainConfig) -> CnnLstmConfig:
 def _vocabulary(dataset: Dataset, config: TrainConfig) -> Vocabulary:
     photos = dataset.splits["train"]
     captions = (clean(c, config.keep_articles) for photo in photos for c in photo.captions)
-    return build_vocabulary(captions, config.min_count)
+    vocabulary = build_vocabulary(captions, config.min_count)
+    if len(vocabulary) == len(Vocabulary.SPECIALS):
+        raise DatasetError(
+            f"{config.data}: no word is in the captions for train {config.min_count} times (a word "
+            "is what stands between spaces, all letters): pass a lower --min-count"
+        )
+    return vocabulary
 
 
 def _first_trained(encoder: ImageEncoder, config: TrainConfig) -> int:
@@ -168,8 +177,8 @@ def _features_of_readable(
         features, usable = cached, set(cached.readable)
     else:
         features = LiveFeatures(encoder, spec, config.augment, config.device)
-        checked = tqdm(readable(paths, load_image), "checking photos", len(paths))
-        usable = {path for path, image in checked if image is not None}
+        checked = tqdm(readable(paths, check_photo), "checking photos", len(paths))
+        usable = {path for path, good in checked if good}
     unreadable = (photo.name for photo in dataset.photos() if photo.path not in usable)
     dataset.skip("unreadable images", unreadable)
     return features
@@ -247,10 +256,16 @@ def _examples(
     for split, found in examples.items():
         if not len(found):
             raise DatasetError(f"no caption for {split} has a word left after the cleaning")
+    photos, learnt = dataset.splits["train"], examples["train"]
+    captions = len(learnt.places)
+    words = len(learnt.ids) - 2 * captions  # without <SOS> and <EOS>
+    unknown = int((learnt.ids == Vocabulary.UNKNOWN).sum())
     print(
-        f"{len(dataset.splits['train'])} photos and {len(examples['train'].places)} captions to "
-        f"train on, a vocabulary of {len(vocabulary)}"
+        f"{len(photos)} photos and {captions} captions to train on, a vocabulary of "
+        f"{len(vocabulary)}, without {unknown / words:.1%} of their words, which become <UNK>"
     )
+    if empty := sum(len(photo.captions) for photo in photos) - captions:
+        print(f"left out: {empty} captions without a word left after the cleaning")
     return examples
 
 

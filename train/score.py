@@ -16,7 +16,7 @@ from capexport.artifact import FILE_NAME
 from capexport.atomic import replace_file, require_writable
 from capexport.cli import run_parser, teaching
 from capexport.cli.decoding import add_decoding, given_decoding
-from capexport.errors import importing
+from capexport.errors import OptionError, OutputExistsError, importing
 from capexport.metrics import format_scores, score, scorers
 from train.data import SPLITS, Photo, photos_as_trained
 
@@ -71,9 +71,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
+    if options.batch_size < 1:
+        raise OptionError("--batch-size must be at least 1")
     scorers()  # now, not after the captions
     if options.captions:
         require_writable(options.captions)
+        if options.captions.is_dir():
+            raise OutputExistsError(f"{options.captions}: a folder, not the name of a file")
     if (options.captioner / FILE_NAME).exists():
         captioner = Captioner.load(options.captioner)
     else:
@@ -85,7 +89,9 @@ def _score(options: argparse.Namespace) -> int:
     changes: Any = given_decoding(options)
     captions = caption_photos(captioner, photos, options.batch_size, **changes)
     if options.captions:
-        replace_file(options.captions, json.dumps(captions, indent=1) + "\n")
+        options.captions.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(captions, indent=1, ensure_ascii=False)
+        replace_file(options.captions, text + "\n")
     scores = score(captions, {photo.name: photo.captions for photo in photos})
     print(f"{len(photos)} photos: {format_scores(scores)}")
     print(json.dumps(scores))

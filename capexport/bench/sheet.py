@@ -7,6 +7,7 @@ import html
 import io
 import os
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,10 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: Path, dpi: int = 100) -> None:
     """Write a PNG so that `path` holds the old or the new picture, never part of it."""
-    with replacing_binary_file(path) as file:
+    with warnings.catch_warnings(record=True) as found, replacing_binary_file(path) as file:
         figure.savefig(file, dpi=dpi, format="png")
+    for first in found[:1]:  # there is one for each letter that the font lacks
+        warnings.warn(f"{path}: {first.message}", stacklevel=2)
 
 
 def write_page(entries: Sequence[Entry], path: Path) -> None:

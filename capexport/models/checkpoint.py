@@ -48,6 +48,11 @@ class Checkpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
 
+    def __post_init__(self) -> None:
+        words, rows = len(self.vocabulary), self.model.config.vocabulary_size
+        if words != rows:
+            raise ValueError(f"{words} words in the vocabulary of a model of {rows}")
+
 
 def save_checkpoint(
     checkpoint: Checkpoint, folder: Path, dtype: torch.dtype = torch.float32
@@ -89,6 +94,8 @@ def find_checkpoint(folder: Path) -> Path:
     for place in (folder, folder / "best"):
         if (place / FILE_NAME).exists():
             return place / FILE_NAME
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file; pass the folder that it lies in")
     raise CheckpointError(
         f"{folder}: no {FILE_NAME} there; pass a checkpoint or run folder of `python -m train`"
     )
@@ -112,8 +119,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             )
         weights = path.parent / Path(document["weights"]["file"]).name
         checkpoint = Checkpoint(
-            model=CnnLstm(CnnLstmConfig(**document["config"])),
-            vocabulary=Vocabulary(tuple(document["vocabulary"])),
+            model=CnnLstm(typed(CnnLstmConfig, document["config"], "config")),
+            vocabulary=Vocabulary(typed(tuple[str, ...], document["vocabulary"], "vocabulary")),
             image=typed(ImageSpec, document["image"], "image"),
             decoding=document.get("decoding", {}),
             training=document["training"],
@@ -131,6 +138,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: damaged checkpoint: {error}") from error
+        missing = "it says no " if isinstance(error, KeyError) else ""
+        raise CheckpointError(f"{path}: damaged checkpoint: {missing}{error}") from error
     checkpoint.model.eval()
     return checkpoint

@@ -45,7 +45,9 @@ class CnnLstmConfig:
                     f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
                 )
         if self.hidden_size % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide a width of {self.hidden_size}")
+            raise ValueError(
+                f"hidden_size must be a multiple of its {self.heads} heads, got {self.hidden_size}"
+            )
 
 
 class ImageEncoder(nn.Module):

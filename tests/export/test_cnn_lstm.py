@@ -505,6 +505,26 @@ def test_damaged_checkpoints_are_refused(saved: Path):
         load_checkpoint(saved)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda document: document["vocabulary"].pop(), "words in the vocabulary of a model of"),
+        (lambda document: document["vocabulary"].__setitem__(5, 7), "vocabulary"),
+        (lambda document: document["config"].update(hidden_size="24"), "config.hidden_size"),
+        (lambda document: document["config"].update(hidden_size=25), "hidden_size must be"),
+        (lambda document: document["config"].update(layers=2), "layers"),
+        (lambda document: document.pop("metrics"), "it says no 'metrics'"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_refused(change, message: str, saved: Path):
+    path = saved / "checkpoint.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=f"{path}: damaged checkpoint: .*{message}"):
+        load_checkpoint(saved)
+
+
 @pytest.mark.parametrize("operator", ["ReduceMax", "Reduce\udcff"])
 def test_a_hostile_graph_is_refused_without_a_word(operator: str, tmp_path: Path):
     """Too much memory is wanted, and an operator's name is no UTF-8."""

@@ -161,7 +161,8 @@ def karpathy(**changes) -> str:
             'line 2: .*"file_name" and "text"',
         ),
         ("a.jsonl", lines([METADATA[0], ["0.jpg", "a dog"]]), 'line 2: .*"file_name" and "text"'),
-        ("a.jsonl", lines([{"text": "a dog"}]), "line 1: None is not a file name"),
+        ("a.jsonl", lines([{"image": "0.jpg", "text": "a"}]), 'line 1: .*"file_name" and "text"'),
+        ("a.jsonl", lines([{"file_name": None, "text": "a"}]), "line 1: None is not a file name"),
         ("a.jsonl", lines([{"file_name": "0.jpg", "text": 7}]), "line 1: 7 where a caption"),
         ("a.jsonl", lines([{"file_name": "a/../../0.jpg", "text": "a"}]), "line 1: .*leads out"),
         ("a.jsonl", lines([{"file_name": f"{x}/0.jpg", "text": "a"} for x in "ab"]), "two images"),
@@ -207,6 +208,12 @@ def test_odd_lines_of_the_real_files(tmp_path: Path):
     content = content.replace("| ", ",").rstrip("\n") + ",\n1.jpg,0,a cat\n1.jpg,1,\n"
     assert read(tmp_path, content) == {"0.jpg": ["A dog .", "A dog runs ."], "1.jpg": ["a cat"]}
     assert read(tmp_path, "image,caption\n0.jpg,a dog\n1.jpg,\n") == {"0.jpg": ["a dog"]}
+
+
+def test_folders_between_backslashes(tmp_path: Path):
+    file = tmp_path / "captions.csv"
+    file.write_text("image,caption\nImages\\a\\0.jpg,a dog\nImages/a/0.jpg,a cat\n")
+    assert read_captions(file) == [CaptionedImage("Images/a/0.jpg", ["a dog", "a cat"])]
 
 
 @pytest.mark.parametrize(

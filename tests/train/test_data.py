@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -337,6 +338,16 @@ def test_links_are_followed(tmp_path: Path):
     assert len(dataset.photos()) == 19
 
 
+def test_accents_of_file_names_may_be_letters_of_their_own(tmp_path: Path):
+    folder = kaggle(tmp_path)
+    (folder / "Images" / "000.jpg").rename(folder / "Images" / "e\u0301te\u0301.jpg")
+    text = (folder / "captions.txt").read_text().replace("000.jpg", "\u00e9t\u00e9.jpg")
+    (folder / "captions.txt").write_text(text, encoding="utf-8")
+    dataset = read_dataset(folder, 0.1, 0.1, 0)
+    assert not dataset.skipped
+    assert all(photo.path.is_file() for photo in dataset.photos())
+
+
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
@@ -386,6 +397,39 @@ def test_the_official_split_counts_where_it_is(texts: str, tmp_path: Path):
     }
 
 
+@pytest.mark.parametrize("shares", [(0, 0.1), (0.6, 0.4), (float("nan"), 0.1)])
+def test_shares_that_leave_a_split_empty(shares: tuple[float, float], tmp_path: Path):
+    with pytest.raises(DatasetError, match="--validation and --test must leave"):
+        read_dataset(kaggle(tmp_path), *shares, seed=0)
+
+
+def test_three_photos_are_enough(tmp_path: Path):
+    dataset = read_dataset(kaggle(tmp_path / "three", 3), 0.1, 0.1, seed=0)
+    assert [len(photos) for photos in dataset.splits.values()] == [1, 1, 1]
+    with pytest.raises(DatasetError, match=r"too few photos with captions .*: 2"):
+        read_dataset(kaggle(tmp_path / "two", 2), 0.1, 0.1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("My captions.CSV", "captions.txt"),
+        ("train.jsonl", "metadata.jsonl"),
+        ("captions.json", "captions_train.json"),
+    ],
+)
+def test_a_captions_file_of_another_name_is_told_a_known_one(name, other, tmp_path: Path):
+    folder = kaggle(tmp_path)
+    (folder / "captions.txt").rename(folder / name)
+    with pytest.raises(DatasetError, match=f"if {name} holds them, rename it to {other}"):
+        read_dataset(folder, 0.1, 0.1, seed=0)
+    with pytest.raises(DatasetError, match="a file; pass the folder that it lies in"):
+        read_dataset(folder / name, 0.1, 0.1, seed=0)
+    (folder / "also.csv").touch()
+    with pytest.raises(DatasetError, match=r"captions_\*.json$"):
+        read_dataset(folder, 0.1, 0.1, seed=0)
+
+
 def test_what_does_not_fit_is_counted_and_skipped(tmp_path: Path):
     folder = kaggle(tmp_path)
     (folder / "Images" / "003.jpg").unlink()
@@ -425,6 +469,23 @@ def test_cleaning():
         "mans", "dogs", "and", "tricolored", "cat", "run", "fast"
     ]  # fmt: skip
     assert clean("A dog .", keep_articles=True) == ["a", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("L’homme “court” — vite…", ["lhomme", "court", "vite"]),  # noqa: RUF001
+        ("E\u0301te\u0301", ["été"]),
+        ("एक लड़का घास पर दौड़ रहा है।", ["एक", "लड़का", "घास", "पर", "दौड़", "रहा", "है"]),
+        ("สุนัข วิ่ง บน หญ้า", ["สุนัข", "วิ่ง", "บน", "หญ้า"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),  # noqa: RUF001
+        ("一 只 狗 ， 跑 。", ["一", "只", "狗", "跑"]),  # noqa: RUF001
+        ("❤\ufe0f dog 🐶 2nd \ufe0f ²", ["dog"]),
+    ],
+)
+def test_cleaning_leaves_the_words_of_every_script(caption: str, words: list[str]):
+    found = clean(caption, keep_articles=True)
+    assert found == [unicodedata.normalize("NFC", word) for word in words]
 
 
 def test_vocabulary_keeps_frequent_words_in_a_fixed_order():

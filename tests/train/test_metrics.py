@@ -54,6 +54,13 @@ def test_cider_of_each_image_is_by_its_name(monkeypatch):
     assert ciders(dict(reversed(POOR.items())), REFERENCES) == pytest.approx(each)
 
 
+def test_words_of_scripts_with_vowel_signs_are_whole(monkeypatch):
+    monkeypatch.setenv("PATH", os.devnull)
+    boy, girl = {"1": "लड़का दौड़ रहा है"}, {"1": ["लड़की दौड़ रहा है"]}
+    assert score(boy, girl)["BLEU-1"] == pytest.approx(75)
+    assert score({"1": "e\u0301te\u0301"}, {"1": ["\u00e9t\u00e9"]})["BLEU-1"] == pytest.approx(100)
+
+
 @pytest.fixture(scope="module")
 def published() -> tuple[dict[str, str], dict[str, float]]:
     """Captions, and what pycocoevalcap alone makes of them."""

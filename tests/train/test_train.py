@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import kaggle
+from conftest import draw_photo, kaggle
 from safetensors.torch import load_file, save_file
 
 from capexport import Captioner, DownloadError
+from capexport.bench.sheet import Entry, draw_sheet
 from capexport.cli import main as capexport
 from capexport.families.cnn_lstm import Vocabulary
 from capexport.models.checkpoint import load_checkpoint, save_checkpoint
@@ -30,7 +31,7 @@ from train import loop
 from train import score as score_module
 from train.__main__ import main
 from train.config import TrainConfig
-from train.data import Examples, Photo, encode_captions, read_dataset
+from train.data import Examples, Photo, encode_captions, photos_as_trained, read_dataset
 from train.features import CachedFeatures, LiveFeatures, load_backbone
 from train.folder import run_folder
 from train.objective import CiderReward, _draw, batch_loss, self_critical_loss
@@ -386,7 +387,7 @@ def test_scoring_takes_the_split_of_the_run(data, options, tmp_path, capsys):
     gone = dataset.splits["test"][0]
     gone.path.write_bytes(gone.path.read_bytes()[:300])
     options[options.index("--data") + 1] = str(broken)
-    run, file = tmp_path / "run", tmp_path / "captions.json"
+    run, file = tmp_path / "run", tmp_path / "new" / "captions.json"
     shares = ["--validation", "0.2", "--test", "0.3", "--seed", "7", "--epochs", "1"]
     assert main([*options, *shares, "--out", str(run)]) == 0
     assert capexport(["lstm", str(run), "--out", str(tmp_path / "artifact")]) == 0
@@ -398,6 +399,17 @@ def test_scoring_takes_the_split_of_the_run(data, options, tmp_path, capsys):
         assert said.keys() == wanted
         assert said == json.loads((run / "test.json").read_text())["captions"]
         assert "does not say" not in capsys.readouterr().err
+    assert score_module.main([str(run), "--data", str(broken), "--captions", str(tmp_path)]) == 2
+    assert "a folder, not the name of a file" in capsys.readouterr().err
+
+
+def test_letters_that_the_font_lacks_are_told_once(tmp_path):
+    draw_photo(0).save(tmp_path / "0.jpg")
+    sheet = tmp_path / "sheet.png"
+    with pytest.warns(UserWarning) as told:
+        draw_sheet([Entry(tmp_path / "0.jpg", {"CNN-LSTM": "\U00013000\U00013001 dog"})], sheet)
+    assert len(told) == 1
+    assert f"{sheet}: Glyph" in str(told[0].message)
 
 
 def test_no_picture_stops_a_training(options, tmp_path, capsys, monkeypatch):
@@ -429,10 +441,18 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def fill_the_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.safetensors")
+
+
 @pytest.mark.parametrize(
     ("stop", "code"),
-    [(interrupt, 130), (functools.partial(signal.raise_signal, signal.SIGTERM), 143)],
-    ids=["Ctrl-C", "SIGTERM"],
+    [
+        (interrupt, 130),
+        (functools.partial(signal.raise_signal, signal.SIGTERM), 143),
+        (fill_the_disk, 2),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "full disk"],
 )
 def test_interruption_keeps_the_last_epoch(stop, code, options, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
@@ -560,13 +580,42 @@ def test_unreadable_photos_are_listed_and_skipped(data, options, tmp_path):
     for name in ("007.jpg", "011.jpg"):
         path = broken / "Images" / name
         path.write_bytes(path.read_bytes()[:300])
+    strip = read_dataset(broken, 0.1, 0.1, 0).splits["test"][0]
+    draw_photo(0, (400, 3)).save(strip.path)
     options[options.index("--data") + 1] = str(broken)
     for run, extra in (("cached", []), ("live", ["--no-feature-cache"])):
         small = ["--epochs", "1", "--resize", "72", "--crop", "64", "--out", str(tmp_path / run)]
         assert main([*options, *small, *extra]) == 0
         skipped = json.loads((tmp_path / run / "skipped.json").read_text())
-        assert skipped == {"unreadable images": ["007.jpg", "011.jpg"]}
-        assert load_checkpoint(tmp_path / run).training["photos"]["train"] < 32 + 1
+        assert skipped == {"unreadable images": sorted(["007.jpg", "011.jpg", strip.name])}
+        photos = load_checkpoint(tmp_path / run).training["photos"]
+        assert photos["train"] < 32 + 1
+        scored = photos_as_trained(broken, "test", tmp_path / run, None)
+        assert len(scored) == photos["test"] == 3
+
+
+def test_words_that_are_not_learnt_are_told(options, tmp_path, capsys):
+    data = shutil.copytree(options[options.index("--data") + 1], tmp_path / "data")
+    options[options.index("--data") + 1] = str(data)
+    options[options.index("--min-count") + 1] = "5"
+    lines = [f"{index:03}.jpg,dog 犬 🐶\n{index:03}.jpg,🐶" for index in range(40)]
+    rare = [f"000.jpg,cat rare{'xyz'[index]}" for index in range(3)]
+    (data / "captions.txt").write_text("image,caption\n" + "\n".join(lines), encoding="utf-8")
+    assert main([*options, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "a vocabulary of 5, without 0.0% of their words, which become <UNK>" in said
+    assert "left out: 32 captions without a word left after the cleaning" in said
+    (data / "captions.txt").write_text("image,caption\n" + "\n".join(lines[1:40] + rare))
+    assert main([*options, "--epochs", "1", "--out", str(tmp_path / "rare")]) == 0
+    assert "without 16.2% of their words" in capsys.readouterr().out
+
+
+def test_captions_without_words_are_refused_first(options, tmp_path, capsys):
+    data = kaggle(tmp_path / "data")
+    options[options.index("--data") + 1] = str(data)
+    options[options.index("--backbone-weights") + 1] = str(tmp_path / "nothing")
+    assert main([*options, "--min-count", "1000", "--out", str(tmp_path / "run")]) == 2
+    assert "no word is in the captions for train 1000 times" in capsys.readouterr().err
 
 
 def test_backbone_weights_that_cannot_be_used(tmp_path, monkeypatch, options, capsys):
@@ -611,6 +660,11 @@ def test_usage_errors(capsys, options, tmp_path):
         assert len(error.splitlines()) == 1
     assert score_module.main([str(tmp_path), "--data", str(tmp_path)]) == 2
     assert "no checkpoint.json" in capsys.readouterr().err
+    assert score_module.main([str(tmp_path), "--data", str(tmp_path), "--batch-size", "0"]) == 2
+    assert "--batch-size must be at least 1" in capsys.readouterr().err
+    (tmp_path / "checkpoint.json").touch()
+    assert score_module.main([str(tmp_path / "checkpoint.json"), "--data", str(tmp_path)]) == 2
+    assert "a file; pass the folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--keep-articles" in capsys.readouterr().out
@@ -793,7 +847,7 @@ def test_self_critical_training_finds_the_words_that_are_rewarded():
         (["--objective", "cider"], "pass --init"),
         (["--squash", "--resize", "80"], "--squash goes without --resize"),
         (["--dropout", "1"], "below 1"),
-        (["--decoder", "attention", "--hidden-size", "30"], "4 heads do not divide"),
+        (["--decoder", "attention", "--hidden-size", "30"], "a multiple of its 4 heads"),
     ],
 )
 def test_options_that_contradict_each_other(flags, message, options, tmp_path, capsys):
