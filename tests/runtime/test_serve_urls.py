@@ -42,13 +42,17 @@ def test_addresses_that_are(address: str):
 
 class Site(http.server.BaseHTTPRequestHandler):
     photo = b""
+    host = ""  # of the last request
 
     def do_GET(self) -> None:
         path, _, target = self.path.partition("?")
+        Site.host = self.headers["Host"]
         if path in ("/photo.jpg", "/%C3%A9%20photo.jpg"):
             self.answer(200, self.photo)
         elif path == "/moved":
             self.answer(302, b"", Location=target)
+        elif path == "/moved-in-utf-8":
+            self.answer(302, b"", Location="/é photo.jpg".encode().decode("latin-1"))
         elif path == "/large":
             self.answer(200, b"x" * 1_200_000)
         elif path == "/endless":
@@ -139,7 +143,7 @@ def public(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_fetched(server: Running, site: str, public: None, captioner: Captioner):
     wanted = captioner.caption(Site.photo).text
     for path in ("/photo.jpg", "/photo.jpg?a=b", "/moved?/photo.jpg", f"/moved?{site}/photo.jpg",
-                 "/é photo.jpg"):  # fmt: skip
+                 "/é photo.jpg", "/moved-in-utf-8"):  # fmt: skip
         assert ask(server, site + path) == (200, wanted), path
     assert ask(server, f"{site}/nothing")[0] == 400
 
@@ -172,6 +176,20 @@ def test_a_name_is_not_looked_up_twice(
     monkeypatch.setattr(type(server.service.batcher.loop), "getaddrinfo", rebinding)
     assert ask(server, f"http://rebinding.example:{port}/photo.jpg")[0] == 200
     assert asked == ["rebinding.example"]
+
+
+def test_host_names_beyond_ascii(
+    server: Running, site: str, public: None, monkeypatch: pytest.MonkeyPatch
+):
+    port = int(site.rpartition(":")[2])
+
+    async def local(self, host, port, **_):
+        assert host == "xn--mnchen-3ya.example"
+        return [(2, 1, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(type(server.service.batcher.loop), "getaddrinfo", local)
+    assert ask(server, f"http://münchen.example:{port}/photo.jpg")[0] == 200
+    assert Site.host == f"xn--mnchen-3ya.example:{port}"
 
 
 def test_one_private_address_among_public_ones_is_enough(
