@@ -60,7 +60,9 @@ def error_object(status: int, reason: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     codes = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
-    code = "model_not_found" if "does not exist" in reason else codes.get(status)
+    code = codes.get(status)
+    if status == 404 and "does not exist" in reason:  # an unknown path is a 404, too
+        code = "model_not_found"
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": reason, "type": kind, "param": None, "code": code}}
 

@@ -247,13 +247,15 @@ def test_openai_errors(openais, photo: Path):
         {"tool_choice": "required"},
         {"tool_choice": {"type": "function", "function": {"name": "describe"}}},
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "does not exist"}]}]},
         {"response_format": {"type": "xml"}},
         {"messages": [{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": "https://example.com/a.jpg"}}]}]},
     ]  # fmt: skip
     for options in refused:
-        with pytest.raises(openai.BadRequestError):
+        with pytest.raises(openai.BadRequestError) as caught:
             ask(**options)
+        assert caught.value.code is None
     with pytest.raises(openai.NotFoundError):
         openais.models.retrieve("gpt-4o")
 
