@@ -210,7 +210,7 @@ def test_workers_that_always_end(tmp_path: Path, photos: list[Path], artifact: P
 def test_a_cluster_without_machines(monkeypatch: pytest.MonkeyPatch):
     import ray
 
-    never = ray.remote(num_cpus=64)(print).remote()
+    never = ray.remote(num_cpus=64)(lambda: None).remote()
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": False}])
     monkeypatch.setattr("capexport.ray._PATIENCE", 0.01)
     with pytest.raises(DeviceError, match="no machine"):
