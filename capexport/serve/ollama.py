@@ -22,12 +22,12 @@ from capexport.captioner import Caption
 from capexport.serve.requests import (
     NO_LOGPROBS,
     Json,
-    in_format,
+    cut_at,
+    formatter,
     objects,
     read_json,
     refuse,
     texts,
-    until,
     value,
 )
 from capexport.serve.service import Service
@@ -94,11 +94,16 @@ async def _answer(
     said: Callable[[str], dict[str, Any]],
     loads: bool,
 ) -> Response:
-    """`said` puts a text where the protocol has it; a request that only `loads` has no image."""
+    """Answer either endpoint.
+
+    Args:
+        said: a text, as the fields in which the endpoint answers.
+        loads: whether the request has neither image nor text: clients send it to load a model.
+    """
     began = time.monotonic()
     _check_model(service, content.get("model"))
     streams = value(content, "stream", bool, True)
-    shaped = in_format(content.get("format"))
+    shaped = formatter(content.get("format"))
     options = value(content, "options", dict, {})
     stops = texts(options, "stop", "options: ")
     tokens = value(options, "num_predict", int, -1, "options: ")
@@ -109,11 +114,11 @@ async def _answer(
         return Json({**head, **said(""), "done": True, "done_reason": "load"})
     if not images:
         refuse("no images: this model captions images, a list of base64 texts")
-    wanted = service.longest(tokens if tokens > 0 else None)  # 0, too, is no bound
+    wanted = service.capped(tokens if tokens > 0 else None)  # 0, too, is no bound
     sources = await service.images(images, plain=True)
     own_prompt = prompt if service.settings.prompts and prompt else None
     captions = await service.captions(request, sources, own_prompt, max_tokens=wanted)
-    text = "\n".join(shaped(until(stops, caption.text)) for caption in captions)
+    text = "\n".join(shaped(cut_at(stops, caption.text)) for caption in captions)
     counts = {
         "done": True,
         "done_reason": _reason(service, captions, wanted),
@@ -174,7 +179,7 @@ def _model(service: Service) -> dict[str, Any]:
     return {
         "name": name,
         "model": name,
-        "modified_at": _timestamp(service.began),
+        "modified_at": _timestamp(service.loaded_at),
         "size": service.manifest.size,
         "digest": service.digest,
         "details": _details(service),
@@ -191,5 +196,5 @@ def _description(service: Service) -> dict[str, Any]:
         "details": _details(service),
         "model_info": {"general.architecture": service.manifest.family},
         "capabilities": ["completion", "vision"],
-        "modified_at": _timestamp(service.began),
+        "modified_at": _timestamp(service.loaded_at),
     }

@@ -77,8 +77,9 @@ class Settings:
     loopback: bool = False
 
     @property
-    def guarded(self) -> bool:
-        """Is listening on this machine's own addresses its only protection?"""
+    def checks_host(self) -> bool:
+        """Whether a request must name this machine as its `Host`: where there is no key, and only
+        this machine can connect, a web page could otherwise ask by DNS rebinding."""
         return self.loopback and not self.api_key
 
     def __post_init__(self) -> None:
