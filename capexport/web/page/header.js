@@ -178,15 +178,18 @@ function xmpOrientation(bytes) {
 }
 
 /** However broken they are, EXIF data are never a reason to refuse a photo. */
-function exifOrientation(bytes) {
-  const exif = text(bytes, 0, 4) === "Exif" ? bytes.subarray(6) : bytes;
+function exifOrientation(exif) {
+  while (text(exif, 0, 6) === "Exif\0\0") exif = exif.subarray(6); // some files have it twice
   const view = new DataView(exif.buffer, exif.byteOffset, exif.byteLength);
   const little = text(exif, 0, 2) === "II";
   try {
     const first = view.getUint32(4, little);
     for (let index = 0; index < view.getUint16(first, little); index += 1) {
       const entry = first + 2 + 12 * index;
-      if (view.getUint16(entry, little) === 0x0112) return view.getUint16(entry + 8, little);
+      if (view.getUint16(entry, little) !== 0x0112) continue;
+      const [type, count] = [view.getUint16(entry + 2, little), view.getUint32(entry + 4, little)];
+      if ([3, 8].includes(type)) return view.getUint16(entry + 8, little);
+      return [4, 9, 13].includes(type) && count === 1 ? view.getUint32(entry + 8, little) : 1;
     }
   } catch (error) {
     if (!(error instanceof RangeError)) throw error;
