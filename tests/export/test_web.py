@@ -427,8 +427,8 @@ def test_webkit_sees_what_pillow_sees_or_says_otherwise(webkit, site: Path, tmp_
         assert other[3] or other[:3] == [*pillows(avif)]
         assert short == "the file breaks off before its end"
         assert damaged.startswith("damaged")
-        shown = pick(webkit, photos)[::-1]
-        assert [text for text, _ in shown] == python_captions(site, photos)
+        shown = pick(webkit, photos[:3])[::-1]
+        assert [text for text, _ in shown] == python_captions(site, photos[:3])
         assert server.violations == []
 
 

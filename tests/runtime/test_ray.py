@@ -279,7 +279,7 @@ def test_columns_that_do_not_suit(artifact: Path):
         ("image", "'text'"),
     ):
         with pytest.raises(Exception, match=message):
-            caption_dataset(dataset, column, artifact).take_all()
+            caption_dataset(dataset, column, artifact, workers=1).take_all()
 
 
 def test_arrows_own_tensors(artifact: Path, captioner: Captioner):
