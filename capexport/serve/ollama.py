@@ -22,7 +22,7 @@ from capexport.captioner import Caption
 from capexport.serve.requests import (
     NO_LOGPROBS,
     Json,
-    cut_at,
+    answered,
     formatter,
     objects,
     read_json,
@@ -103,7 +103,7 @@ async def _answer(
     began = time.monotonic()
     _check_model(service, content.get("model"))
     streams = value(content, "stream", bool, True)
-    shaped = formatter(content.get("format"))
+    form = formatter(content.get("format"))
     options = value(content, "options", dict, {})
     stops = texts(options, "stop", "options: ")
     tokens = value(options, "num_predict", int, -1, "options: ")
@@ -118,10 +118,11 @@ async def _answer(
     sources = await service.images(images, plain=True)
     own_prompt = prompt if service.settings.prompts and prompt else None
     captions = await service.captions(request, sources, own_prompt, max_tokens=wanted)
-    text = "\n".join(shaped(cut_at(stops, caption.text)) for caption in captions)
+    most = wanted or service.captioner.options.max_tokens
+    text, reason = answered(captions, form, stops, most)
     counts = {
         "done": True,
-        "done_reason": _reason(service, captions, wanted),
+        "done_reason": reason,
         **_durations(captions, began),
         "prompt_eval_count": service.prompt_tokens(own_prompt) * len(captions),
         "eval_count": sum(len(caption.tokens) for caption in captions),
@@ -130,11 +131,6 @@ async def _answer(
         return Json({**head, **said(text), **counts})
     lines = [{**head, **said(text), "done": False}, {**head, **said(""), **counts}]
     return Response("".join(f"{json.dumps(line)}\n" for line in lines), media_type=NDJSON)
-
-
-def _reason(service: Service, captions: list[Caption], wanted: int | None) -> str:
-    most = wanted or service.captioner.options.max_tokens
-    return "length" if any(len(caption.tokens) >= most for caption in captions) else "stop"
 
 
 def _durations(captions: list[Caption], began: float) -> dict[str, int]:

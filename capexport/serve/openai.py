@@ -23,7 +23,7 @@ from capexport.serve.requests import (
     MAX_BEAMS,
     NO_LOGPROBS,
     Json,
-    cut_at,
+    answered,
     formatter,
     objects,
     read_json,
@@ -175,7 +175,7 @@ def formatter_of(wanted: Mapping[str, Any], where: str = "response_format") -> C
 
 
 @dataclass(frozen=True)
-class Answered:
+class Answer:
     """Text and finish reason ("stop" or "length") of each choice, and numbers of tokens."""
 
     choices: list[tuple[str, str]]
@@ -183,7 +183,7 @@ class Answered:
     completion_tokens: int
 
 
-async def answer(service: Service, request: Request, asked: Asked) -> Answered:
+async def captioned(service: Service, request: Request, asked: Asked) -> Answer:
     """The captions that are asked for, as texts."""
     if not asked.urls:
         refuse("no image: this model captions images, parts of the type image_url or input_image")
@@ -198,7 +198,7 @@ async def answer(service: Service, request: Request, asked: Asked) -> Answered:
         num_beams=max(own.num_beams, asked.choices) if asked.choices > 1 else None,
         num_return_sequences=asked.choices,
     )
-    return Answered(
+    return Answer(
         list(_choices(captions, asked, tokens or own.max_tokens)),
         service.prompt_tokens(prompt) * len(captions),
         sum(len(one.tokens) for each in captions for one in each.alternatives[: asked.choices]),
@@ -209,11 +209,11 @@ async def _complete(service: Service, request: Request) -> Response:
     content = await read_json(request)
     check_model(service, value(content, "model", str, ""))
     asked = Asked.read(content)
-    answered = await answer(service, request, asked)
+    answer = await captioned(service, request, asked)
     usage = {
-        "prompt_tokens": answered.prompt_tokens,
-        "completion_tokens": answered.completion_tokens,
-        "total_tokens": answered.prompt_tokens + answered.completion_tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
     }
     head = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -222,7 +222,7 @@ async def _complete(service: Service, request: Request) -> Response:
     }
     if asked.stream:
         head["object"] = "chat.completion.chunk"
-        events = _events(head, answered.choices, usage, asked.include_usage)
+        events = _events(head, answer.choices, usage, asked.include_usage)
         return Response("".join(events), media_type="text/event-stream")
     said = [
         {
@@ -231,7 +231,7 @@ async def _complete(service: Service, request: Request) -> Response:
             "logprobs": None,
             "finish_reason": reason,
         }
-        for index, (text, reason) in enumerate(answered.choices)
+        for index, (text, reason) in enumerate(answer.choices)
     ]
     return Json({**head, "object": "chat.completion", "choices": said, "usage": usage})
 
@@ -244,8 +244,7 @@ def _choices(captions: list[Caption], asked: Asked, most: int) -> Iterator[tuple
     else:
         choices = [[caption.alternatives[0] for caption in captions]]
     for lines in choices:
-        text = "\n".join(asked.format(cut_at(asked.stops, line.text)) for line in lines)
-        yield text, "length" if any(len(line.tokens) >= most for line in lines) else "stop"
+        yield answered(lines, asked.format, asked.stops, most)
 
 
 def _events(

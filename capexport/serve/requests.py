@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from capexport.captioner import Alternative, Caption
 from capexport.errors import ImageError
 from capexport.serve.batching import Source
 
@@ -160,8 +161,23 @@ def _as_object(name: str, caption: str) -> str:
     return json.dumps({name: caption}, ensure_ascii=False)
 
 
-def cut_at(stops: Sequence[str], caption: str) -> str:
-    """A caption up to the first of `stops` that is in it."""
-    for stop in filter(None, stops):
-        caption = caption.partition(stop)[0]
-    return caption
+def answered(
+    captions: Sequence[Caption | Alternative],
+    form: Callable[[str], str],
+    stops: Sequence[str],
+    max_tokens: int,
+) -> tuple[str, str]:
+    """The text of an answer, a line for each caption, and the reason of its end.
+
+    Each caption ends before the first of `stops` in it, then `form` makes its line. The reason is
+    "length" if `max_tokens` ended a caption, else "stop".
+    """
+    lines, reason = [], "stop"
+    for caption in captions:
+        text = caption.text
+        for stop in filter(None, stops):
+            text = text.partition(stop)[0]
+        if text == caption.text and len(caption.tokens) >= max_tokens:
+            reason = "length"
+        lines.append(form(text))
+    return "\n".join(lines), reason

@@ -18,9 +18,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from capexport.serve.openai import (
-    Answered,
+    Answer,
     Asked,
-    answer,
+    captioned,
     check_model,
     check_tools,
     formatter_of,
@@ -41,8 +41,8 @@ async def _respond(service: Service, request: Request) -> Response:
     check_model(service, value(content, "model", str, ""))
     form = value(value(content, "text", dict, {}), "format", dict, {"type": "text"}, "text: ")
     asked = _asked(content, form)
-    answered = await answer(service, request, asked)
-    response = _response(content, form, answered)
+    answer = await captioned(service, request, asked)
+    response = _response(content, form, answer)
     if asked.stream:
         return Response("".join(_events(response)), media_type="text/event-stream")
     return Json(response)
@@ -73,9 +73,9 @@ def _asked(content: Mapping[str, Any], form: Mapping[str, Any]) -> Asked:
 
 
 def _response(
-    content: Mapping[str, Any], form: Mapping[str, Any], answered: Answered
+    content: Mapping[str, Any], form: Mapping[str, Any], answer: Answer
 ) -> dict[str, Any]:
-    [(text, reason)] = answered.choices
+    [(text, reason)] = answer.choices
     whole = reason == "stop"
     status = "completed" if whole else "incomplete"
     part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
@@ -108,11 +108,11 @@ def _response(
         "top_p": None,
         "truncation": "disabled",
         "usage": {
-            "input_tokens": answered.prompt_tokens,
+            "input_tokens": answer.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": answered.completion_tokens,
+            "output_tokens": answer.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": answered.prompt_tokens + answered.completion_tokens,
+            "total_tokens": answer.prompt_tokens + answer.completion_tokens,
         },
     }
 
