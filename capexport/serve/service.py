@@ -100,9 +100,12 @@ class Service:
         """Images from data URIs, http(s) URLs or, where `plain`, bare base64. URLs are fetched.
 
         Raises:
-            HTTPException: a text is none of these, or URLs are not allowed.
+            HTTPException: a text is none of these, URLs are not allowed, or there are more texts
+                than the queue has places.
             ImageError: a URL cannot be fetched.
         """
+        if len(texts) > self.settings.queue:
+            refuse(f"at most {self.settings.queue} images a request", 413)
         room = self.settings.max_body * 10**6  # what is fetched is no more than could be sent
         found: list[Source] = []
         for text in map(str.strip, texts):
@@ -168,8 +171,6 @@ class Service:
             raise OptionError("this captioner takes no prompt")
         if len(prompt or "") > MAX_CHARACTERS:
             raise OptionError(f"a prompt may have {MAX_CHARACTERS} characters here")
-        if len(sources) > self.settings.queue:
-            refuse(f"at most {self.settings.queue} images a request", 413)
         changes = self.changed_options(**options)
         work = asyncio.ensure_future(self.batcher.caption(sources, prompt, changes))
         gone = asyncio.ensure_future(_disconnection(request))

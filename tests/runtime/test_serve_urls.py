@@ -148,6 +148,17 @@ def test_what_is_fetched(server: Running, site: str, public: None, captioner: Ca
     assert ask(server, f"{site}/nothing")[0] == 400
 
 
+def test_nothing_is_fetched_for_a_request_of_too_many_images(
+    artifact: Path, site: str, public: None
+):
+    Site.host = ""
+    part = {"type": "image_url", "image_url": {"url": f"{site}/photo.jpg"}}
+    body = {"model": "capexport", "messages": [{"role": "user", "content": 3 * [part]}]}
+    with running(model=str(artifact), allow_urls=True, queue=2) as server:
+        assert server.ask("POST", "/v1/chat/completions", body)[0] == 413
+    assert Site.host == ""
+
+
 def test_redirects_are_checked_too(server: Running, site: str, public: None):
     port = site.rpartition(":")[2]
     for target in (f"http://127.0.0.2:{port}/photo.jpg", f"http://[::1]:{port}/photo.jpg",
