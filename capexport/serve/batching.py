@@ -78,8 +78,8 @@ class Batcher:
         room: int,
         max_pixels: int,
     ) -> None:
-        """Call it in the event loop. `threads` threads read images. With a captioner of one thread,
-        as many of them caption at once; otherwise one."""
+        """Start the threads; call it in the event loop. All `threads` read images. If the captioner
+        itself uses one thread, they also caption as many batches at once, else one."""
         self.captioner, self.metrics = captioner, metrics
         self.room, self.held = room, 0
         self._batch_size, self._max_pixels = batch_size, max_pixels
@@ -137,8 +137,8 @@ class Batcher:
                 if free and self._ready:
                     pause = self._ready[0].ready + _PATIENCE - time.monotonic()
                     busy = self._reading or self._captioning
-                    rest = self._unread or (busy and pause > 0)
-                    if not rest or len(self._ready) >= self._fair_share():
+                    more_may_come = self._unread or (busy and pause > 0)
+                    if not more_may_come or len(self._ready) >= self._fair_share():
                         self._captioning += 1
                         return self._take_batch()
                 if self._unread and len(self._ready) < 2 * self._batch_size:
@@ -154,7 +154,7 @@ class Batcher:
         return max(1, min(self._batch_size, math.ceil(self.held / self._at_once)))
 
     def _take_batch(self) -> list[_Item]:
-        """The images that have waited longest, all with the same options."""
+        """Remove a batch from those that are ready: the oldest, with the same options."""
         key = self._ready[0].key
         batch = [item for item in self._ready if item.key == key][: self._fair_share()]
         taken = set(map(id, batch))

@@ -22,11 +22,12 @@ def _setting(default: Any, metavar: str | None, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """
+    """What a server is started with. Fields with a `help` are flags and environment variables.
+
     Attributes:
         decoding: options of decoding in place of the artifact's own.
-        loopback: whether the server listens on an address of this machine alone.
-        The others: see their help.
+        loopback: whether the server listens on a loopback address, which only this machine reaches.
+
     Raises:
         OptionError: a value is out of range, or cannot be sent in a header.
     """
@@ -115,22 +116,23 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _truth(text: str) -> bool:
+def _boolean(text: str) -> bool:
     if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
         raise ValueError
     return text.lower() in ("1", "true", "yes")
 
 
+# By a field's annotation: what reads it from text, and what to call it in an error.
 _TYPES: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "a whole number"),
     "int | None": (int, "a whole number"),
-    "bool": (_truth, "1 or 0"),
+    "bool": (_boolean, "1 or 0"),
     "tuple[str, ...]": (lambda text: tuple(text.split()), "words"),
 }
 
 
 def environment_values() -> dict[str, Any]:
-    """The settings that the environment has, by their names in `Settings`."""
+    """The settings that environment variables give, by their names in `Settings`."""
     values = {}
     for item in flags():
         if text := os.environ.get(variable := PREFIX + item.name.upper()):
@@ -143,12 +145,12 @@ def environment_values() -> dict[str, Any]:
 
 
 def flags() -> list[Any]:
-    """The fields that are flags."""
+    """The fields of `Settings` that are flags."""
     return [item for item in fields(Settings) if "help" in item.metadata]
 
 
 def add_flags(group: Any) -> None:
-    """A flag for each setting; one that isn't given is missing from what the parser returns."""
+    """Add a flag for each setting to a parser. One that isn't given is parsed as None or False."""
     for item in flags():
         how: dict[str, Any] = {"action": "store_true"}
         if item.type != "bool":
@@ -160,7 +162,7 @@ def add_flags(group: Any) -> None:
 
 
 def given_settings(options: Any) -> dict[str, Any]:
-    """The settings in parsed arguments, or else in the environment."""
+    """The settings that flags give, or else environment variables, by their names."""
     values = environment_values()
     for item in flags():
         value = getattr(options, item.name)
