@@ -524,6 +524,8 @@ def test_a_policy_that_forbids_webassembly_is_noticed(page, small_site: Path):
         driver.get(server.url)
         wait(driver, lambda: "cannot be loaded" in status(driver))
         assert not driver.find_element(By.ID, "files").is_enabled()
+        driver.execute_async_script(BRING, "drop", "DragEvent", "dataTransfer")
+        assert driver.find_element(By.ID, "doing").text == ""  # and not "2 waiting", for ever
         assert "script-src" in {report["effective-directive"] for report in server.violations}
     driver.get_log("browser")  # its complaints are no other test's
 

@@ -43,6 +43,7 @@ try {
   await keepForLater();
 } catch (error) {
   status.textContent = `The captioner cannot be loaded: ${error.message}`;
+  doing.textContent = "";
   files.disabled = true;
   progress.hidden = true;
 }
@@ -60,6 +61,7 @@ async function keepForLater() {
 }
 
 function add(photos) {
+  if (files.disabled) return; // the captioner could not be loaded
   waiting.push(...photos);
   if (captioner) run();
   else doing.textContent = `${waiting.length} waiting`;
