@@ -95,6 +95,7 @@ class Fetcher:
         host = url.hostname.encode("idna").decode()
         # Connect to the address that was checked: the name may resolve to another one next time.
         address = await _public_address(host, url.port or (443 if secure else 80))
+        name = f"[{host}]" if ":" in host else host
         reader, writer = await asyncio.open_connection(
             *address, ssl=_context() if secure else None, server_hostname=host if secure else None
         )
@@ -105,7 +106,7 @@ class Fetcher:
                 target=quote(url.path or "/", _UNESCAPED)
                 + (f"?{quote(url.query, _UNESCAPED)}" if url.query else ""),
                 headers=[
-                    ("Host", url.netloc.encode("idna").decode()),
+                    ("Host", f"{name}:{url.port}" if url.port else name),
                     ("User-Agent", f"capexport/{capexport.__version__}"),
                     ("Accept", "image/*"),
                     ("Connection", "close"),
