@@ -215,7 +215,7 @@ class _Work:
     ) -> _Work:
         """Refuse what can be refused before anything starts."""
         if device not in ("cpu", "cuda"):
-            raise OptionError(f"device must be cpu, or cuda for a GPU an actor, got {device!r}")
+            raise OptionError(f"device must be cpu, or cuda (a GPU for each actor), got {device!r}")
         for name, number in (("workers", workers), ("threads", threads)):
             if number is not None and number < 1:
                 raise OptionError(f"{name} must be at least 1, got {number}")
@@ -265,9 +265,9 @@ def _actors(device: str, workers: int | None, threads: int | None, small: bool) 
         threads = threads or (1 if small else min(cores, default=1))
         room = sum(count // threads for count in cores)
     if not (workers or room):
+        wanted = "a GPU" if device == "cuda" else f"{threads} cores"
         raise DeviceError(
-            f"no machine of the cluster has {threads} cores{' and a GPU' * (device == 'cuda')}; "
-            "to wait for some that will join it, say how many workers there will be"
+            f"no machine of the cluster has {wanted}; workers=N waits for N of them to join it"
         )
     return workers or room, threads
 

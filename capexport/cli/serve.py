@@ -28,10 +28,10 @@ def add_parser(commands: Any) -> None:
         help="caption images for other programs, over HTTP",
         **teaching(
             "Caption images over HTTP. POST /caption takes an image, or several in a form. "
-            "Programs that speak to Ollama (POST /api/generate) or OpenAI "
-            "(POST /v1/chat/completions) can speak to this server instead. Images that arrive "
+            "Programs written for Ollama (POST /api/generate) or OpenAI "
+            "(POST /v1/chat/completions) can use this server instead. Images that arrive "
             "together are captioned together. After SIGTERM or Ctrl-C, the server answers what it "
-            "has accepted, then exits. Environment variables stand for the flags: "
+            "has accepted, then exits. Flags may also be given as environment variables: "
             "CAPEXPORT_MODEL, CAPEXPORT_API_KEY and so on.",
             "capexport serve                                   # on http://127.0.0.1:8000",
             "capexport serve -m artifacts/first --port 11434   # where Ollama's clients look",
@@ -40,11 +40,15 @@ def add_parser(commands: Any) -> None:
         ),
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, for this "
-        "machine alone; 0.0.0.0: for everybody who reaches it",
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: "
+        "127.0.0.1, for this machine alone); 0.0.0.0 is for everybody who reaches this machine",
     )  # fmt: skip
     parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free"
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="default: 8000; 0 takes any that is free",
     )
     add_flags(parser)
     add_decoding(parser.add_argument_group("how captions are decoded, unless a request says it"))

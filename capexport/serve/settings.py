@@ -48,7 +48,9 @@ class Settings:
         None, "N", "how many images go through the model together (default: 32, for a BLIP-2 8)"
     )
     queue: int = _setting(
-        256, "N", "how many images may wait or be worked on; more are refused (default: 256)"
+        256,
+        "N",
+        "how many images may wait or be worked on; requests with more are refused (default: 256)",
     )
     max_body: int = _setting(50, "MB", "largest request, in megabytes (default: 50)")
     max_pixels: int = _setting(
@@ -62,14 +64,16 @@ class Settings:
         False, None, "fetch images that requests name by http(s) URL, from public addresses only"
     )
     allow_origin: tuple[str, ...] = _setting(
-        (), "ORIGIN", "let pages of this origin (https://photos.example) ask; may be repeated"
+        (),
+        "ORIGIN",
+        "let pages of this origin (https://photos.example) send requests; may be repeated",
     )
     allow_host: tuple[str, ...] = _setting(
-        (), "NAME", "where only this machine may ask and no key is set: answer to this host name, "
-        "too, which a proxy may pass on; may be repeated",
+        (), "NAME", "accept requests for this host name, as a proxy passes it on; needed where the "
+        "server listens on this machine alone and has no key, and may be repeated",
     )  # fmt: skip
     root_path: str = _setting(
-        "", "PATH", "answer below this path, too, for a proxy that does not strip it"
+        "", "PATH", "path below which a proxy puts the server, whether or not it strips it"
     )
     site: str | None = _setting(
         None, "DIR", "folder of static files to serve at /, to everybody, with a key or without"
