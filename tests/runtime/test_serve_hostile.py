@@ -286,6 +286,19 @@ def test_slow_clients_keep_nobody_waiting(
     assert all(result.startswith(b"HTTP/1.1 408 ") for result in results)
 
 
+def test_a_body_that_comes_too_slowly_is_refused(server: Running, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gate, "_LONGEST", 0.5)
+    host, port = server.address.split(":")
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout=0.1) as connection:
+        connection.sendall(HEAD + b"Content-Length: 60\r\n\r\n")
+        while not answer:
+            connection.sendall(b"x")
+            with suppress(TimeoutError):
+                answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
 @pytest.mark.parametrize(
     "parts",
     [(), (b"GET /health HTTP/1.1\r\nHos",),

@@ -53,6 +53,8 @@ class Site(http.server.BaseHTTPRequestHandler):
             self.answer(302, b"", Location=target)
         elif path == "/moved-in-utf-8":
             self.answer(302, b"", Location="/é photo.jpg".encode().decode("latin-1"))
+        elif path == "/most":
+            self.answer(200, b"x" * 700_000)
         elif path == "/large":
             self.answer(200, b"x" * 1_200_000)
         elif path == "/endless":
@@ -218,6 +220,10 @@ def test_limits(server: Running, site: str, public: None, monkeypatch: pytest.Mo
     for path in ("/large", "/endless"):
         status, text = ask(server, site + path)
         assert status == 400 and "more than" in text
+    part = {"type": "image_url", "image_url": {"url": f"{site}/most"}}
+    body = {"model": "capexport", "messages": [{"role": "user", "content": [part, part]}]}
+    _, answer, _ = server.ask("POST", "/v1/chat/completions", body)
+    assert "more than" in answer["error"]["message"]  # than a whole request may have
     monkeypatch.setattr(fetching, "_SECONDS", 1.0)
     status, text = ask(server, f"{site}/slow")
     assert status == 400 and "longer" in text
