@@ -55,9 +55,11 @@ if TYPE_CHECKING:
 # Files that an actor fetches at a time: an object store answers in a tenth of a second, and one
 # core captions less than 300 photos in a second.
 _FETCHING = 32
-_LARGEST_PART = 1000
+_LARGEST_PART = 1000  # rows
 _PATIENCE = 10  # seconds between two looks at whether there is a cluster at all
-_LOSSES = 3  # for each actor, without a part done between them; then it's no machine's fault
+# How many actors for each worker may be lost in a row, with no part done in between. After that it
+# isn't machines that fail, but what runs on them.
+_LOSSES = 3
 
 # Ray reports home unless this is set before it starts. What is set already stays.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -96,10 +98,10 @@ def caption_files(
     """Caption files into a folder of captions, on all machines of a Ray cluster, or on this one.
 
     Each row has a `file_name` (a path in its file system), and either a `text` with its
-    `log_probability` or an `error`: an image that cannot be read stops nothing. The others are
-    null (in JSON lines "", since their readers take a type from the first rows). Rows come in parts
-    of up to 1,000, each of which appears in one piece; their order is not that of the files. What
-    Ray runs again, because a process or a machine was lost, is there once.
+    `log_probability` or, where the image cannot be read, an `error`. Columns without a value are
+    null; in JSON lines, missing texts are "", since readers infer a column's type from its first
+    rows. Rows come in part files of up to 1,000, each of which appears complete; their order is not
+    that of the files. What is done again because a process or a machine was lost appears once.
 
     Args:
         photos: files and folders, searched in depth as `capexport caption` does: hidden files
@@ -108,11 +110,11 @@ def caption_files(
         out: a folder for the captions, as `photos`; it is made.
         model: exported folder that every machine sees, or its id on the hub; by default the
             bundled captioner.
-        filesystem: where `photos` and `out` are, pyarrow's or fsspec's, for access that a URI
-            cannot tell.
+        filesystem: of `photos` and `out`, pyarrow's or fsspec's, where a URI cannot say all that
+            access needs, such as credentials.
         format: "parquet", or "jsonl": a JSON object a line.
-        resume: keep the rows that are in `out`, and caption the files that have no caption there,
-            because they are new or could not be read.
+        resume: go on with what is in `out`: caption only files that have no caption there, being
+            new or having failed.
         device, workers, threads: as of `caption_dataset`.
         prompt, truncated, options: as of `Captioner`.
     Raises:
@@ -157,7 +159,7 @@ def caption_dataset(
             uint8 arrays (`image` of `ray.data.read_images`), or structs of `bytes` and `path`, as
             data sets of Hugging Face have them.
         filesystem: where paths are; by default paths that every machine sees, or URIs.
-        device: "cpu", or "cuda" for a GPU an actor.
+        device: "cpu", or "cuda" for a GPU for each actor.
         workers: how many actors caption, a captioner each; by default as many as the cluster has
             GPUs, or as its cores allow.
         threads: CPU cores of an actor; by default one (a BLIP-2's: all of a machine), and with
@@ -213,7 +215,7 @@ class _Work:
     ) -> _Work:
         """Refuse what can be refused before anything starts."""
         if device not in ("cpu", "cuda"):
-            raise OptionError(f"device must be cpu, or cuda for a GPU an actor, got {device!r}")
+            raise OptionError(f"device must be cpu, or cuda (a GPU for each actor), got {device!r}")
         for name, number in (("workers", workers), ("threads", threads)):
             if number is not None and number < 1:
                 raise OptionError(f"{name} must be at least 1, got {number}")
@@ -243,24 +245,29 @@ class _Work:
 
 
 def _actors(device: str, workers: int | None, threads: int | None, small: bool) -> tuple[int, int]:
-    """How many captioners the cluster has room for, and how many cores each gets."""
+    """How many actors there will be, and how many cores each gets: as given, or else as many as
+    the cluster has room for. `small`: whether one core suits the captioner best.
+
+    Raises:
+        DeviceError: the cluster has room for none.
+    """
     if not ray.is_initialized():
         ray.init()
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [int(machine.get("CPU", 0)) for machine in machines if machine.get("CPU", 0) >= 1]
     room = int(sum(machine.get("GPU", 0) for machine in machines))
     if device == "cuda":  # machines without a GPU lend it no cores
-        beside = [
+        cores_per_gpu = [
             machine.get("CPU", 0) // machine["GPU"] for machine in machines if machine.get("GPU")
         ]
-        threads = threads or max(1, int(min(beside, default=1)))
+        threads = threads or max(1, int(min(cores_per_gpu, default=1)))
     else:
         threads = threads or (1 if small else min(cores, default=1))
         room = sum(count // threads for count in cores)
     if not (workers or room):
+        wanted = "a GPU" if device == "cuda" else f"{threads} cores"
         raise DeviceError(
-            f"no machine of the cluster has {threads} cores{' and a GPU' * (device == 'cuda')}; "
-            "to wait for some that will join it, say how many workers there will be"
+            f"no machine of the cluster has {wanted}; workers=N waits for N of them to join it"
         )
     return workers or room, threads
 
@@ -286,8 +293,8 @@ class _Captioning:
         """Text, log-probability and error of each image, in order.
 
         Args:
-            careful: an actor that had these images was lost. One of them may have crashed it, since
-                decoders are written in C, so they are read in a separate process.
+            careful: read them in a separate process. An actor that had these images was lost, and
+                one of them may have crashed it, since decoders are written in C.
         """
         size = self._work.batch_size
         read: Iterator[FloatArray | str]
@@ -327,7 +334,7 @@ class _Captioning:
 def _read(
     image: Any, spec: ImageSpec, truncated: bool, filesystem: FileSystem | None
 ) -> FloatArray | str:
-    """Its pixels, or what is wrong with it."""
+    """The image's float32 (3, crop, crop), or what is wrong with it."""
     try:
         if isinstance(image, str):
             source, path = locate(image, filesystem)
@@ -348,7 +355,7 @@ class _PartWriter:
         self._captioning = _Captioning(self._work, self._filesystem)
 
     def write(self, names: Sequence[str], careful: bool) -> tuple[int, int]:
-        """Caption files; how many have a caption now, and how many cannot be read."""
+        """Caption files into a part; how many have a caption now, and how many cannot be read."""
         rows = self._captioning.rows(map(original_name, names), careful)
         part = pa.table([names, *zip(*rows, strict=True)], SCHEMA)
         self._parts.write(part)
@@ -359,7 +366,7 @@ class _PartWriter:
 def _write_parts(
     work: _Work, source: FileSystem, parts: Parts, names: Sequence[str]
 ) -> tuple[int, int]:
-    """Caption files; how many have a caption now, and how many cannot be read.
+    """Caption files into parts; how many have a caption now, and how many cannot be read.
 
     Each actor has one part in hand. If it is lost, a new one is started, and whichever is free
     first takes the part.
@@ -409,7 +416,11 @@ def _write_parts(
 
 
 def _next(working: Iterable[ray.ObjectRef]) -> ray.ObjectRef:
-    """The first that is done."""
+    """The first that is done.
+
+    Raises:
+        DeviceError: the cluster has no machine left.
+    """
     while not (done := ray.wait(list(working), timeout=_PATIENCE)[0]):
         if not any(node["Alive"] for node in ray.nodes()):  # else Ray waits for ever
             raise DeviceError("no machine of the Ray cluster is left; resume=True in another one")
@@ -450,8 +461,8 @@ class _ColumnCaptioner:
 
 
 def _image_in(cell: pa.Scalar) -> Any:
-    """An image of any kind of column."""
-    if hasattr(cell, "to_numpy"):  # Arrow's own tensors, which become flat lists otherwise
+    """What `preprocess` takes, or a path, from a cell of any of `caption_dataset`'s columns."""
+    if hasattr(cell, "to_numpy"):  # Arrow's own tensors, of which `as_py` makes flat lists
         return cell.to_numpy()
     image = cell.as_py()
     return image.get("bytes") or image.get("path") if isinstance(image, dict) else image

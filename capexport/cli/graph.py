@@ -76,7 +76,7 @@ def _report(out: Path, parity: FileParity) -> None:
         f"{out.stat().st_size / 1e6:.1f} MB; {captions.identical} of {captions.images} captions "
         f"identical to Captioner's, log-probabilities to "
         f"{captions.max_log_probability_difference:.1g}, resizing to the bit at {parity.sizes} "
-        f"of {parity.sizes} sizes"
+        "sizes"
     )
     if parity.kept:
         same, tokens = parity.kept

@@ -19,7 +19,7 @@ from capexport.errors import OptionError, importing
 from capexport.serve import EXTRA, application
 from capexport.serve.settings import Settings, add_flags, given_settings
 
-_SILENT = 20.0  # seconds in which a client must have asked something, or taken of its answer
+_IDLE = 20.0  # seconds after which a client that sends and takes nothing is disconnected
 
 
 def add_parser(commands: Any) -> None:
@@ -28,10 +28,10 @@ def add_parser(commands: Any) -> None:
         help="caption images for other programs, over HTTP",
         **teaching(
             "Caption images over HTTP. POST /caption takes an image, or several in a form. "
-            "Programs that speak to Ollama (POST /api/generate) or OpenAI "
-            "(POST /v1/chat/completions) can speak to this server instead. Images that arrive "
+            "Programs written for Ollama (POST /api/generate) or OpenAI "
+            "(POST /v1/chat/completions) can use this server instead. Images that arrive "
             "together are captioned together. After SIGTERM or Ctrl-C, the server answers what it "
-            "has accepted, then exits. Environment variables stand for the flags: "
+            "has accepted, then exits. Flags may also be given as environment variables: "
             "CAPEXPORT_MODEL, CAPEXPORT_API_KEY and so on.",
             "capexport serve                                   # on http://127.0.0.1:8000",
             "capexport serve -m artifacts/first --port 11434   # where Ollama's clients look",
@@ -40,11 +40,15 @@ def add_parser(commands: Any) -> None:
         ),
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, for this "
-        "machine alone; 0.0.0.0: for everybody who reaches it",
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: "
+        "127.0.0.1, for this machine alone); 0.0.0.0 is for everybody who reaches this machine",
     )  # fmt: skip
     parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free"
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="default: 8000; 0 takes any that is free",
     )
     add_flags(parser)
     add_decoding(parser.add_argument_group("how captions are decoded, unless a request says it"))
@@ -93,20 +97,20 @@ def make_server(app: Any, greeting: str = "") -> Any:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Protocol(H11Protocol):
-        pauses = 0  # how often its client has not taken an answer as fast as it came
+        pauses = 0  # how often its client was slower than the answer: changes while it still reads
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.look()
+            self.check_progress()
 
         def pause_writing(self) -> None:
             super().pause_writing()
             self.pauses += 1
 
-        def look(self, before: Any = None) -> None:
-            """Close a connection whose client asks nothing, never comes to an end of what it asks
-            or sends behind an answer, or takes nothing of an answer: uvicorn would keep it for
-            ever, and wait for it at the end."""
+        def check_progress(self, before: Any = None) -> None:
+            """Every `_IDLE` seconds, close the connection if nothing has happened since `before`:
+            its client sends no request, or no end of one, or takes nothing of its answer. uvicorn
+            would keep such a connection for ever, and wait for it when it stops."""
             asked = self.cycle and not self.cycle.response_complete
             idle = not asked and self.timeout_keep_alive_task is None
             untaken = self.transport.get_write_buffer_size()
@@ -116,7 +120,7 @@ def make_server(app: Any, greeting: str = "") -> Any:
             elif idle and state == before:
                 self.transport.close()
             if self in self.connections:
-                self.loop.call_later(_SILENT, self.look, state)
+                self.loop.call_later(_IDLE, self.check_progress, state)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
@@ -125,7 +129,7 @@ def make_server(app: Any, greeting: str = "") -> Any:
                 say(f"capexport: {greeting}")
 
         async def shutdown(self, sockets: Any = None) -> None:
-            app.state.service.ending = time.monotonic()
+            app.state.service.stopping_since = time.monotonic()
             await super().shutdown(sockets)
 
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it names no request

@@ -11,10 +11,11 @@ import onnx
 from capexport.artifact import Decoding
 from capexport.export.loop import barred, loop_around, typed_value, vocabulary_size
 
-# Rows are beams: one at the first step, `num_beams` from then on. What is carried is each beam's
-# log-probability and tokens, and of the best captions that have ended score, log-probability,
-# tokens and length, minus infinity where there is none yet. `TopK` takes the first of equals, as
-# the runtime does.
+# Rows are beams: one at the first step, `num_beams` from then on. Carried from step to step are
+# - of each beam: its state, last token, log-probability (`sums`) and tokens (`said`);
+# - of the best captions that have ended: their scores (minus infinity where there is none yet),
+#   log-probabilities (`totals`), tokens (`ended`) and lengths (`sizes`).
+# `TopK` takes the first of equal values, as the runtime does.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
 beam_loop ({all_inputs}) => (int64[length] best_tokens, float best_total) {{

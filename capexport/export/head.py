@@ -21,6 +21,7 @@ from capexport.preprocessing import ImageSpec
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
 head (uint8[height, width, 3] image) => (float[photos, 3, {crop}, {crop}] images) {{
+    # How large Pillow would make the image, and how much of that the crop cuts off in front.
     size = Shape <start = 0, end = 2> (image)
     shortest = ReduceMin (size)
     divisor = Max (shortest, one)
@@ -31,6 +32,7 @@ head (uint8[height, width, 3] image) => (float[photos, 3, {crop}, {crop}] images
     middle_margin = Mul (margin_double, half)
     offset = Round (middle_margin)
 
+    # Which pixels a pixel of the output is made of: places `low` up to `high`, around `centre`.
     size_double = Cast <to = 11> (size)
     resized_double = Cast <to = 11> (resized)
     ratio = Div (size_double, resized_double)
@@ -55,6 +57,7 @@ head (uint8[height, width, 3] image) => (float[photos, 3, {crop}, {crop}] images
     most = ReduceMax <keepdims = 0> (count)
     tap = Range (zero, most, one)
     place = Add (low, tap)
+    # Their weights: the kernel's values, divided by their sum.
     place_double = Cast <to = 11> (place)
     from_centre = Sub (place_double, centre)
     from_middle = Add (from_centre, half)
@@ -66,6 +69,7 @@ head (uint8[height, width, 3] image) => (float[photos, 3, {crop}, {crop}] images
     running = CumSum (weight, two)
     total = Gather <axis = 2> (running, last)
     share = Div (weight, total)
+    # As whole numbers of 22 bits, in two parts (see the passes).
     large = Mul (share, whole)
     sign = Sign (large)
     rounding = Mul (sign, half)
@@ -81,6 +85,7 @@ head (uint8[height, width, 3] image) => (float[photos, 3, {crop}, {crop}] images
     lower_column = Unsqueeze (lower, two_axis)
     lower_parts = Cast <to = 1> (lower_column)
 
+    # The part of the image that the crop needs, and places within it.
     begin = ReduceMin <keepdims = 0> (low, inner_axes)
     end = ReduceMax <keepdims = 0> (high, inner_axes)
     extent = Sub (end, begin)
@@ -91,6 +96,8 @@ head (uint8[height, width, 3] image) => (float[photos, 3, {crop}, {crop}] images
     source = Min (within, last_place)
     taps = ReduceMax <keepdims = 0> (count, inner_axes)
 
+    # Pillow changes the width first, or the height of an image that loses more than twice as many
+    # rows as columns. A pass changes the number of rows; for the width, the image is transposed.
     less = Sub (size, resized)
     rows_less = Gather (less, zero)
     columns_less = Gather (less, one)
@@ -130,6 +137,7 @@ head (uint8[height, width, 3] image) => (float[photos, 3, {crop}, {crop}] images
             from_rows = Transpose <perm = [2, 0, 1]> (rows_pixels)
         }}
     >
+    # A batch of one, normalized.
     photos = Min (divisor, one)
     batch_shape = Concat <axis = 0> (photos, planes_shape)
     batch = Expand (planes, batch_shape)

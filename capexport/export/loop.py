@@ -1,6 +1,6 @@
-"""The whole greedy decode as one graph: the step graph inside an ONNX `Loop`.
+"""Greedy decoding as one graph: the step graph inside an ONNX `Loop`.
 
-A caption is then two calls, encoder and loop, and nothing between the steps leaves onnxruntime.
+A caption then takes two calls of onnxruntime, of the encoder and of the loop.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import numpy as np
 import onnx
 from onnx import numpy_helper, parser
 
-# `Loop` as the ONNX operator reference has it: trip count and condition, then what is carried from
-# step to step; of each step the condition, what is carried on, and what is collected. Rows that
-# have ended go on unnoticed: their log-probability no longer grows, their words are cut off.
+# `Loop` takes a trip count, a condition and the values that are carried from step to step; its body
+# gives the condition, the carried values and what is collected (https://onnx.ai/onnx/operators).
+# Rows that have ended go on with the others: their log-probability no longer changes, and their
+# words behind the end token don't count.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
 decoder_loop (int64 max_tokens, int64 min_tokens, {all_states})
@@ -134,8 +135,8 @@ def vocabulary_size(step: onnx.ModelProto) -> int:
 def barred(
     step: onnx.ModelProto, suppress_tokens: Sequence[int], end_tokens: Sequence[int]
 ) -> dict[str, Any]:
-    """What is added to logits: minus infinity for tokens that are `never` said, and for those that
-    are `not_yet` said before `min_tokens`."""
+    """What is added to logits, float32 (vocabulary,): minus infinity for tokens that are `never`
+    said; in `not_yet`, which counts before `min_tokens`, for end tokens, too."""
     never = np.zeros(vocabulary_size(step), np.float32)
     never[list(suppress_tokens)] = -np.inf
     not_yet = never.copy()

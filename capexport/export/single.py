@@ -29,11 +29,14 @@ from capexport.export.head import image_head
 from capexport.export.loop import loop_graph, opset_of
 from capexport.families.cnn_lstm import Vocabulary, read_vocabulary
 
-_SHARED = 1024  # bytes from which equal weights of encoder and decoder are stored once
+_SHARED = 1024  # bytes: larger weights that encoder and decoder both have are stored once
 
 
 def single_graph(folder: Path, manifest: Manifest) -> onnx.ModelProto:
-    """The artifact in `folder` as one graph."""
+    """The CNN-LSTM in `folder` as one graph, as this module's docstring describes it.
+
+    `manifest` gives the preprocessing and the decoding, in place of the folder's own.
+    """
     encoder, step = (read_graph(folder / name) for name in ("encoder.onnx", "decoder_step.onnx"))
     vocabulary = read_vocabulary(folder / "vocabulary.json")
     decode = beam_graph if manifest.decoding.num_beams > 1 else _greedy_graph
@@ -56,10 +59,10 @@ def single_graph(folder: Path, manifest: Manifest) -> onnx.ModelProto:
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """The graph of an artifact, with its weights.
+    """A graph with its external weights.
 
-    Those may lie in links, as installers and the hub's client make them of what is in their caches;
-    onnx wants files of their own.
+    Their files may be symbolic links, as in the hub's cache. onnx refuses links, so the files are
+    copied first.
     """
     model = onnx.load(path, load_external_data=False)
     places = [place for tensor in model.graph.initializer for place in tensor.external_data]
@@ -78,7 +81,7 @@ def _value(name: str, kind: type, *axes: str | int) -> onnx.ValueInfoProto:
 def _greedy_graph(
     step: onnx.ModelProto, state: Mapping[str, str], decoding: Decoding
 ) -> onnx.ModelProto:
-    """As `beam_graph`, without beams."""
+    """`loop_graph` with the inputs, outputs and constants that `beam_graph` has."""
     assert decoding.start_token is not None
     [end_token] = decoding.end_tokens
     model = loop_graph(step, state, decoding.start_token, end_token, decoding.suppress_tokens)
@@ -117,24 +120,24 @@ def _add_words(graph: onnx.GraphProto, vocabulary: Vocabulary) -> None:
 
 
 def _add(graph: onnx.GraphProto, part: onnx.ModelProto, prefix: str, **known: str) -> None:
-    """Put the nodes and weights of `part` into `graph`: under the names that are `known` outside,
-    and all others behind `prefix`."""
+    """Put the nodes and weights of `part` into `graph`. Names in `known` become those of `graph`;
+    all others get `prefix` in front."""
     _rename(part.graph, {"": "", **known}, prefix)
     graph.node.extend(part.graph.node)
     graph.initializer.extend(part.graph.initializer)
 
 
 def _rename(graph: onnx.GraphProto, known: Mapping[str, str], prefix: str) -> None:
-    """Also what the graphs within take from outside."""
+    """Rename everything in a graph, and in the graphs within it."""
 
     def new(name: str) -> str:
         return known.get(name, f"{prefix}/{name}")
 
-    del graph.value_info[:]  # of use to no one, and wrong where the batch is one photo
+    del graph.value_info[:]  # optional shapes, which are wrong where the batch is one photo
     for item in (*graph.input, *graph.output, *graph.initializer):
         item.name = new(item.name)
     for node in graph.node:
-        node.name = new(node.name or node.output[0])  # which onnxruntime's errors tell
+        node.name = new(node.name or node.output[0])  # for onnxruntime's errors
         node.input[:], node.output[:] = map(new, node.input), map(new, node.output)
         for attribute in node.attribute:
             if attribute.HasField("g"):
@@ -142,7 +145,7 @@ def _rename(graph: onnx.GraphProto, known: Mapping[str, str], prefix: str) -> No
 
 
 def _share_weights(graph: onnx.GraphProto) -> None:
-    """Keep one of those that are equal."""
+    """Keep one of all weights that are equal, and let all nodes use it."""
     first: dict[tuple[object, ...], str] = {}
     same: dict[str, str] = {}
     kept = []
@@ -160,6 +163,7 @@ def _share_weights(graph: onnx.GraphProto) -> None:
 
 
 def _replace_inputs(graph: onnx.GraphProto, same: Mapping[str, str]) -> None:
+    """Rename what nodes take, in the graphs within, too."""
     for node in graph.node:
         node.input[:] = [same.get(name, name) for name in node.input]
         for attribute in node.attribute:

@@ -41,7 +41,7 @@ from capexport.sessions import CPU, Graph
 
 log = logging.getLogger("capexport")
 
-_W8_TOLERANCE = 0.5  # of the encoder's outputs from int8's; unrelated numbers would err by 1.4
+_W8_TOLERANCE = 0.5  # relative error of the encoder's outputs; that of unrelated ones is 1.4
 # Heights and widths that a head can go wrong at: a pixel, a line, odd and even, either axis first,
 # smaller than any crop, and enlarged on one axis alone.
 _SIZES = (
@@ -57,9 +57,10 @@ class FileParity:
 
     Attributes:
         manifest: of the graphs that it was made of, with the decoding that it does.
-        captions: the file's and `Captioner`'s, over graphs of the same precision.
-        sizes: at how many sizes of images its preprocessing has the bits of `preprocess`.
-        kept: of "w8", the shares of captions and of tokens that are the int8 artifact's.
+        captions: the file's against `Captioner`'s, over graphs of the same precision.
+        sizes: how many sizes of images its preprocessing was compared at; all gave the bits of
+            `preprocess`.
+        kept: for "w8", the shares (0 to 1) of captions and of tokens that are the int8 artifact's.
         metrics: scores against human captions, by precision.
     """
 
@@ -83,8 +84,8 @@ def export_file(
 
     Args:
         photos: what the captions are compared on, at least 16; seeded colour fields by default.
-        precision: "as-is", or "w8" for an int8 artifact's weights, computed with in float32.
-        references: human captions by the photos' file names: what the captions score is reported.
+        precision: "as-is", or "w8": the 8-bit weights of an int8 artifact, computed in float32.
+        references: human captions by the photos' file names, to score the captions with.
         decoding: how the graph decodes, in place of the artifact's defaults.
     Raises:
         OutputExistsError: `out` is there already.
@@ -98,7 +99,7 @@ def export_file(
     names = image_names(images, references)
     artifact, given = Manifest.read(folder), decoding or {}
     manifest = dataclasses.replace(artifact, decoding=changed(artifact.decoding, given))
-    _check(folder, manifest, precision)
+    _refuse_unsupported(folder, manifest, precision)
     own = open_artifact(folder, artifact, CPU)
     own.full_size = True  # the graph is given whole photos, too
     wanted = own.caption(images, **given)
@@ -111,11 +112,11 @@ def export_file(
             captioner = open_artifact(parts, manifest, CPU)
             captioner.full_size = True
             said["w8"] = captioner.caption(images, **given)
-            kept = _kept(own, captioner, wanted, said["w8"])
+            kept = _compare_with_int8(own, captioner, wanted, said["w8"])
         model = single.single_graph(parts, manifest)
         parity = FileParity(
             manifest,
-            _compare_captions(_opened(model, draft), captioner, images, given),
+            _compare_captions(_save_and_open(model, draft), captioner, images, given),
             _compare_pixels(manifest.image, model, draft),
             kept,
             {name: scored(names, s, references) for name, s in said.items() if references},
@@ -128,7 +129,7 @@ def export_file(
     return parity
 
 
-def _check(folder: Path, manifest: Manifest, precision: str) -> None:
+def _refuse_unsupported(folder: Path, manifest: Manifest, precision: str) -> None:
     """Refuse what one graph does not hold."""
     decoding, trouble = manifest.decoding, ""
     if manifest.family != "cnn-lstm":
@@ -165,10 +166,10 @@ def _write_w8(folder: Path, target: Path, manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest, precision="w8", files=record_files(target))
 
 
-def _kept(
+def _compare_with_int8(
     own: Captioner, w8: Captioner, wanted: Sequence[Caption], said: Sequence[Caption]
 ) -> tuple[float, float]:
-    """The shares of captions and tokens that are int8's.
+    """The shares of w8's captions and tokens that are int8's.
 
     Raises:
         ParityError: the encoder's outputs are far from int8's.
@@ -184,7 +185,7 @@ def _kept(
     return same / len(wanted), token_agreement(wanted, said)
 
 
-def _opened(model: onnx.ModelProto, folder: str) -> Graph:
+def _save_and_open(model: onnx.ModelProto, folder: str) -> Graph:
     path = Path(folder, "captioner.onnx")
     onnx.save(model, path)
     return CPU.open(path)
@@ -230,7 +231,7 @@ def _compare_pixels(spec: ImageSpec, model: onnx.ModelProto, folder: str) -> int
         ParityError: at one it doesn't.
     """
     head = image_head(spec, opset_of(model), model.ir_version)
-    graph, rng = _opened(head, folder), np.random.default_rng(0)
+    graph, rng = _save_and_open(head, folder), np.random.default_rng(0)
     for height, width in _SIZES:
         image = rng.integers(0, 256, (height, width, 3), np.uint8)
         image[rng.random((height, width)) < 0.3] = rng.choice([0, 255])  # where cubics overshoot

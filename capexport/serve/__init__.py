@@ -2,7 +2,7 @@
 
     CAPEXPORT_MODEL=artifacts/first uvicorn --factory capexport.serve:application --workers 2
 
-There, environment variables stand for the flags: `CAPEXPORT_` and the name of the flag.
+With uvicorn, environment variables replace the flags: `CAPEXPORT_` and a flag's name.
 """
 
 from __future__ import annotations

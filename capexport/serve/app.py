@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,7 +19,7 @@ from starlette.types import Scope
 import capexport
 from capexport.errors import CapexportError
 from capexport.serve import ollama, openai, own, responses
-from capexport.serve.gate import Gate, complain, error_answer
+from capexport.serve.gate import Gate, error_answer, log_error
 from capexport.serve.metrics import CONTENT_TYPE
 from capexport.serve.requests import Json
 from capexport.serve.service import Service, status_of
@@ -38,7 +37,7 @@ OpenAI's (<code>/v1/chat/completions</code>, <code>/v1/responses</code>); see
 
 
 def build_app(service: Service) -> Starlette:
-    """An ASGI application around a captioner that is loaded already."""
+    """The ASGI application around a service."""
     settings = service.settings
     routes = [
         *own.routes(service),
@@ -52,8 +51,8 @@ def build_app(service: Service) -> Starlette:
         inner.append(Mount("/", StaticFiles(directory=settings.site, html=True)))
     below = _below(settings.root_path, inner) if settings.root_path else []
 
-    def known(scope: Scope) -> str | None:
-        """The path of the matching route, as it is written there."""
+    def route_of(scope: Scope) -> str | None:
+        """The path of the route that a request matches, as `Route` has it."""
         for route in routes:
             if route.path_regex.match(service.path(scope)):
                 return route.path
@@ -68,7 +67,10 @@ def build_app(service: Service) -> Starlette:
 
     app = Starlette(
         routes=[*below, *inner],
-        middleware=[*_cors(settings.allow_origin), Middleware(Gate, service=service, known=known)],
+        middleware=[
+            *_cors(settings.allow_origin),
+            Middleware(Gate, service=service, route_of=route_of),
+        ],
         exception_handlers={
             HTTPException: _refused,
             CapexportError: _failed,
@@ -84,7 +86,8 @@ def build_app(service: Service) -> Starlette:
 
 
 def _below(path: str, routes: list[BaseRoute]) -> list[BaseRoute]:
-    """The same below a path; the page's own links are relative to `path` and a slash."""
+    """The same routes below a path. Without its last slash, the path is redirected to the one with
+    it, to which the page's links are relative."""
 
     async def add_slash(request: Request) -> Response:
         return RedirectResponse(f"{path}/")
@@ -93,13 +96,17 @@ def _below(path: str, routes: list[BaseRoute]) -> list[BaseRoute]:
 
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """What lets pages of these origins read answers."""
-    how: dict[str, Any] = {
-        "allow_origins": origins,
-        "allow_methods": ["GET", "POST"],
-        "allow_headers": ["*"],  # OpenAI's client in a page sends a dozen of its own
-    }
-    return [Middleware(CORSMiddleware, **how)] if origins else []
+    """The headers that let pages of these origins read answers."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # OpenAI's client in a page sends a dozen of its own
+        )
+    ]
 
 
 def _status_routes(service: Service) -> list[Route]:
@@ -112,7 +119,7 @@ def _status_routes(service: Service) -> list[Route]:
         gauges = {
             "capexport_queue_images": service.batcher.held,
             "capexport_queue_room_images": settings.queue,
-            "capexport_body_bytes": service.held,
+            "capexport_body_bytes": service.body_bytes,
         }
         return Response(service.metrics.text(gauges), media_type=CONTENT_TYPE)
 
@@ -140,7 +147,7 @@ async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, CapexportError)
     if (status := status_of(error)) < 500:
         return _answer(request, status, str(error))
-    complain(request.scope["path"], status, str(error))  # it names files here
+    log_error(request.scope["path"], status, str(error))  # it names files here
     return await _broken(request, error)
 
 
@@ -149,7 +156,7 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 
 async def _too_deep(request: Request, error: Exception) -> Response:
-    """Whatever part of a request's JSON was being read, shown or repeated."""
+    """JSON of too many levels, whether it was being read, shown in an error, or answered."""
     return _answer(request, 400, "the body is JSON of too many levels")
 
 
@@ -159,5 +166,5 @@ async def _broken(request: Request, error: Exception) -> Response:
 
 def _answer(request: Request, status: int, reason: str, headers: object = None) -> Response:
     path = request.app.state.service.path(request.scope)
-    complain(path, status, reason)
+    log_error(path, status, reason)
     return error_answer(path, status, reason, headers)

@@ -20,12 +20,12 @@ from capexport.errors import CapexportError
 from capexport.preprocessing import FloatArray
 from capexport.serve.metrics import Metrics
 
-# An encoded image, or a function that returns one and is called in a thread of the batcher.
+# An image file's bytes, or a function that returns them, called in a thread of the batcher.
 Source: TypeAlias = bytes | Callable[[], bytes]
 Outcome: TypeAlias = Caption | CapexportError
 
 # Seconds that a batch waits for more images while other work goes on.
-PATIENCE = 0.005
+_PATIENCE = 0.005
 
 
 class QueueFullError(Exception):
@@ -36,7 +36,10 @@ class QueueFullError(Exception):
 class _Item:
     """An image, and the future that waits for its caption.
 
-    Only images with the same `key`, which stands for their options, are captioned together.
+    Attributes:
+        pixels: float32 (3, crop, crop), once the image is read.
+        ready: when that was, by `time.monotonic()`.
+        key: stands for the options; only images with the same key are captioned together.
     """
 
     source: Source
@@ -44,7 +47,7 @@ class _Item:
     options: DecodingKeywords
     future: asyncio.Future[Outcome]
     pixels: FloatArray | None = None
-    ready: float = 0.0  # since when it has pixels
+    ready: float = 0.0
     key: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,8 +64,8 @@ class Batcher:
 
     Attributes:
         room: how many images may be held at once.
-        held: how many are.
-        loop: the event loop that its futures are of.
+        held: how many are held now.
+        loop: the event loop in which captions are awaited.
     """
 
     def __init__(
@@ -75,8 +78,8 @@ class Batcher:
         room: int,
         max_pixels: int,
     ) -> None:
-        """Call it in the event loop. `threads` threads read images. With a captioner of one thread,
-        as many of them caption at once; otherwise one."""
+        """Start the threads; call it in the event loop. All `threads` read images. If the captioner
+        itself uses one thread, they also caption as many batches at once, else one."""
         self.captioner, self.metrics = captioner, metrics
         self.room, self.held = room, 0
         self._batch_size, self._max_pixels = batch_size, max_pixels
@@ -132,10 +135,10 @@ class Batcher:
                 pause = None
                 free = self._captioning < self._at_once
                 if free and self._ready:
-                    pause = self._ready[0].ready + PATIENCE - time.monotonic()
+                    pause = self._ready[0].ready + _PATIENCE - time.monotonic()
                     busy = self._reading or self._captioning
-                    rest = self._unread or (busy and pause > 0)
-                    if not rest or len(self._ready) >= self._fair_share():
+                    more_may_come = self._unread or (busy and pause > 0)
+                    if not more_may_come or len(self._ready) >= self._fair_share():
                         self._captioning += 1
                         return self._take_batch()
                 if self._unread and len(self._ready) < 2 * self._batch_size:
@@ -146,12 +149,12 @@ class Batcher:
                 self._changed.wait(pause)
 
     def _fair_share(self) -> int:
-        """How many images make a batch: as many as give each thread the same to do; one at least,
-        as the clients of all that are ready may have gone."""
+        """How many images make a batch, so that all threads that caption get equally many. At least
+        one: when clients have gone, images may be ready that are no longer held."""
         return max(1, min(self._batch_size, math.ceil(self.held / self._at_once)))
 
     def _take_batch(self) -> list[_Item]:
-        """The images that have waited longest, all with the same options."""
+        """Remove a batch from those that are ready: the oldest, with the same options."""
         key = self._ready[0].key
         batch = [item for item in self._ready if item.key == key][: self._fair_share()]
         taken = set(map(id, batch))

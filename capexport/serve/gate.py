@@ -20,36 +20,39 @@ from capexport.serve.openai import error_object
 from capexport.serve.requests import Json, refuse
 from capexport.serve.service import Service
 
-OPEN = ("/health", "/")  # whatever the key
-# Seconds to wait for the next byte of a body, for the whole body, and for what is left of it once
-# the server is about to end.
+_OPEN_PATHS = ("/health", "/")  # for everybody, without a key
+# Seconds to wait for the next part of a body, for the whole body, and for the rest of it once the
+# server is stopping.
 _PAUSE, _LONGEST, _GRACE = 10.0, 300.0, 10.0
-_BODIES = 8  # as many of the largest size are held at once
+_MAX_BODIES = 8  # of the largest size: all bodies together take no more memory
 
 log = logging.getLogger("capexport")
 
 
 def error_answer(path: str, status: int, reason: str, headers: object = None) -> Json:
-    """An error in the shape that the path's protocol has, without control characters."""
+    """An error in the form of the path's protocol; control characters in `reason` are escaped."""
     reason = shown(reason)
     content = error_object(status, reason) if path.startswith("/v1/") else {"error": reason}
     return Json(content, status, headers)
 
 
 class Gate:
-    """ASGI middleware. `known` names the route of a request, under which it is counted; None for
-    paths that clients make up."""
+    """ASGI middleware that checks and counts every request.
+
+    `route_of` gives the path of the route that a request matches, or None. Requests are counted
+    under it, since a counter for each path that a client makes up would fill the memory.
+    """
 
     def __init__(
-        self, app: ASGIApp, service: Service, known: Callable[[Scope], str | None]
+        self, app: ASGIApp, service: Service, route_of: Callable[[Scope], str | None]
     ) -> None:
-        self._app, self._service, self._known = app, service, known
+        self._app, self._service, self._route_of = app, service, route_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         began, status = time.monotonic(), 500
-        path = self._known(scope)
+        path = self._route_of(scope)
         body = _Body(self, receive, self._service)
 
         async def noted(message: Message) -> None:
@@ -63,27 +66,27 @@ class Gate:
                 self._check(Headers(scope=scope), path)
             except HTTPException as error:
                 asked, status = self._service.path(scope), error.status_code
-                complain(asked, status, error.detail)
+                log_error(asked, status, error.detail)
                 answer = error_answer(asked, status, error.detail, error.headers)
                 return await answer(scope, receive, noted)
             await self._app(scope, body.receive, noted)
         finally:
-            self._service.held -= body.size
+            self._service.body_bytes -= body.size
             self._service.metrics.answered(path or "other", status, time.monotonic() - began)
 
     def _check(self, headers: Headers, path: str | None) -> None:
         """Refuse clients that may not ask, and bodies that are announced as too large."""
         settings = self._service.settings
-        if path not in OPEN and settings.api_key and not _has_key(headers, settings.api_key):
+        if path not in _OPEN_PATHS and settings.api_key and not _has_key(headers, settings.api_key):
             refuse("this server wants its API key: `Authorization: Bearer KEY`", 401,
                    {"WWW-Authenticate": "Bearer"})  # fmt: skip
         # Browsers send this header with requests from pages; other clients don't.
         foreign = headers.get("sec-fetch-site") == "cross-site"
         origins = settings.allow_origin
-        if foreign and path not in OPEN and not {"*", headers.get("origin")} & {*origins}:
+        if foreign and path not in _OPEN_PATHS and not {"*", headers.get("origin")} & {*origins}:
             refuse("pages of other origins may not ask here (--allow-origin)", 403)
         host = headers.get("host", "")
-        if settings.guarded and not _is_own_name(host, settings.allow_host):
+        if settings.checks_host and not _is_own_name(host, settings.allow_host):
             # DNS rebinding: a page whose host name resolves to this machine has the same origin.
             refuse(f"this server doesn't go by the name of {host!r:.100} (--allow-host)", 403)
         if headers.get("content-encoding", "identity").strip().lower() != "identity":
@@ -96,14 +99,15 @@ class Gate:
     def refuse_size(self) -> None:
         refuse(f"a request may have {self._service.settings.max_body} MB (--max-body)", 413)
 
-    def hold(self, size: int) -> None:
-        if self._service.held + size > _BODIES * self._service.settings.max_body * 10**6:
+    def reserve(self, size: int) -> None:
+        """Count bytes of a body that has to stay in memory, or refuse them."""
+        if self._service.body_bytes + size > _MAX_BODIES * self._service.settings.max_body * 10**6:
             refuse("too much is being sent already: try again later", 429, {"Retry-After": "1"})
-        self._service.held += size
+        self._service.body_bytes += size
 
 
 class _Body:
-    """A request's body, as it comes."""
+    """A request's body as it arrives, within the limits of time and size."""
 
     def __init__(self, gate: Gate, receive: Receive, service: Service) -> None:
         self._gate, self._receive, self._service = gate, receive, service
@@ -116,7 +120,7 @@ class _Body:
         if not self._more:
             return await self._receive()
         now = time.monotonic()
-        until = min(self._until, self._service.ending + _GRACE, now + _PAUSE)
+        until = min(self._until, self._service.stopping_since + _GRACE, now + _PAUSE)
         try:
             with anyio.fail_after(max(0, until - now)):  # cheaper than a task each time
                 message = await self._receive()
@@ -126,7 +130,7 @@ class _Body:
         size = len(message.get("body", b""))
         if self.size + size > self._most:
             self._gate.refuse_size()
-        self._gate.hold(size)
+        self._gate.reserve(size)
         self.size += size
         return message
 
@@ -138,7 +142,7 @@ def _has_key(headers: Headers, key: str) -> bool:
 
 
 def _is_own_name(host: str, allowed: tuple[str, ...]) -> bool:
-    """Is a `Host` header an address, localhost, or one of `allowed`?"""
+    """Whether a `Host` header is an IP address, localhost, or one of `allowed`."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
         if name in ("localhost", "", *allowed) or name.endswith(".localhost"):
@@ -149,6 +153,6 @@ def _is_own_name(host: str, allowed: tuple[str, ...]) -> bool:
     return True
 
 
-def complain(path: str, status: int, reason: str) -> None:
-    """Log one line, whatever a client put into the request."""
+def log_error(path: str, status: int, reason: str) -> None:
+    """Log one line, with control characters escaped: clients choose the path."""
     log.info("%s", shown(f"{status} {path:.100}: {reason:.300}"))

@@ -23,10 +23,12 @@ class Histogram:
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
+        """Count a value."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def lines(self, name: str, label: str = "") -> Iterator[str]:
+        """The lines of a metric; `label` is none or one, as `path="/caption",`."""
         total = 0
         for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
             total += count
@@ -49,11 +51,12 @@ class Metrics:
         self.batches = Histogram(_IMAGES)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
-        """`path` is one of few: not what a client makes up."""
+        """Count a request. `path` is a route's, since each path gets counters of its own."""
         self.requests[path, status] += 1
         self.seconds.setdefault(path, Histogram(_SECONDS)).observe(seconds)
 
     def text(self, gauges: Mapping[str, int]) -> str:
+        """All counters, and `gauges` by name."""
         return "\n".join([*self._lines(gauges), ""])
 
     def _lines(self, gauges: Mapping[str, int]) -> Iterator[str]:

@@ -22,12 +22,12 @@ from capexport.captioner import Caption
 from capexport.serve.requests import (
     NO_LOGPROBS,
     Json,
-    in_format,
+    answered,
+    formatter,
     objects,
     read_json,
     refuse,
     texts,
-    until,
     value,
 )
 from capexport.serve.service import Service
@@ -94,11 +94,16 @@ async def _answer(
     said: Callable[[str], dict[str, Any]],
     loads: bool,
 ) -> Response:
-    """`said` puts a text where the protocol has it; a request that only `loads` has no image."""
+    """Answer either endpoint.
+
+    Args:
+        said: a text, as the fields in which the endpoint answers.
+        loads: whether the request has neither image nor text: clients send it to load a model.
+    """
     began = time.monotonic()
     _check_model(service, content.get("model"))
     streams = value(content, "stream", bool, True)
-    shaped = in_format(content.get("format"))
+    form = formatter(content.get("format"))
     options = value(content, "options", dict, {})
     stops = texts(options, "stop", "options: ")
     tokens = value(options, "num_predict", int, -1, "options: ")
@@ -109,14 +114,15 @@ async def _answer(
         return Json({**head, **said(""), "done": True, "done_reason": "load"})
     if not images:
         refuse("no images: this model captions images, a list of base64 texts")
-    wanted = service.longest(tokens if tokens > 0 else None)  # 0, too, is no bound
+    wanted = service.capped(tokens if tokens > 0 else None)  # 0, too, is no bound
     sources = await service.images(images, plain=True)
     own_prompt = prompt if service.settings.prompts and prompt else None
     captions = await service.captions(request, sources, own_prompt, max_tokens=wanted)
-    text = "\n".join(shaped(until(stops, caption.text)) for caption in captions)
+    most = wanted or service.captioner.options.max_tokens
+    text, reason = answered(captions, form, stops, most)
     counts = {
         "done": True,
-        "done_reason": _reason(service, captions, wanted),
+        "done_reason": reason,
         **_durations(captions, began),
         "prompt_eval_count": service.prompt_tokens(own_prompt) * len(captions),
         "eval_count": sum(len(caption.tokens) for caption in captions),
@@ -125,11 +131,6 @@ async def _answer(
         return Json({**head, **said(text), **counts})
     lines = [{**head, **said(text), "done": False}, {**head, **said(""), **counts}]
     return Response("".join(f"{json.dumps(line)}\n" for line in lines), media_type=NDJSON)
-
-
-def _reason(service: Service, captions: list[Caption], wanted: int | None) -> str:
-    most = wanted or service.captioner.options.max_tokens
-    return "length" if any(len(caption.tokens) >= most for caption in captions) else "stop"
 
 
 def _durations(captions: list[Caption], began: float) -> dict[str, int]:
@@ -174,7 +175,7 @@ def _model(service: Service) -> dict[str, Any]:
     return {
         "name": name,
         "model": name,
-        "modified_at": _timestamp(service.began),
+        "modified_at": _timestamp(service.loaded_at),
         "size": service.manifest.size,
         "digest": service.digest,
         "details": _details(service),
@@ -191,5 +192,5 @@ def _description(service: Service) -> dict[str, Any]:
         "details": _details(service),
         "model_info": {"general.architecture": service.manifest.family},
         "capabilities": ["completion", "vision"],
-        "modified_at": _timestamp(service.began),
+        "modified_at": _timestamp(service.loaded_at),
     }

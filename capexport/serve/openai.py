@@ -20,15 +20,15 @@ from starlette.routing import Route
 
 from capexport.captioner import Caption
 from capexport.serve.requests import (
-    MOST_BEAMS,
+    MAX_BEAMS,
     NO_LOGPROBS,
     Json,
-    in_format,
+    answered,
+    formatter,
     objects,
     read_json,
     refuse,
     texts,
-    until,
     value,
 )
 from capexport.serve.service import Service
@@ -38,7 +38,7 @@ def routes(service: Service) -> list[Route]:
     model = {
         "id": service.settings.name,
         "object": "model",
-        "created": int(service.began.timestamp()),
+        "created": int(service.loaded_at.timestamp()),
         "owned_by": "capexport",
     }
 
@@ -60,12 +60,15 @@ def error_object(status: int, reason: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     codes = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
-    code = "model_not_found" if "does not exist" in reason else codes.get(status)
+    code = codes.get(status)
+    if status == 404 and "does not exist" in reason:  # an unknown path is a 404, too
+        code = "model_not_found"
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": reason, "type": kind, "param": None, "code": code}}
 
 
 def check_model(service: Service, name: str) -> None:
+    """Refuse other names than this server's model."""
     if not name:
         refuse("model is required")
     if not service.knows(name):
@@ -74,33 +77,33 @@ def check_model(service: Service, name: str) -> None:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for; its sampling options change nothing, as captions are not drawn by
-    lot.
+    """What a request asks for. Temperature, seed and other options of sampling are ignored, since
+    captions are not sampled.
 
     Attributes:
-        urls: of the images; data URIs, too.
-        prompt: what the user said last.
-        shape: makes the text of an answer from a caption.
-        tokens: as many a caption has at most; None for the captioner's own limit.
-        streams: whether the answer is server-sent events.
-        stops: before the first of these texts a caption ends.
+        urls: the images, as http(s) or data URIs.
+        prompt: the text of the user's last message.
+        format: makes the text of an answer from a caption.
+        max_tokens: None for the captioner's own limit.
+        stream: whether the answer is server-sent events.
+        stops: a caption ends before the first of these texts.
         choices: how many captions of one image.
-        counted: whether a stream ends with the numbers of tokens.
+        include_usage: whether a stream ends with the numbers of tokens.
     """
 
     urls: list[str]
     prompt: str
-    shape: Callable[[str], str]
-    tokens: int | None
-    streams: bool
+    format: Callable[[str], str]
+    max_tokens: int | None
+    stream: bool
     stops: Sequence[str] = ()
     choices: int = 1
-    counted: bool = False
+    include_usage: bool = False
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Asked:
         """From the body of a request for chat completions."""
-        prompt, urls = last_words(objects(content, "messages"))
+        prompt, urls = prompt_and_images(objects(content, "messages"))
         wanted = value(content, "response_format", dict, {})
         streaming = value(content, "stream_options", dict, {})
         tokens = content.get("max_completion_tokens")
@@ -108,15 +111,15 @@ class Asked:
         asked = cls(
             urls,
             prompt,
-            shape({**value(wanted, "json_schema", dict, {}, "response_format: "), **wanted}),
+            formatter_of({**value(wanted, "json_schema", dict, {}, "response_format: "), **wanted}),
             value(content, bound, int, None),
             value(content, "stream", bool, False),
             [stop] if isinstance(stop := content.get("stop"), str) else texts(content, "stop"),
             value(content, "n", int, 1),
             value(streaming, "include_usage", bool, False, "stream_options: "),
         )
-        if not 1 <= asked.choices <= MOST_BEAMS:
-            refuse(f"n must lie in 1..{MOST_BEAMS}, got {asked.choices}")
+        if not 1 <= asked.choices <= MAX_BEAMS:
+            refuse(f"n must lie in 1..{MAX_BEAMS}, got {asked.choices}")
         if asked.choices > 1 and len(urls) > 1:
             refuse("n above 1 goes with one image, not with several")
         if value(content, "logprobs", bool, False):
@@ -126,11 +129,12 @@ class Asked:
 
 
 def check_tools(content: Mapping[str, Any]) -> None:
+    """Refuse requests that insist on a tool; tools that are only offered are ignored."""
     if content.get("tool_choice") not in (None, "none", "auto"):
         refuse("tool_choice: this model calls no tools; response_format or text.format gives JSON")
 
 
-def last_words(messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
+def prompt_and_images(messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
     """The text of the last message of a user, and the images of the last message with any.
 
     Parts of messages are those of chat completions or of responses.
@@ -159,32 +163,32 @@ def last_words(messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
     return prompt, urls
 
 
-def shape(wanted: Mapping[str, Any], where: str = "response_format") -> Callable[[str], str]:
-    """A function from a caption to the form that was asked for."""
+def formatter_of(wanted: Mapping[str, Any], where: str = "response_format") -> Callable[[str], str]:
+    """A function from a caption to the text of an answer, by a `response_format` or `text.format`,
+    which is called `where` in a refusal."""
     kind = wanted.get("type", "text")
     if kind == "json_schema":
-        return in_format(value(wanted, "schema", dict, {}, f"{where}: "), where)
+        return formatter(value(wanted, "schema", dict, {}, f"{where}: "), where)
     if kind not in ("text", "json_object"):
         refuse(f"{where}: type must be text, json_object or json_schema")
-    return in_format("json" if kind == "json_object" else "")
+    return formatter("json" if kind == "json_object" else "")
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Each choice's text with the reason of its end, "stop" or "length"; and tokens that came in
-    and went out."""
+class Answer:
+    """Text and finish reason ("stop" or "length") of each choice, and numbers of tokens."""
 
     choices: list[tuple[str, str]]
-    tokens_in: int
-    tokens_out: int
+    prompt_tokens: int
+    completion_tokens: int
 
 
-async def answer(service: Service, request: Request, asked: Asked) -> Answered:
+async def captioned(service: Service, request: Request, asked: Asked) -> Answer:
     """The captions that are asked for, as texts."""
     if not asked.urls:
         refuse("no image: this model captions images, parts of the type image_url or input_image")
     own = service.captioner.options
-    tokens = service.longest(asked.tokens)
+    tokens = service.capped(asked.max_tokens)
     prompt = asked.prompt if service.settings.prompts and asked.prompt else None
     captions = await service.captions(
         request,
@@ -194,7 +198,7 @@ async def answer(service: Service, request: Request, asked: Asked) -> Answered:
         num_beams=max(own.num_beams, asked.choices) if asked.choices > 1 else None,
         num_return_sequences=asked.choices,
     )
-    return Answered(
+    return Answer(
         list(_choices(captions, asked, tokens or own.max_tokens)),
         service.prompt_tokens(prompt) * len(captions),
         sum(len(one.tokens) for each in captions for one in each.alternatives[: asked.choices]),
@@ -205,20 +209,20 @@ async def _complete(service: Service, request: Request) -> Response:
     content = await read_json(request)
     check_model(service, value(content, "model", str, ""))
     asked = Asked.read(content)
-    answered = await answer(service, request, asked)
+    answer = await captioned(service, request, asked)
     usage = {
-        "prompt_tokens": answered.tokens_in,
-        "completion_tokens": answered.tokens_out,
-        "total_tokens": answered.tokens_in + answered.tokens_out,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
     }
     head = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),
         "model": content["model"],
     }
-    if asked.streams:
+    if asked.stream:
         head["object"] = "chat.completion.chunk"
-        events = _events(head, answered.choices, usage, asked.counted)
+        events = _events(head, answer.choices, usage, asked.include_usage)
         return Response("".join(events), media_type="text/event-stream")
     said = [
         {
@@ -227,25 +231,26 @@ async def _complete(service: Service, request: Request) -> Response:
             "logprobs": None,
             "finish_reason": reason,
         }
-        for index, (text, reason) in enumerate(answered.choices)
+        for index, (text, reason) in enumerate(answer.choices)
     ]
     return Json({**head, "object": "chat.completion", "choices": said, "usage": usage})
 
 
 def _choices(captions: list[Caption], asked: Asked, most: int) -> Iterator[tuple[str, str]]:
-    """Each choice's text, and why it ends: the captions of several images are one, a line each."""
-    ones = [[one] for one in captions[0].alternatives[: asked.choices]]
-    if len(captions) > 1:
-        ones = [[caption.alternatives[0] for caption in captions]]
-    for parts in ones:
-        text = "\n".join(asked.shape(until(asked.stops, part.text)) for part in parts)
-        yield text, "length" if any(len(part.tokens) >= most for part in parts) else "stop"
+    """Text and finish reason of each choice: the alternatives of one image, or else one choice with
+    the captions of all images, a line each."""
+    if len(captions) == 1:
+        choices = [[one] for one in captions[0].alternatives[: asked.choices]]
+    else:
+        choices = [[caption.alternatives[0] for caption in captions]]
+    for lines in choices:
+        yield answered(lines, asked.format, asked.stops, most)
 
 
 def _events(
     head: dict[str, Any], choices: list[tuple[str, str]], usage: dict[str, int], counted: bool
 ) -> Iterator[str]:
-    """The answer as server-sent events: each choice, its end, and the end of all."""
+    """The answer as server-sent events: of each choice its role, its whole text and its end."""
 
     def event(index: int, delta: dict[str, str], reason: str | None) -> str:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}

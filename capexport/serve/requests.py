@@ -1,4 +1,5 @@
-"""What every protocol needs: JSON held to its types, images as text, and refusals that say why."""
+"""What every protocol needs: JSON bodies and their fields, images in base64, refusals, and forms
+of captions."""
 
 from __future__ import annotations
 
@@ -14,16 +15,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from capexport.captioner import Alternative, Caption
 from capexport.errors import ImageError
 from capexport.serve.batching import Source
 
-MOST_TOKENS, MOST_BEAMS = 256, 16  # of one request, unless the model's own are more
-MOST_CHARACTERS = 30_000  # of a prompt: more than models take, and soon made into tokens
+MAX_TOKENS, MAX_BEAMS = 256, 16  # of one request, unless the model's own are more
+MAX_CHARACTERS = 30_000  # of a prompt: more than models take, and tokenized at once
 NO_LOGPROBS = "logprobs: captions come without the probabilities of their tokens"
-_LARGE = 2_000_000  # bytes of JSON that would keep the event loop busy for long
-_MANY = 100_000  # values of JSON, each of which would, and takes many times its bytes of memory
+_LARGE = 2_000_000  # bytes of JSON: more are parsed in a thread, since the event loop would wait
+# Values of JSON in a body. Parsing holds the interpreter's lock, in a thread as well, and a value
+# takes many times the memory of its text.
+_MAX_VALUES = 100_000
 _ESCAPES = (("+", "%2B"), ("/", "%2F"), ("=", "%3D"))
-_PLAIN = str.maketrans("-_", "+/", " \t\r\n\f")
+_TO_STANDARD = str.maketrans("-_", "+/", " \t\r\n\f")  # from base64url, without white space
 _KINDS = {
     str: "text",
     bool: "true or false",
@@ -37,7 +41,7 @@ D = TypeVar("D")
 
 
 class Json(Response):
-    """A JSON answer in ASCII, whatever text of the client it repeats."""
+    """A JSON answer. All beyond ASCII is escaped, as text of the client may be no valid UTF-8."""
 
     media_type = "application/json"
 
@@ -46,13 +50,14 @@ class Json(Response):
 
 
 def refuse(reason: str, status: int = 400, headers: Mapping[str, str] | None = None) -> NoReturn:
+    """Answer the request with an error, in the form that its protocol has."""
     raise HTTPException(status, reason, headers)
 
 
 async def read_json(request: Request) -> dict[str, Any]:
     """The JSON object in the body, whatever content type the client declares."""
     body = await request.body()
-    if sum(map(body.count, (b",", b"[", b"{"))) > _MANY:  # base64 has none of them
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MAX_VALUES:  # base64 has none of them
         refuse("the body is JSON of too many values: an image is one text, in base64", 413)
     try:
         large = len(body) > _LARGE
@@ -73,7 +78,8 @@ def _no_constant(name: str) -> NoReturn:
 def value(
     content: Mapping[str, Any], name: str, kind: type[T], default: D, where: str = ""
 ) -> T | D:
-    """A field, held to its type; null stands for the default."""
+    """A field of a JSON object, or its default where it is missing or null. One of another type is
+    refused; `where` is put in front of the field's name then. 3.0 is a whole number, too."""
     found = content.get(name)
     if found is None:
         return default
@@ -85,7 +91,7 @@ def value(
 
 
 def objects(content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """A list of objects."""
+    """A field that is a list of objects; empty where it is missing."""
     found: list[Any] = value(content, name, list, [])
     if not all(isinstance(item, dict) for item in found):
         refuse(f"{name} must be a list of objects")
@@ -93,7 +99,7 @@ def objects(content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def texts(content: Mapping[str, Any], name: str, where: str = "") -> list[str]:
-    """A list of texts."""
+    """A field that is a list of texts; empty where it is missing."""
     found: list[Any] = value(content, name, list, [], where)
     if not all(isinstance(item, str) for item in found):
         refuse(f"{where}{name} must be a list of texts")
@@ -110,28 +116,33 @@ def data_uri(uri: str) -> Source:
 
 
 def from_base64(text: str) -> Source:
-    """An image that is decoded where it keeps nobody waiting; what is no base64 is an `ImageError`
-    there."""
+    """A function that decodes the text, for a thread of the batcher. It raises `ImageError` if that
+    is no base64."""
     return partial(_decode, text)
 
 
 def _decode(text: str) -> bytes:
-    """Base64 as browsers take it in data URIs, with white space, escapes and without padding; and
-    that of URLs (RFC 4648, 5)."""
-    with suppress(ValueError):  # most need nothing of that
+    """Base64 as browsers accept it in data URIs: white space, percent-escapes and missing padding
+    are allowed; and base64url (RFC 4648, section 5)."""
+    with suppress(ValueError):  # the usual case, without copies
         return pybase64.b64decode(text, validate=True)
     for sign, escape in _ESCAPES:
         text = text.replace(escape, sign).replace(escape.lower(), sign)
-    plain = text.translate(_PLAIN).rstrip("=")
+    plain = text.translate(_TO_STANDARD).rstrip("=")
     try:
         return pybase64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except ValueError as error:
         raise ImageError(f"an image is not base64: {error}") from error
 
 
-def in_format(wanted: Any, where: str = "format") -> Callable[[str], str]:
-    """A function from a caption to the JSON that was asked for: `{"caption": ...}`, or for a JSON
-    schema the object with its one text field."""
+def formatter(wanted: Any, where: str = "format") -> Callable[[str], str]:
+    """A function from a caption to the text of an answer.
+
+    Args:
+        wanted: nothing for the caption itself, "json" for `{"caption": ...}`, or a JSON schema
+            with one required field, a text.
+        where: what to call `wanted` in a refusal.
+    """
     if wanted in (None, ""):
         return str
     if wanted == "json":
@@ -150,8 +161,23 @@ def _as_object(name: str, caption: str) -> str:
     return json.dumps({name: caption}, ensure_ascii=False)
 
 
-def until(stops: Sequence[str], caption: str) -> str:
-    """A caption up to the first of `stops` in it; the whole caption, if there is none."""
-    for stop in filter(None, stops):
-        caption = caption.partition(stop)[0]
-    return caption
+def answered(
+    captions: Sequence[Caption | Alternative],
+    form: Callable[[str], str],
+    stops: Sequence[str],
+    max_tokens: int,
+) -> tuple[str, str]:
+    """The text of an answer, a line for each caption, and the reason of its end.
+
+    Each caption ends before the first of `stops` in it, then `form` makes its line. The reason is
+    "length" if `max_tokens` ended a caption, else "stop".
+    """
+    lines, reason = [], "stop"
+    for caption in captions:
+        text = caption.text
+        for stop in filter(None, stops):
+            text = text.partition(stop)[0]
+        if text == caption.text and len(caption.tokens) >= max_tokens:
+            reason = "length"
+        lines.append(form(text))
+    return "\n".join(lines), reason

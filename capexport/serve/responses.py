@@ -18,18 +18,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from capexport.serve.openai import (
-    Answered,
+    Answer,
     Asked,
-    answer,
+    captioned,
     check_model,
     check_tools,
-    last_words,
-    shape,
+    formatter_of,
+    prompt_and_images,
 )
 from capexport.serve.requests import NO_LOGPROBS, Json, objects, read_json, refuse, texts, value
 from capexport.serve.service import Service
 
-_KEPT = ("previous_response_id", "conversation", "prompt", "background")
+_STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
 
 
 def routes(service: Service) -> list[Route]:
@@ -41,15 +41,15 @@ async def _respond(service: Service, request: Request) -> Response:
     check_model(service, value(content, "model", str, ""))
     form = value(value(content, "text", dict, {}), "format", dict, {"type": "text"}, "text: ")
     asked = _asked(content, form)
-    answered = await answer(service, request, asked)
-    response = _response(content, form, answered)
-    if asked.streams:
+    answer = await captioned(service, request, asked)
+    response = _response(content, form, answer)
+    if asked.stream:
         return Response("".join(_events(response)), media_type="text/event-stream")
     return Json(response)
 
 
 def _asked(content: Mapping[str, Any], form: Mapping[str, Any]) -> Asked:
-    for name in _KEPT:
+    for name in _STATEFUL:
         if content.get(name):
             refuse(f"{name}: nothing is kept from one request to the next; send all of it")
     if content.get("top_logprobs") or any("logprobs" in item for item in texts(content, "include")):
@@ -62,20 +62,20 @@ def _asked(content: Mapping[str, Any], form: Mapping[str, Any]) -> Asked:
     for item in items:
         if item.get("type", "message") != "message":
             refuse(f"input: items must be messages, got {reprlib.repr(item['type'])}")
-    prompt, urls = last_words(items)
+    prompt, urls = prompt_and_images(items)
     return Asked(
         urls,
         prompt,
-        shape(form, "text: format"),
+        formatter_of(form, "text: format"),
         value(content, "max_output_tokens", int, None),
         value(content, "stream", bool, False),
     )
 
 
 def _response(
-    content: Mapping[str, Any], form: Mapping[str, Any], answered: Answered
+    content: Mapping[str, Any], form: Mapping[str, Any], answer: Answer
 ) -> dict[str, Any]:
-    [(text, reason)] = answered.choices
+    [(text, reason)] = answer.choices
     whole = reason == "stop"
     status = "completed" if whole else "incomplete"
     part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
@@ -108,18 +108,18 @@ def _response(
         "top_p": None,
         "truncation": "disabled",
         "usage": {
-            "input_tokens": answered.tokens_in,
+            "input_tokens": answer.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": answered.tokens_out,
+            "output_tokens": answer.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": answered.tokens_in + answered.tokens_out,
+            "total_tokens": answer.prompt_tokens + answer.completion_tokens,
         },
     }
 
 
 def _events(response: dict[str, Any]) -> Iterator[str]:
-    """The response as server-sent events: itself, its message and the message's text, each begun
-    and ended."""
+    """The response as server-sent events: the beginnings of response, message and text, the whole
+    text, and the ends of all three."""
     [message], [part] = response["output"], response["output"][0]["content"]
     begun = {**response, "status": "in_progress", "incomplete_details": None}
     begun |= {"output": [], "usage": None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,9 +22,9 @@ from capexport.serve.batching import Batcher, Outcome, QueueFullError, Source
 from capexport.serve.fetching import Fetcher
 from capexport.serve.metrics import Metrics
 from capexport.serve.requests import (
-    MOST_BEAMS,
-    MOST_CHARACTERS,
-    MOST_TOKENS,
+    MAX_BEAMS,
+    MAX_CHARACTERS,
+    MAX_TOKENS,
     data_uri,
     from_base64,
     refuse,
@@ -35,19 +34,20 @@ from capexport.sessions import available_cores
 
 
 class Service:
-    """
+    """The loaded captioner with its queue, and what is counted over all requests.
+
     Attributes:
         captioner, manifest: what captions the images.
-        digest: hash of the manifest, which holds the hashes of all files.
-        began: when it was loaded.
-        held: bytes of all bodies that are being received or worked on.
-        ending: since when, by `time.monotonic()`, the server has been about to end.
+        digest: SHA-256 of the manifest, which holds the hashes of all files.
+        loaded_at: when the captioner was loaded.
+        body_bytes: size of all request bodies that are being received or worked on.
+        stopping_since: when the server was told to stop, by `time.monotonic()`; else infinite.
     """
 
     batcher: Batcher
     fetcher: Fetcher
-    held = 0
-    ending = math.inf
+    body_bytes = 0
+    stopping_since = math.inf
 
     def __init__(self, settings: Settings) -> None:
         """Load the captioner.
@@ -64,11 +64,11 @@ class Service:
         if settings.prompts and not self.takes_prompts:
             raise OptionError("--prompts needs a model that was trained with prompts, as BLIP-2")
         self.digest = sha256_of(folder / FILE_NAME)
-        self.began = datetime.now(timezone.utc)
+        self.loaded_at = datetime.now(timezone.utc)
         self.metrics = Metrics()
 
     def start(self) -> None:
-        """Begin to take images. Call it in the event loop."""
+        """Start the threads that caption. Call it in the event loop."""
         settings = self.settings
         self.batcher = Batcher(
             self.captioner,
@@ -85,11 +85,11 @@ class Service:
         self.captioner.close()
 
     def knows(self, name: str) -> bool:
+        """Whether a client's name for the model is this server's, with Ollama's tag or without."""
         return name in (self.settings.name, f"{self.settings.name}:latest")
 
     def path(self, scope: Scope) -> str:
-        """The path of a request, without the prefixes that an application around this one, and a
-        proxy, have put before it."""
+        """A request's path without what an outer application or a proxy has put in front of it."""
         path = str(scope["path"])
         for prefix in (scope.get("root_path", ""), self.settings.root_path):
             if f"{path}/".startswith(f"{prefix}/"):
@@ -97,7 +97,15 @@ class Service:
         return path
 
     async def images(self, texts: Sequence[str], plain: bool = False) -> list[Source]:
-        """The images that data URIs, http(s) URLs or, where `plain`, base64 stand for."""
+        """Images from data URIs, http(s) URLs or, where `plain`, bare base64. URLs are fetched.
+
+        Raises:
+            HTTPException: a text is none of these, URLs are not allowed, or there are more texts
+                than the queue has places.
+            ImageError: a URL cannot be fetched.
+        """
+        if len(texts) > self.settings.queue:
+            refuse(f"at most {self.settings.queue} images a request", 413)
         room = self.settings.max_body * 10**6  # what is fetched is no more than could be sent
         found: list[Source] = []
         for text in map(str.strip, texts):
@@ -115,28 +123,27 @@ class Service:
                 refuse("an image must be a data URI or an http URL")
         return found
 
-    def bounded(self, **options: Any) -> DecodingKeywords:
-        """The options of a request, without those that change nothing, so that more images can be
-        captioned together.
+    def changed_options(self, **options: Any) -> DecodingKeywords:
+        """The options of a request that differ from the captioner's own. Only requests with equal
+        options are captioned together, so those that change nothing are left out.
 
         Raises:
             OptionError: they ask for more than a request may, or are out of range.
         """
         own = self.captioner.options
         given: Any = {name: value for name, value in options.items() if value is not None}
-        if not given:
-            return given  # type: ignore[no-any-return]
-        for name, most in (("max_tokens", MOST_TOKENS), ("num_beams", MOST_BEAMS)):
+        for name, most in (("max_tokens", MAX_TOKENS), ("num_beams", MAX_BEAMS)):
             if given.get(name, 0) > (most := max(most, getattr(own, name))):
                 raise OptionError(f"{name} must be at most {most} here, got {given[name]}")
         replace(own, **given)
         changes: Any = {n: value for n, value in given.items() if value != getattr(own, n)}
         return changes  # type: ignore[no-any-return]
 
-    def longest(self, tokens: int | None) -> int | None:
-        """`tokens` within what a request may ask for: other protocols' clients name thousands."""
-        most = max(MOST_TOKENS, self.captioner.options.max_tokens)
-        return None if tokens is None else min(tokens, most)
+    def capped(self, max_tokens: int | None) -> int | None:
+        """`max_tokens`, but no more than a request may ask for. Clients of language models ask for
+        thousands, which `changed_options` would refuse."""
+        most = max(MAX_TOKENS, self.captioner.options.max_tokens)
+        return None if max_tokens is None else min(max_tokens, most)
 
     async def captions(
         self,
@@ -162,12 +169,10 @@ class Service:
         """The caption of each image, or its error. Stops if the client disconnects."""
         if prompt is not None and not self.takes_prompts:
             raise OptionError("this captioner takes no prompt")
-        if len(prompt or "") > MOST_CHARACTERS:
-            raise OptionError(f"a prompt may have {MOST_CHARACTERS} characters here")
-        if len(sources) > self.settings.queue:
-            refuse(f"at most {self.settings.queue} images a request", 413)
-        bounded = self.bounded(**options)
-        work = asyncio.ensure_future(self.batcher.caption(sources, prompt, bounded))
+        if len(prompt or "") > MAX_CHARACTERS:
+            raise OptionError(f"a prompt may have {MAX_CHARACTERS} characters here")
+        changes = self.changed_options(**options)
+        work = asyncio.ensure_future(self.batcher.caption(sources, prompt, changes))
         gone = asyncio.ensure_future(_disconnection(request))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -181,11 +186,9 @@ class Service:
             work.cancel()
 
     def prompt_tokens(self, prompt: str | None) -> int:
-        """How many tokens image and prompt take, if the model counts them; else 0."""
-        with contextlib.suppress(OptionError):
-            framed = self.captioner.text.frame(None if prompt is None else [prompt], 1, 1)
-            return int(framed.mask.sum()) if framed else 0
-        return 0
+        """How many tokens image and prompt take in the decoder; 0 where they take none."""
+        framed = self.captioner.text.frame(None if prompt is None else [prompt], 1, 1)
+        return int(framed.mask.sum()) if framed else 0
 
 
 async def _disconnection(request: Request) -> None:

@@ -22,11 +22,12 @@ def _setting(default: Any, metavar: str | None, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """
+    """What a server is started with. Fields with a `help` are flags and environment variables.
+
     Attributes:
         decoding: options of decoding in place of the artifact's own.
-        loopback: whether the server listens on an address of this machine alone.
-        The others: see their help.
+        loopback: whether the server listens on a loopback address, which only this machine reaches.
+
     Raises:
         OptionError: a value is out of range, or cannot be sent in a header.
     """
@@ -47,7 +48,9 @@ class Settings:
         None, "N", "how many images go through the model together (default: 32, for a BLIP-2 8)"
     )
     queue: int = _setting(
-        256, "N", "how many images may wait or be worked on; more are refused (default: 256)"
+        256,
+        "N",
+        "how many images may wait or be worked on; requests with more are refused (default: 256)",
     )
     max_body: int = _setting(50, "MB", "largest request, in megabytes (default: 50)")
     max_pixels: int = _setting(
@@ -61,14 +64,16 @@ class Settings:
         False, None, "fetch images that requests name by http(s) URL, from public addresses only"
     )
     allow_origin: tuple[str, ...] = _setting(
-        (), "ORIGIN", "let pages of this origin (https://photos.example) ask; may be repeated"
+        (),
+        "ORIGIN",
+        "let pages of this origin (https://photos.example) send requests; may be repeated",
     )
     allow_host: tuple[str, ...] = _setting(
-        (), "NAME", "where only this machine may ask and no key is set: answer to this host name, "
-        "too, which a proxy may pass on; may be repeated",
+        (), "NAME", "accept requests for this host name, as a proxy passes it on; needed where the "
+        "server listens on this machine alone and has no key, and may be repeated",
     )  # fmt: skip
     root_path: str = _setting(
-        "", "PATH", "answer below this path, too, for a proxy that does not strip it"
+        "", "PATH", "path below which a proxy puts the server, whether or not it strips it"
     )
     site: str | None = _setting(
         None, "DIR", "folder of static files to serve at /, to everybody, with a key or without"
@@ -77,8 +82,9 @@ class Settings:
     loopback: bool = False
 
     @property
-    def guarded(self) -> bool:
-        """Is listening on this machine's own addresses its only protection?"""
+    def checks_host(self) -> bool:
+        """Whether a request must name this machine as its `Host`: where there is no key, and only
+        this machine can connect, a web page could otherwise ask by DNS rebinding."""
         return self.loopback and not self.api_key
 
     def __post_init__(self) -> None:
@@ -114,22 +120,23 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _truth(text: str) -> bool:
+def _boolean(text: str) -> bool:
     if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
         raise ValueError
     return text.lower() in ("1", "true", "yes")
 
 
+# By a field's annotation: what reads it from text, and what to call it in an error.
 _TYPES: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "a whole number"),
     "int | None": (int, "a whole number"),
-    "bool": (_truth, "1 or 0"),
+    "bool": (_boolean, "1 or 0"),
     "tuple[str, ...]": (lambda text: tuple(text.split()), "words"),
 }
 
 
 def environment_values() -> dict[str, Any]:
-    """The settings that the environment has, by their names in `Settings`."""
+    """The settings that environment variables give, by their names in `Settings`."""
     values = {}
     for item in flags():
         if text := os.environ.get(variable := PREFIX + item.name.upper()):
@@ -142,12 +149,12 @@ def environment_values() -> dict[str, Any]:
 
 
 def flags() -> list[Any]:
-    """The fields that are flags."""
+    """The fields of `Settings` that are flags."""
     return [item for item in fields(Settings) if "help" in item.metadata]
 
 
 def add_flags(group: Any) -> None:
-    """A flag for each setting; one that isn't given is missing from what the parser returns."""
+    """Add a flag for each setting to a parser. One that isn't given is parsed as None or False."""
     for item in flags():
         how: dict[str, Any] = {"action": "store_true"}
         if item.type != "bool":
@@ -159,7 +166,7 @@ def add_flags(group: Any) -> None:
 
 
 def given_settings(options: Any) -> dict[str, Any]:
-    """The settings in parsed arguments, or else in the environment."""
+    """The settings that flags give, or else environment variables, by their names."""
     values = environment_values()
     for item in flags():
         value = getattr(options, item.name)

@@ -33,8 +33,8 @@ PACKAGE = "onnxruntime-web@1.30.0"
 _INTEGRITY = (
     "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 )
-# Of the package's `dist`: by which names the page knows them, as many servers know no .mjs, and
-# their SHA-256, since files of other versions load or fail only in the visitor's browser.
+# Files of the package's `dist`. Each has a name on the page, since many servers send .mjs with a
+# wrong type, and its SHA-256: another version might fail only in a visitor's browser.
 _RUNTIME_FILES = {
     "ort.wasm.bundle.min.mjs": (
         "onnxruntime.js",

@@ -111,6 +111,8 @@ def test_ollama_options(ollamas, captioner: Captioner, photo: Path, wanted):
     word = wanted.text.split()[2]
     stopped = ollamas.generate("capexport", images=[photo], options={"stop": [word]})
     assert stopped.response == wanted.text[: wanted.text.index(word)]
+    options = {"stop": [word], "num_predict": 4}  # it ends before the limit is reached
+    assert ollamas.generate("capexport", images=[photo], options=options).done_reason == "stop"
 
 
 def test_ollama_formats(ollamas, photo: Path, wanted):
@@ -202,6 +204,8 @@ def test_openai_options(openais, captioner: Captioner, photo: Path, wanted):
     for option in ({"max_tokens": 2}, {"max_completion_tokens": 2}):
         [choice] = ask(**option, temperature=0.7).choices
         assert (choice.message.content, choice.finish_reason) == (short, "length")
+    [choice] = ask(max_tokens=4, stop=wanted.text.split()[2]).choices
+    assert (len(choice.message.content.split()), choice.finish_reason) == (2, "stop")
     assert ask(max_tokens=4096, seed=1).choices[0].message.content == wanted.text
     beams = captioner.caption(photo, num_beams=3, num_return_sequences=3)
     texts = [choice.message.content for choice in ask(n=3).choices]
@@ -247,13 +251,15 @@ def test_openai_errors(openais, photo: Path):
         {"tool_choice": "required"},
         {"tool_choice": {"type": "function", "function": {"name": "describe"}}},
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "does not exist"}]}]},
         {"response_format": {"type": "xml"}},
         {"messages": [{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": "https://example.com/a.jpg"}}]}]},
     ]  # fmt: skip
     for options in refused:
-        with pytest.raises(openai.BadRequestError):
+        with pytest.raises(openai.BadRequestError) as caught:
             ask(**options)
+        assert caught.value.code is None
     with pytest.raises(openai.NotFoundError):
         openais.models.retrieve("gpt-4o")
 

@@ -286,6 +286,19 @@ def test_slow_clients_keep_nobody_waiting(
     assert all(result.startswith(b"HTTP/1.1 408 ") for result in results)
 
 
+def test_a_body_that_comes_too_slowly_is_refused(server: Running, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gate, "_LONGEST", 0.5)
+    host, port = server.address.split(":")
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout=0.1) as connection:
+        connection.sendall(HEAD + b"Content-Length: 60\r\n\r\n")
+        while not answer:
+            connection.sendall(b"x")
+            with suppress(TimeoutError):
+                answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
 @pytest.mark.parametrize(
     "parts",
     [(), (b"GET /health HTTP/1.1\r\nHos",),
@@ -296,7 +309,7 @@ def test_slow_clients_keep_nobody_waiting(
 def test_who_never_ends_what_he_asks_is_let_go(
     server: Running, parts: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(serve, "_SILENT", 0.2)
+    monkeypatch.setattr(serve, "_IDLE", 0.2)
     host, port = server.address.split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         for part in parts:
@@ -312,7 +325,7 @@ def test_who_takes_no_answer_is_let_go(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "large").write_bytes(bytes(30_000_000))
-    monkeypatch.setattr(serve, "_SILENT", 0.2)
+    monkeypatch.setattr(serve, "_IDLE", 0.2)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with running(model=str(artifact), site=str(tmp_path)) as server:
@@ -324,12 +337,12 @@ def test_who_takes_no_answer_is_let_go(
 
 
 def test_bodies_together_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gate, "_BODIES", 2)
+    monkeypatch.setattr(gate, "_MAX_BODIES", 2)
     host, port = server.address.split(":")
     held = [socket.create_connection((host, int(port))) for _ in range(2)]
     for connection in held:
         connection.sendall(HEAD + b"Content-Length: 999999\r\n\r\n" + bytes(999_000))
-    while server.service.held < 2 * 999_000:
+    while server.service.body_bytes < 2 * 999_000:
         time.sleep(0.01)
     status, _, headers = server.ask("POST", "/caption", bytes(500_000))
     assert status == 429 and headers["retry-after"]

@@ -42,13 +42,19 @@ def test_addresses_that_are(address: str):
 
 class Site(http.server.BaseHTTPRequestHandler):
     photo = b""
+    host = ""  # of the last request
 
     def do_GET(self) -> None:
         path, _, target = self.path.partition("?")
+        Site.host = self.headers["Host"]
         if path in ("/photo.jpg", "/%C3%A9%20photo.jpg"):
             self.answer(200, self.photo)
         elif path == "/moved":
             self.answer(302, b"", Location=target)
+        elif path == "/moved-in-utf-8":
+            self.answer(302, b"", Location="/é photo.jpg".encode().decode("latin-1"))
+        elif path == "/most":
+            self.answer(200, b"x" * 700_000)
         elif path == "/large":
             self.answer(200, b"x" * 1_200_000)
         elif path == "/endless":
@@ -139,9 +145,20 @@ def public(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_fetched(server: Running, site: str, public: None, captioner: Captioner):
     wanted = captioner.caption(Site.photo).text
     for path in ("/photo.jpg", "/photo.jpg?a=b", "/moved?/photo.jpg", f"/moved?{site}/photo.jpg",
-                 "/é photo.jpg"):  # fmt: skip
+                 "/é photo.jpg", "/moved-in-utf-8"):  # fmt: skip
         assert ask(server, site + path) == (200, wanted), path
     assert ask(server, f"{site}/nothing")[0] == 400
+
+
+def test_nothing_is_fetched_for_a_request_of_too_many_images(
+    artifact: Path, site: str, public: None
+):
+    Site.host = ""
+    part = {"type": "image_url", "image_url": {"url": f"{site}/photo.jpg"}}
+    body = {"model": "capexport", "messages": [{"role": "user", "content": 3 * [part]}]}
+    with running(model=str(artifact), allow_urls=True, queue=2) as server:
+        assert server.ask("POST", "/v1/chat/completions", body)[0] == 413
+    assert Site.host == ""
 
 
 def test_redirects_are_checked_too(server: Running, site: str, public: None):
@@ -174,6 +191,20 @@ def test_a_name_is_not_looked_up_twice(
     assert asked == ["rebinding.example"]
 
 
+def test_host_names_beyond_ascii(
+    server: Running, site: str, public: None, monkeypatch: pytest.MonkeyPatch
+):
+    port = int(site.rpartition(":")[2])
+
+    async def local(self, host, port, **_):
+        assert host == "xn--mnchen-3ya.xn--p1ai"
+        return [(2, 1, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(type(server.service.batcher.loop), "getaddrinfo", local)
+    assert ask(server, f"http://münchen.рф:{port}/photo.jpg")[0] == 200
+    assert Site.host == f"xn--mnchen-3ya.xn--p1ai:{port}"
+
+
 def test_one_private_address_among_public_ones_is_enough(
     server: Running, public: None, monkeypatch: pytest.MonkeyPatch
 ):
@@ -189,6 +220,10 @@ def test_limits(server: Running, site: str, public: None, monkeypatch: pytest.Mo
     for path in ("/large", "/endless"):
         status, text = ask(server, site + path)
         assert status == 400 and "more than" in text
+    part = {"type": "image_url", "image_url": {"url": f"{site}/most"}}
+    body = {"model": "capexport", "messages": [{"role": "user", "content": [part, part]}]}
+    _, answer, _ = server.ask("POST", "/v1/chat/completions", body)
+    assert "more than" in answer["error"]["message"]  # than a whole request may have
     monkeypatch.setattr(fetching, "_SECONDS", 1.0)
     status, text = ask(server, f"{site}/slow")
     assert status == 400 and "longer" in text

@@ -43,13 +43,14 @@ try {
   await keepForLater();
 } catch (error) {
   status.textContent = `The captioner cannot be loaded: ${error.message}`;
+  doing.textContent = "";
   files.disabled = true;
   progress.hidden = true;
 }
 
 /** Have the service worker keep the page for when there is no network. */
 async function keepForLater() {
-  if (!navigator.serviceWorker) return; // on plain http, but for this machine's own
+  if (!navigator.serviceWorker) return; // pages over plain http have none, except on localhost
   try {
     await navigator.serviceWorker.register("service-worker.js");
     await navigator.serviceWorker.ready;
@@ -60,6 +61,7 @@ async function keepForLater() {
 }
 
 function add(photos) {
+  if (files.disabled) return; // the captioner could not be loaded
   waiting.push(...photos);
   if (captioner) run();
   else doing.textContent = `${waiting.length} waiting`;
@@ -111,7 +113,7 @@ function show(photo, { text, width, height, milliseconds, note }) {
   showThumbnail(photo, item.querySelector("canvas"));
   const copy = item.querySelector(".copy");
   label(copy, "Copy", text);
-  copy.hidden = !navigator.clipboard; // on plain http
+  copy.hidden = !navigator.clipboard; // pages over plain http have none
   copy.addEventListener("click", () => copyText(text, copy));
 }
 
@@ -132,7 +134,7 @@ function newItem(text) {
   return item;
 }
 
-/** On a canvas, since an image would need a policy that allows blob: addresses. */
+/** On a canvas, since the page's policy forbids the blob: address that an <img> would need. */
 async function showThumbnail(photo, canvas) {
   const image = await createImageBitmap(photo, { resizeWidth: canvas.width, resizeQuality: "high" });
   const scale = Math.max(canvas.width / image.width, canvas.height / image.height);
@@ -154,7 +156,7 @@ async function copyText(text, button) {
   setTimeout(() => label(button, "Copy", text), 2000);
 }
 
-/** What a button shows, and what those hear who don't see beside which caption it stands. */
+/** Give a button its word, and screen readers also the caption beside which it stands. */
 function label(button, word, text) {
   button.textContent = word;
   button.setAttribute("aria-label", `${word}: ${text}`);

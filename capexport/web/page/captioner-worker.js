@@ -1,4 +1,8 @@
-/** The worker behind captioner.js: first it is sent the model's address, then images. */
+/**
+ * The worker behind captioner.js. Its first message is {model}, the address of captioner.onnx, and
+ * each further one {image}. It answers each with {}, a caption, or {error, broken}, where `broken`
+ * says that another worker is needed.
+ */
 import * as ort from "./onnxruntime.js";
 import { decode } from "./pixels.js";
 
@@ -13,13 +17,14 @@ self.onmessage = async ({ data }) => {
   let broken = !session;
   try {
     if (!session) {
-      session = await named(opened(data.model), data.model);
+      session = await blaming(data.model, openModel(data.model));
       self.postMessage({});
       return;
     }
     const began = performance.now();
-    const { rgb, width, height, note } = await named(decode(data.image), data.image.name ?? "image");
-    broken = true; // should the next line fail: memory that ran out in WebAssembly stays so
+    const pixels = await blaming(data.image.name ?? "image", decode(data.image));
+    const { rgb, width, height, note } = pixels;
+    broken = true; // if the next line fails: WebAssembly may be out of memory, and stays so
     const said = await session.run({ image: new ort.Tensor("uint8", rgb, [height, width, 3]) });
     self.postMessage({
       text: said.words.data.join(" "),
@@ -35,14 +40,14 @@ self.onmessage = async ({ data }) => {
   }
 };
 
-async function opened(url) {
+async function openModel(url) {
   const response = await fetch(url);
   if (!response.ok) throw new Error(`cannot be loaded (${response.status})`);
   return ort.InferenceSession.create(new Uint8Array(await response.arrayBuffer()));
 }
 
-/** What `promise` gives; its error begins with the file's name. */
-async function named(promise, name) {
+/** What `promise` gives; the file's name is put in front of its error. */
+async function blaming(name, promise) {
   try {
     return await promise;
   } catch (error) {

@@ -1,4 +1,4 @@
-const KINDS = ["Blob", "File", "ImageData", "ImageBitmap"];
+const CLASSES = ["Blob", "File", "ImageData", "ImageBitmap"];
 
 /**
  * Captions for photos, made on this device.
@@ -40,10 +40,11 @@ export class Captioner {
    */
   caption(image) {
     const caption = this.#turn.then(async () => {
-      const kind = Object.prototype.toString.call(image).slice(8, -1); // frames have other classes
-      if (!KINDS.includes(kind)) {
-        const taken = KINDS.join(", ");
-        throw new TypeError(`image: no ${taken}, but ${kind}; createImageBitmap() takes elements`);
+      // Not instanceof: a photo from a frame is of that frame's own class.
+      const name = Object.prototype.toString.call(image).slice(8, -1);
+      if (!CLASSES.includes(name)) {
+        const taken = CLASSES.join(", ");
+        throw new TypeError(`image: no ${taken}, but ${name}; createImageBitmap() takes elements`);
       }
       if (!this.#worker) await this.#start();
       return this.#ask({ image });

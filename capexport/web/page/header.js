@@ -2,19 +2,24 @@ const BREAKS_OFF = "the file breaks off before its end";
 export const DAMAGED = "damaged, or no image that this browser can read";
 
 /**
- * What the bytes of an image file tell before it is decoded, all of it optional. Metadata that
- * Pillow leaves out or applies last, and browsers each in their own way, are taken out of `bytes`:
- * colour profiles, gamma, orientation, animation.
+ * Read the header of an image file, and make its bytes such that every browser decodes the pixels
+ * that Pillow does: colour profiles, gamma, orientation and animation, which browsers each apply in
+ * their own way, are taken out.
  *
- * @param {Uint8Array} bytes - changed in place
- * @returns {{width?: number, height?: number, orientation?: number, parts?: Uint8Array[],
- *   broken?: string, opaque?: boolean, dark?: string, note?: string, kind?: string,
- *   unread?: string}}
- *   `orientation`: EXIF's or XMP's, 1 to 8, where it is left to us; `parts`: of the file, what is
- *   to be decoded, if not all; `broken`: what is wrong with it, which not all browsers mind;
- *   `opaque`: what comes out transparent is damaged; `dark`: why a nearly black image of this kind
- *   is refused; `note`: why other pixels than Pillow's come of it; `kind`: what it is, where
- *   browsers may decode it otherwise; `unread`: the format's name where few browsers read it
+ * @typedef {object} Header - every field is optional
+ * @property {number} width - pixels, before it is turned
+ * @property {number} height
+ * @property {number} orientation - of EXIF or XMP, 1 to 8, which the browser no longer applies
+ * @property {Uint8Array[]} parts - what to decode in place of the whole file
+ * @property {string} broken - why to refuse the file, though some browsers would decode it
+ * @property {boolean} opaque - it has no transparency: pixels that come out so were not decoded
+ * @property {string} dark - why to refuse the image if it is nearly black
+ * @property {string} note - why its pixels may differ from Pillow's in any browser
+ * @property {string} kind - a key of PROBES, or a format that has no probe
+ * @property {string} unread - the format's name, if few browsers read it
+ *
+ * @param {Uint8Array} bytes - of the whole file; changed in place
+ * @returns {Header}
  */
 export function readHeader(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -40,7 +45,7 @@ function text(bytes, at, length) {
 
 const PNG_END = [0, 0, 0, 0, 0x49, 0x45, 0x4e, 0x44, 0xae, 0x42, 0x60, 0x82];
 
-/** Chunks that no decoder can do without, and the transparency that it may not pass over. */
+/** Only the critical chunks and tRNS (transparency) are decoded. */
 function png(bytes, view) {
   const header = { width: view.getUint32(16), height: view.getUint32(20) };
   const [exif, xmp] = [[], []];
@@ -48,7 +53,7 @@ function png(bytes, view) {
   if (bytes[24] === 16 && bytes[25] === 0) {
     header.dark = "grey of 16 bits whose brightness is uncertain; save it with 8 bits";
   }
-  header.opaque = bytes[25] < 4; // and no chunk to the contrary
+  header.opaque = bytes[25] < 4; // colour types without alpha, unless there is a tRNS
   header.parts = [bytes.subarray(0, 8)];
   for (let at = 8, kind = ""; at + 8 <= bytes.length && kind !== "IEND"; ) {
     const end = at + 12 + view.getUint32(at);
@@ -66,7 +71,7 @@ function png(bytes, view) {
     at = end;
   }
   header.orientation = orientation(exif, xmp);
-  header.parts.push(Uint8Array.from(PNG_END)); // Pillow asks for none; WebKit shows nothing without
+  header.parts.push(Uint8Array.from(PNG_END)); // WebKit decodes none without; Pillow does
   return header;
 }
 
@@ -89,12 +94,12 @@ function jpeg(bytes, view) {
     while (view.getUint8(at) !== 255 || [0, 0xd8, 255].includes(view.getUint8(at + 1))) at += 1;
     marker = bytes[at + 1];
     const end = at + 2 + view.getUint16(at + 2);
-    // All frame headers, C0 to CF, but not the tables that have numbers among them.
+    // Frame headers, SOF0 to SOF15; C4, C8 and CC are other segments.
     if (marker >= 0xc0 && marker <= 0xcf && ![0xc4, 0xc8, 0xcc].includes(marker)) {
       header.height = view.getUint16(at + 5);
       header.width = view.getUint16(at + 7);
     }
-    // JFIF (E0) and Adobe (EE) say what the colours mean. The others become comments.
+    // JFIF (E0) and Adobe (EE) say how colours are coded. Other metadata become comments (FE).
     if (marker > 0xe0 && marker <= 0xef && marker !== 0xee) {
       const body = bytes.subarray(at + 4, end);
       if (text(body, 0, 6) === "Exif\0\0") exif.push(body);
@@ -104,7 +109,7 @@ function jpeg(bytes, view) {
     at = end;
   }
   header.orientation = orientation(exif, xmp);
-  let last = bytes.length - 2; // among coded pixels, these two bytes can only be the end
+  let last = bytes.length - 2; // of the last FF D9, which marks the end; coded pixels have none
   while (last > at && (bytes[last] !== 0xff || bytes[last + 1] !== 0xd9)) last -= 1;
   if (last <= at) header.broken = BREAKS_OFF;
   return header;
@@ -117,20 +122,20 @@ function webp(bytes, view) {
   const uint24 = (at) => view.getUint16(at, true) | (view.getUint8(at + 2) << 16);
   Object.assign(header, { width: uint24(24) + 1, height: uint24(27) + 1 });
   const chunks = { EXIF: [], ICCP: [], "XMP ": [] };
-  bytes[20] &= ~0x2c; // has a profile, EXIF, XMP
+  bytes[20] &= ~0x2c; // the flags for a profile, EXIF and XMP
   for (let at = 12; at + 8 < bytes.length; ) {
     const [kind, length] = [text(bytes, at, 4), view.getUint32(at + 4, true)];
     chunks[kind]?.push(bytes.subarray(at + 8, at + 8 + length));
-    if (kind in chunks) bytes.fill(0x2d, at, at + 4); // unknown chunks are left out
+    if (kind in chunks) bytes.fill(0x2d, at, at + 4); // named "----", it is skipped as unknown
     at += 8 + length + (length % 2);
   }
   header.orientation = orientation(chunks.EXIF, chunks["XMP "]);
   return header;
 }
 
-/** Up to the end of the first frame. */
+/** Reads up to the end of the first frame. */
 function gif(bytes, view) {
-  const table = (at) => (view.getUint8(at) & 128 ? 6 << (bytes[at] & 7) : 0); // its bytes
+  const table = (at) => (view.getUint8(at) & 128 ? 6 << (bytes[at] & 7) : 0); // bytes of colours
   const header = { width: view.getUint16(6, true), height: view.getUint16(8, true) };
   for (let at = 13 + table(10), kind = 0x21; kind === 0x21; ) {
     kind = view.getUint8(at);
@@ -165,7 +170,7 @@ function isoMedia(bytes, view) {
   return { kind: "AVIF", note: brands.includes("avis") ? note : undefined };
 }
 
-/** Of blocks of EXIF and XMP; like Pillow, by the first EXIF that has one, or else the XMP. */
+/** Like Pillow, from the first EXIF block that has one, or else from XMP; 1 if there is none. */
 function orientation(exif, xmp) {
   const found = [...exif.map(exifOrientation), ...xmp.map(xmpOrientation)];
   const value = found.find((value) => value !== undefined);
@@ -178,15 +183,18 @@ function xmpOrientation(bytes) {
 }
 
 /** However broken they are, EXIF data are never a reason to refuse a photo. */
-function exifOrientation(bytes) {
-  const exif = text(bytes, 0, 4) === "Exif" ? bytes.subarray(6) : bytes;
+function exifOrientation(exif) {
+  while (text(exif, 0, 6) === "Exif\0\0") exif = exif.subarray(6); // some files have it twice
   const view = new DataView(exif.buffer, exif.byteOffset, exif.byteLength);
   const little = text(exif, 0, 2) === "II";
   try {
     const first = view.getUint32(4, little);
     for (let index = 0; index < view.getUint16(first, little); index += 1) {
       const entry = first + 2 + 12 * index;
-      if (view.getUint16(entry, little) === 0x0112) return view.getUint16(entry + 8, little);
+      if (view.getUint16(entry, little) !== 0x0112) continue;
+      const [type, count] = [view.getUint16(entry + 2, little), view.getUint32(entry + 4, little)];
+      if ([3, 8].includes(type)) return view.getUint16(entry + 8, little);
+      return [4, 9, 13].includes(type) && count === 1 ? view.getUint32(entry + 8, little) : 1;
     }
   } catch (error) {
     if (!(error instanceof RangeError)) throw error;

@@ -1,8 +1,8 @@
 /**
- * From an image file to the upright RGB pixels that capexport reads from it in Python.
+ * From an image file to the upright RGB pixels that capexport reads from it in Python, with Pillow.
  *
- * The browser decodes. Colour profiles are left out, as by Pillow. Where a browser sees something
- * else than Pillow, a note says so, or the image is refused.
+ * The browser decodes. Where its pixels differ from Pillow's, or may, a note says so, or the image
+ * is refused.
  */
 import { DAMAGED, readHeader } from "./header.js";
 import { PROBES } from "./probes.js";
@@ -10,22 +10,23 @@ import { PROBES } from "./probes.js";
 const MAX_BYTES = 200e6;
 const MAX_PIXELS = 64e6; // a tab has less memory than Python; a phone's 50 megapixels pass
 const MAX_ASPECT_RATIO = 100;
-const TILE = 2048; // pixels: large canvases are refused here and there, and take memory twice
+const TILE = 2048; // pixels: some browsers refuse larger canvases, and they take memory twice
 
 /**
  * @param {Blob | ImageData | ImageBitmap} image
  * @returns {Promise<{rgb: Uint8Array, width: number, height: number, note?: string}>} `rgb`:
- *   height x width x 3
+ *   height x width x 3; `note`: why these may be other pixels than Pillow's
  */
 export async function decode(image) {
-  const { note, ...pixels } = await decodeAnyhow(image);
-  return { ...pixels, note: note ?? (await otherwise(pixels.kind)) };
+  const { note, kind, ...pixels } = await decodePixels(image);
+  return { ...pixels, note: note ?? (await decoderNote(kind)) };
 }
 
-async function decodeAnyhow(image) {
+/** As `decode`, but does not ask whether this browser decodes such files as Pillow does. */
+async function decodePixels(image) {
   const bytes = image instanceof Blob ? await readBytes(image) : undefined;
   const header = bytes ? readHeader(bytes) : {};
-  if (header.width) refuse(header.width, header.height); // before memory is taken
+  if (header.width) checkSize(header.width, header.height); // before memory is taken
   if (header.broken) throw new Error(header.broken);
   const file = bytes && new Blob(header.parts ?? [bytes], { type: image.type });
   const bitmap = await openBitmap(file ?? image, header);
@@ -33,7 +34,7 @@ async function decodeAnyhow(image) {
   const size = [bitmap.width, bitmap.height];
   const [width, height] = orientation > 4 ? size.reverse() : size;
   try {
-    refuse(width, height);
+    checkSize(width, height);
     const { rgb, transparent, brightest } = readPixels(bitmap, orientation, width, height);
     if (header.opaque && transparent) throw new Error(DAMAGED);
     if (header.dark && brightest < 16) throw new Error(header.dark);
@@ -44,19 +45,19 @@ async function decodeAnyhow(image) {
   }
 }
 
-/** Why this browser's pixels of a kind of file may be others than Pillow's, if so. */
-async function otherwise(kind) {
+const probed = {}; // by kind, a promise of whether this browser decodes the probe as Pillow does
+
+/** Why this browser may decode a kind of file otherwise than Pillow, if so. */
+async function decoderNote(kind) {
   if (!kind) return undefined;
   if (!PROBES[kind]) return `${kind}, which this browser may decode otherwise`;
-  tried[kind] ??= isPillows(PROBES[kind]);
-  return (await tried[kind]) ? undefined : `${kind}, which this browser decodes otherwise`;
+  probed[kind] ??= decodesAsPillow(PROBES[kind]);
+  return (await probed[kind]) ? undefined : `${kind}, which this browser decodes otherwise`;
 }
 
-const tried = {}; // by kind, a promise of whether they are the same
-
-async function isPillows(probe) {
+async function decodesAsPillow(probe) {
   const bytes = Uint8Array.from(atob(probe.file), (letter) => letter.charCodeAt(0));
-  const { rgb } = await decodeAnyhow(new Blob([bytes])).catch(() => ({ rgb: [] }));
+  const { rgb } = await decodePixels(new Blob([bytes])).catch(() => ({ rgb: [] }));
   return probe.checksum === rgb.reduce((sum, value) => (Math.imul(31, sum) + value) | 0, 0);
 }
 
@@ -83,7 +84,7 @@ async function openBitmap(image, { unread }) {
   }
 }
 
-function refuse(width, height) {
+function checkSize(width, height) {
   if (width * height > MAX_PIXELS) {
     throw new Error(`${width}x${height} are more than 64 megapixels; scale it down`);
   }
@@ -92,7 +93,10 @@ function refuse(width, height) {
   }
 }
 
-/** The pixels, tile by tile; `transparent`: any is, `brightest`: the largest of all values. */
+/**
+ * Draw the bitmap upright, tile by tile, and read its pixels. `transparent`: whether any is;
+ * `brightest`: the largest value of red, which in grey images is the brightness.
+ */
 function readPixels(bitmap, orientation, width, height) {
   const rgb = new Uint8Array(width * height * 3);
   const canvas = new OffscreenCanvas(Math.min(width, TILE), Math.min(height, TILE));
@@ -122,7 +126,7 @@ function readPixels(bitmap, orientation, width, height) {
   return { rgb, transparent, brightest };
 }
 
-/** The canvas transform that turns an image of that EXIF orientation upright. */
+/** The canvas transform that turns an image of an EXIF orientation upright, of the upright size. */
 function turn(orientation, width, height) {
   return [
     [1, 0, 0, 1, 0, 0],

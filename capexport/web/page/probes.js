@@ -1,6 +1,6 @@
 /**
- * Small files, and the checksum of the pixels that Pillow sees in each: whether a browser sees the
- * same is found by trying. The AVIF is one that has to be turned.
+ * Small files to try a browser's decoders with, in base64, and the checksum of the pixels that
+ * Pillow decodes from each. The AVIF has to be turned.
  */
 export const PROBES = {
   JPEG: {

@@ -1,10 +1,11 @@
 /**
  * Keeps the page for use without a network: every file is fetched on the first visit, and answered
- * from the browser's cache from then on.
+ * from a cache from then on.
  *
- * FILES is filled in by `capexport web`: each file's address and hash. Another export has other
- * hashes, so that browsers see a changed script here, fetch the changed files, and show them at the
- * next visit. A file with another hash than its own, as while an upload is under way, is not taken.
+ * `capexport web` fills in FILES, each file's address and hash, and VERSION, a hash of them all.
+ * After another export this script has changed, so browsers install it beside the old one, which
+ * fetches all files, and show these at the next visit. While an upload is under way, some files
+ * don't have their hash yet: the installation fails, and the next visit tries again.
  */
 const FILES = {};
 const VERSION = "";
@@ -19,7 +20,7 @@ self.addEventListener("install", (event) => {
 async function keepFiles() {
   const cache = await caches.open(CACHE);
   const kept = Object.entries(FILES).map(async ([file, integrity]) => {
-    // What the page has just loaded is taken from the browser's own cache, unless it is another.
+    // First from the browser's HTTP cache, since the page has just loaded these files.
     const again = () => fetch(file, { integrity, cache: "reload" });
     await cache.put(file, await fetch(file, { integrity }).catch(again));
   });
