@@ -31,6 +31,7 @@ log = logging.getLogger("capexport")
 Places: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _MAX_BYTES = 100_000_000  # of a file that comes over the network, which is read as a whole
+_NO_IMAGES = "no image files there that can be read"
 # Scheme and host, path, and options such as `endpoint_override`.
 _URI = re.compile(r"([a-z][a-z0-9+.-]*://[^/?]*)/?(.*?)(\?\w+=.*)?", re.DOTALL | re.IGNORECASE)
 
@@ -84,6 +85,8 @@ def list_images(
             log.warning("%d %s left out", number, suffix)
     else:
         names = dict.fromkeys(name for path in paths for name in _listed(source, path))
+        if not names:
+            raise ImageNotFoundError(f"{', '.join(paths)}: {_NO_IMAGES}")
     return source, list(map(readable_name, names))
 
 
@@ -91,16 +94,13 @@ def _listed(filesystem: FileSystem, path: str) -> list[str]:
     """The images below a folder, or the file itself, by the rules of `search`."""
     base = path.rstrip("/")
     kind = filesystem.get_file_info(base).type
+    if kind == FileType.NotFound:
+        raise ImageNotFoundError(f"{path}: {_NO_IMAGES}")
     if kind == FileType.File:
         return [base]
-    entries = []
-    if kind == FileType.Directory:
-        entries = filesystem.get_file_info(FileSelector(base, recursive=True))
+    entries = filesystem.get_file_info(FileSelector(base, recursive=True))
     names = [entry.path for entry in entries if entry.type == FileType.File]
-    names = sorted(name for name in names if is_searched(name[len(base) :]))
-    if not names:
-        raise ImageNotFoundError(f"{path}: no image files there that can be read")
-    return names
+    return sorted(name for name in names if is_searched(name[len(base) :]))
 
 
 class _File(io.BytesIO):

@@ -333,8 +333,11 @@ def test_refused_before_anything_starts(tmp_path: Path, photos: list[Path], arti
     Parts.begin(LocalFileSystem(), str(tmp_path / "out"), "parquet", {}, False)  # it left nothing
     memory = MemoryFileSystem()
     memory.pipe("/photos/a.jpg", b"")
+    memory.mkdir("/empty")
+    with pytest.raises(ImageNotFoundError, match="lost: no image files"):
+        caption_files(["/photos", "/lost"], "/out", artifact, filesystem=memory)
     with pytest.raises(OptionError, match="must see the same folder"):
-        caption_files("/photos", "/out", artifact, filesystem=memory)
+        caption_files(["/empty", "/photos"], "/out", artifact, filesystem=memory)
 
 
 @pytest.fixture(params=["local", "another"])
