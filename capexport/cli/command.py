@@ -36,11 +36,13 @@ class _ToStderr(logging.Handler):
 def say(line: str) -> None:
     """Print on standard error, if anybody still listens, above the progress bars."""
     bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # none before it is imported
-    with suppress(OSError):
+    try:
         if bars:
             bars.write(line, file=sys.stderr)
         else:
             print(line, file=sys.stderr)
+    except OSError:
+        _give_up(sys.stderr)
 
 
 def show_progress() -> None:

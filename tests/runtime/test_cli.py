@@ -462,7 +462,7 @@ def test_the_format_follows_from_the_output_s_name(name, style, artifact, photos
 
 def test_attention_is_drawn(attention_artifact, artifact, photos, tmp_path, capsys):
     command = ["caption", "-m", str(attention_artifact), "--max-tokens", "6"]
-    out = tmp_path / "looked.png"
+    out = tmp_path / "new" / "looked.png"
     assert main([*command, str(photos[0]), "--attention", str(out)]) == 0
     sheet = Image.open(out)
     pixels = np.asarray(sheet.convert("L"))

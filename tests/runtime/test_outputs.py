@@ -534,11 +534,15 @@ def run(*arguments: object, shell: str = "", **options) -> subprocess.CompletedP
         ("<&-", ["-"], 2, "standard input is closed"),
         ("<&- >&- 2>&-", ["--out", "OUT"], 0, ""),
         (">/dev/full", [], 2, "No space left on device: 'standard output'"),
+        ("2>/dev/full", ["--out", "OUT"], 0, ""),
         (">/dev/full", ["--help"], 2, "No space left on device: 'standard output'"),
         (">/dev/full", ["--format", "coco"], 2, "No space left on device: 'standard output'"),
     ],
 )
-def test_streams_that_are_closed_or_full(shell, more, code, message, artifact, photos, tmp_path):
+def test_streams_that_are_closed_or_full(
+    shell, more, code, message, artifact, photos, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # argparse would hide the error
     out = tmp_path / "out.jsonl"
     arguments = [out if word == "OUT" else word for word in more]
     done = run("-m", artifact, photos[0], *arguments, shell=shell)
