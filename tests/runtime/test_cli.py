@@ -328,7 +328,7 @@ def test_a_strangers_manifest_does_nothing_to_the_terminal(artifact, tmp_path, c
     evil = "\x1b]0;owned\x07\ud800\n"
     document["parity"]["metrics"] = {evil: {evil: 1.0}}
     document["provenance"] |= {"source": evil, "licence": evil, "training": {"command": evil}}
-    edit_manifest(folder, **{**document, "family": evil, "precision": evil})
+    edit_manifest(folder, **{**document, "family": evil})
     assert main(["inspect", str(folder)]) == 0
     said = capsys.readouterr().out
     assert not set("\x1b\x07\ud800") & set(said) and "\\x1b]0;owned" in said
