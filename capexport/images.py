@@ -237,7 +237,7 @@ def _check_regular(path: str | os.PathLike[str]) -> None:
     except (OSError, ValueError) as error:
         name = os.fsdecode(path)
         if _ADDRESS.match(name):
-            raise ImageNotFoundError("an address, not a file: pass the bytes behind it") from error
+            raise ImageNotFoundError("an address, not a file: pass what is behind it") from error
         if len(name) > _LONGEST_NAME:
             raise ImageNotFoundError(
                 "too long for a file's name; if this is an image in Base64, decode it to bytes"
