@@ -212,6 +212,8 @@ class Manifest:
         for name in self.files:
             if not _PLAIN_NAME.fullmatch(name):
                 raise ValueError(f"{name!r:.80} is not a plain file name")
+        if not self.precision.isalnum():
+            raise ValueError(f"precision must be one such as int8, got {self.precision!r:.80}")
         if self.regions and not all(0 < count <= _MOST_REGIONS for count in self.regions):
             raise ValueError(f"regions are out of range: {self.regions}")
         image = self.image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,7 +82,9 @@ class Caption:
     Attributes:
         text: the caption's words.
         tokens: their ids, without start and end tokens.
-        log_probability: natural logarithm of the caption's probability given the image.
+        log_probability: natural logarithm of the caption's probability given the image. Greedy
+            decoding shares out the probability of suppressed tokens among the others; with beams
+            it is lost, as in `generate()`, so that the same caption has a little less.
         timing: of the whole batch that the image was captioned in.
         alternatives: the `num_return_sequences` best captions, this one first; fewer where the
             options allow no more.
@@ -282,6 +285,8 @@ class Captioner:
         if isinstance(prompt, str):
             prompts = repeat(prompt)
         elif prompt is not None:
+            if not isinstance(prompt, Iterable):
+                raise OptionError(f"a prompt must be text, got {prompt!r}")
             images, prompts = list(images), list(prompt)
             if len(prompts) != len(images):
                 raise OptionError(f"{len(prompts)} prompts for {len(images)} images")
@@ -322,8 +327,8 @@ class Captioner:
 
     def _checked(self, batch_size: int | None) -> int:
         size = self.batch_size if batch_size is None else batch_size
-        if size < 1:
-            raise OptionError(f"batch_size must be at least 1, got {size}")
+        if not isinstance(size, numbers.Integral) or size < 1:
+            raise OptionError(f"batch_size must be at least 1, got {size!r}")
         if self._closed:
             raise OptionError("this captioner is closed")
         return size
@@ -411,13 +416,18 @@ class Captioner:
             prompts: one for each image.
             preprocess_seconds: how long preprocessing took, for `Timing`.
             attention, options: as for `caption`.
+        Raises:
+            OptionError: as for `caption`, or the pixels have another shape or type.
         """
         self._checked(None)
         self.check_attention(attention)
+        self._check_pixels(pixels, prompts)
         own = changed(self.options, options)
         # The prompt must leave room for the `max_tokens` that were asked for; the default yields.
         needed = max(1, options.get("max_tokens") or 1, own.min_tokens)
         framed = self.text.frame(prompts, len(pixels), needed)
+        if not len(pixels):
+            return []
         try:
             with np.errstate(all="ignore"):
                 began = time.perf_counter()
@@ -441,6 +451,15 @@ class Captioner:
                 f"{self.folder or self._title}: the model's parts do not fit together: {error!r}; "
                 "export again"
             ) from error
+
+    def _check_pixels(self, pixels: FloatArray, prompts: Sequence[str] | None) -> None:
+        shape, side = getattr(pixels, "shape", ()), self.image.crop
+        if len(shape) != 4 or shape[1:] != (3, side, side) or pixels.dtype != np.float32:
+            raise OptionError(
+                f"pixels must be float32 (batch, 3, {side}, {side}), as `preprocess` makes them"
+            )
+        if prompts is not None and len(prompts) != len(pixels):
+            raise OptionError(f"{len(prompts)} prompts for {len(pixels)} images")
 
     def _caption(self, hypotheses: Sequence[Hypothesis], timing: Timing) -> Caption:
         """The caption of an image: the first of its hypotheses, with all of them as

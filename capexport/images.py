@@ -14,7 +14,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,16 @@ from capexport.pixels import (
     upright_rgb,
 )
 
-ImageSource: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
+
+class BinaryFile(Protocol):
+    """What is read as a binary file: an open file, a member of a zip archive, a response's body."""
+
+    def read(self) -> bytes: ...
+
+
+ImageSource: TypeAlias = (
+    str | os.PathLike[str] | bytes | BinaryFile | Image.Image | NDArray[np.uint8]
+)
 
 # The formats of photos. None runs a program, as EPS does, and icons are left out because Pillow
 # decodes them before their size can be checked. TGA has no signature, so it is tried last.
@@ -54,6 +63,8 @@ _SLOW_MODES = {"CMYK": 5.0, "I": 7.0, "F": 7.0}
 _BY_PIXEL = {"qoi": 8.0, "ppm": 8.0, "dds_rgb": 8.0, "bmp_rle": 24.0}
 # So many take about a second; a photo is read in thousands of pieces at most.
 _MOST_READS = 1_000_000
+_LONGEST_NAME = 4096  # bytes of a path, on nearly all systems
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)  # C:/ is a path
 # A TIFF's tags.
 _ORIENTATION, _COLORMAP, _COMPRESSION, _ROWS_PER_STRIP = 274, 320, 259, 278
 _TILE_WIDTH, _TILE_LENGTH, _PLANES = 322, 323, 284
@@ -89,7 +100,8 @@ def _readable_formats() -> tuple[str, ...]:
 def image_name(source: ImageSource) -> str:
     """The file name behind `source` where there is one, else what kind of thing it is."""
     if isinstance(source, str | os.PathLike):
-        return os.fsdecode(source)
+        path = os.fsdecode(source)
+        return path if len(path) <= _LONGEST_NAME else f"{path[:80]}..."
     if isinstance(source, bytes):
         return f"image of {len(source)} bytes"
     if isinstance(source, np.ndarray):
@@ -140,7 +152,8 @@ def naming(source: ImageSource) -> Iterator[None]:
             "scale the image down first"
         ) from error
     except Exception as error:  # decoders raise what they like
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error)  # without the file's name
+        reason = " ".join(said.split())[:300] or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "empty, damaged, or not in an image format that is read here"
         elif "truncated" in reason:
@@ -221,7 +234,16 @@ def decoded(
 def _check_regular(path: str | os.PathLike[str]) -> None:
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 (Path("") is the current folder)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (OSError, ValueError) as error:
+        name = os.fsdecode(path)
+        if _ADDRESS.match(name):
+            raise ImageNotFoundError("an address, not a file: pass what is behind it") from error
+        if len(name) > _LONGEST_NAME:
+            raise ImageNotFoundError(
+                "too long for a file's name; if this is an image in Base64, decode it to bytes"
+            ) from error
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise
         raise ImageNotFoundError("no such image file") from error
     if stat.S_ISDIR(mode):
         raise ImageError("this is a folder, not an image file")
@@ -231,10 +253,10 @@ def _check_regular(path: str | os.PathLike[str]) -> None:
         )
 
 
-def _content(file: BinaryIO) -> bytes:
+def _content(file: BinaryFile) -> bytes:
     with _lock_of(file):
         with contextlib.suppress(AttributeError, OSError):  # a stream, read once
-            file.seek(0)
+            file.seek(0)  # type: ignore[attr-defined]
         content: object = file.read()
     if not isinstance(content, bytes):
         raise ImageError(f"read() gives {type(content).__name__}; open the file in binary mode")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from capexport.errors import ImageError
+from capexport.errors import ImageError, OptionError
 from capexport.images import (
     MAX_PIXELS,
     ImageSource,
@@ -64,11 +64,11 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.resize:
-            raise ValueError(f"crop must lie in 1..resize, got {self.crop} of {self.resize}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError("mean and std take three numbers each, std above 0")
+            raise OptionError(f"crop must lie in 1..resize, got {self.crop} of {self.resize}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
+            raise OptionError("mean and std take three numbers each, std above 0")
         if self.resample not in ("bilinear", "bicubic"):
-            raise ValueError(f"resample must be bilinear or bicubic, got {self.resample!r}")
+            raise OptionError(f"resample must be bilinear or bicubic, got {self.resample!r}")
 
 
 def preprocess(

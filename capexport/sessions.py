@@ -31,6 +31,7 @@ Value: TypeAlias = Any
 # As `onnxruntime.InferenceSession` takes them: names, or names with options.
 Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 
+_MOST_THREADS = 1024  # many more, and onnxruntime takes minutes to start
 _SILENT = 4  # onnxruntime raises what it logs as an error, too
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -193,8 +194,11 @@ class Target:
     def __post_init__(self) -> None:
         if self.threads is None:
             return
-        if not isinstance(self.threads, int) or isinstance(self.threads, bool) or self.threads < 1:
-            raise OptionError(f"threads must be at least 1, got {self.threads!r}")
+        whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
+        if not (whole and 1 <= self.threads <= _MOST_THREADS):
+            raise OptionError(
+                f"threads must be at least 1, at most {_MOST_THREADS}, got {self.threads!r}"
+            )
         if self.session_options is not None:
             raise OptionError("threads are part of session_options: pass one of the two")
 
@@ -310,11 +314,13 @@ def targets(
     if providers:
         if device != "cpu":
             raise OptionError("device and providers both say where graphs run: pass one of the two")
+        if isinstance(providers, str):
+            raise OptionError(f"providers takes a list, such as [{providers!r}]")
         return [_target_of_providers(providers, options)]
     if device == "auto":
         available = _import_onnxruntime().get_available_providers()
         return [Target(row, **options) for row in DEVICES if row.provider in available]
-    name, colon, index = device.partition(":")
+    name, colon, index = str(device).partition(":")
     row = next((row for row in DEVICES if row.name == name), None)
     if row is None or (colon and not (index.isdecimal() and row.memory != "cpu")):
         names = ", ".join(row.name for row in DEVICES)

@@ -65,7 +65,8 @@ class RowWriter:
 def read_rows(
     stream: TextIO, format: str, columns: int, names: Mapping[int | str, str]
 ) -> Iterator[Row]:
-    """The rows that `RowWriter` wrote. `names` are the files of COCO's ids; other ids are skipped.
+    """The rows that `RowWriter` wrote, whatever empty lines an editor left between them. `names`
+    are the files of COCO's ids; other ids are skipped.
 
     Raises:
         ValueError, KeyError, TypeError: it is something else, or was edited so that it is.
@@ -76,7 +77,7 @@ def read_rows(
             if item["image_id"] in names:
                 yield _row(names[item["image_id"]], item["caption"])
     elif format == "csv":
-        header, *rows = csv.reader(stream, strict=True)
+        header, *rows = filter(None, csv.reader(stream, strict=True))
         if tuple(header) != wanted:
             raise ValueError(f"its columns are {', '.join(header)}")
         for name, text, *score in rows:
@@ -84,12 +85,12 @@ def read_rows(
             name = original_name(name.removeprefix("./"))
             yield _row(readable_name(name), unescaped(text), *map(float, score))
     elif format == "jsonl":
-        for document in map(json.loads, stream):
+        for document in map(json.loads, filter(str.strip, stream)):
             if set(document) != set(wanted):
                 raise ValueError(f"a row has the fields {', '.join(document)}")
             yield _row(*(document[column] for column in wanted))
     else:
-        for line in stream:
+        for line in filter(str.strip, stream):
             name, text = line.rstrip("\r\n").split("\t")
             yield readable_name(original_name(name)), unescaped(text)
 

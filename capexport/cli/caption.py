@@ -265,6 +265,7 @@ def _draw_attention(
     [path] = found.paths
     image = found.content.get(path, path)
     caption = captioner.caption(image, prompt=options.prompt, attention=True, **changes)
+    options.attention.parent.mkdir(parents=True, exist_ok=True)
     with replacing_binary_file(options.attention) as file:
         draw_attention(captioner, image, caption).save(file, "PNG")
         _refuse_drawing(options.attention)  # made meanwhile

@@ -36,11 +36,13 @@ class _ToStderr(logging.Handler):
 def say(line: str) -> None:
     """Print on standard error, if anybody still listens, above the progress bars."""
     bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # none before it is imported
-    with suppress(OSError):
+    try:
         if bars:
             bars.write(line, file=sys.stderr)
         else:
             print(line, file=sys.stderr)
+    except OSError:
+        _give_up(sys.stderr)
 
 
 def show_progress() -> None:
@@ -61,12 +63,12 @@ def run_command(name: str, command: Callable[[], int]) -> int:
     _open_standard_streams()
     try:
         with _stopped_by("SIGINT", "SIGTERM", "SIGHUP"):
-            code = command()
-            if sys.stdout:
-                from capexport.bulk.journal import naming  # by now, what it imports is there
-
-                with naming("standard output"):
-                    sys.stdout.flush()
+            try:
+                code = command()
+            except SystemExit:  # of argparse, after `--help`
+                _flush_output()
+                raise
+            _flush_output()
             return code
     except BrokenPipeError:  # as when `| head` has read enough
         code = 141
@@ -80,6 +82,14 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         code = 128 + number
     _give_up(sys.stdout)
     return code
+
+
+def _flush_output() -> None:
+    if sys.stdout:
+        from capexport.bulk.journal import naming  # by now, what it imports is there
+
+        with naming("standard output"):
+            sys.stdout.flush()
 
 
 def _reason(error: Exception) -> str:

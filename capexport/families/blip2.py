@@ -18,6 +18,10 @@ from capexport.families import Family, Parts
 from capexport.preprocessing import FloatArray
 from capexport.sessions import Graph, Target, Value
 
+# Tokens, where a model has no limit of its own: twice what Flan-T5 was trained with. An encoder's
+# memory grows with the square of them.
+_LONGEST_PROMPT = 1024
+
 
 class PromptTokenizer:
     """A `tokenizer.json`, read by the package tokenizers, and the prompts of a BLIP-2."""
@@ -88,6 +92,11 @@ class PromptTokenizer:
         """How many tokens fit after prompts of these lengths."""
         limit = self.spec.max_positions
         if limit is None:
+            if lengths.max() > _LONGEST_PROMPT:
+                raise OptionError(
+                    f"a prompt of {lengths.max()} tokens, the image's included, is longer than the "
+                    f"{_LONGEST_PROMPT} that are taken: shorten it"
+                )
             return None
         room: TokenArray = limit + 1 - lengths  # the last token is never fed: it needs no position
         if room.min() < needed:

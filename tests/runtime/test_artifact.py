@@ -47,7 +47,8 @@ def changed(folder: Path, path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("family", 3), ("family", None), ("precision", ["fp32"]), ("schema", "1"), ("schema", True),
+        ("family", 3), ("family", None), ("precision", ["fp32"]),
+        ("precision", "int8\x1b[31m"), ("precision", ""), ("schema", "1"), ("schema", True),
         ("image", []), ("image/resize", 224.5), ("image/resize", True), ("image/crop", "224"),
         ("image/resize", 10**6), ("image/mean", [1e300, 0, 0]), ("image/std", [1e-300, 1, 1]),
         ("image/std", [1e39, 1, 1]),

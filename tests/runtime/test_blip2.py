@@ -87,6 +87,8 @@ def test_a_long_prompt_takes_no_room_from_its_neighbour(blip2: Captioner, images
 def test_prompts_that_do_not_fit(blip2: Captioner, images: list[Image.Image]):
     with pytest.raises(ValueError, match="2 prompts for 3 images"):
         blip2.caption(images, prompt=PROMPTS[:2])
+    with pytest.raises(OptionError, match=r"a prompt of \d{4} tokens, .*: shorten it"):
+        blip2.caption(images[0], prompt="z" * 2000)  # the memory of longer ones would not be there
     with pytest.raises(ValueError, match="must not contain the image token"):
         blip2.caption(images[0], prompt="a <image> of")
 

@@ -75,6 +75,16 @@ def test_arguments_out_of_range(captioner: Captioner, artifact: Path, photos: li
         captioner.caption(photos, max_tokens=0)
     with pytest.raises(ValueError, match="threads"):
         Captioner.load(artifact, threads=0)
+    with pytest.raises(OptionError, match="at most 1024"):
+        Captioner.load(artifact, threads=5000)
+    with pytest.raises(OptionError, match=r"providers takes a list"):
+        Captioner.load(artifact, providers="CPUExecutionProvider")
+    for device in (None, 0):
+        with pytest.raises(DeviceError, match="unknown device"):
+            Captioner.load(artifact, device=device)
+    for wrong in ({"batch_size": "4"}, {"batch_size": 1.5}, {"prompt": 3}):
+        with pytest.raises(OptionError, match=next(iter(wrong))):
+            captioner.caption(photos, **wrong)
 
 
 def test_a_copied_artifact_still_works(copied: Path, captioner: Captioner, photos: list[Path]):
@@ -235,6 +245,12 @@ def test_pixels_can_be_handed_in(captioner: Captioner, photos: list[Path]):
     pixels = np.stack([preprocess(photo, captioner.image) for photo in photos[:3]])
     wanted = [caption.tokens for caption in captioner.caption(photos[:3])]
     assert [caption.tokens for caption in captioner.caption_pixels(pixels)] == wanted
+    assert captioner.caption_pixels(pixels[:0]) == []
+    for wrong in (pixels[0], pixels[:, :, 1:], pixels.astype(float), [*pixels], "a.jpg"):
+        with pytest.raises(OptionError, match=r"pixels must be float32 \(batch, 3, "):
+            captioner.caption_pixels(wrong)
+    with pytest.raises(OptionError, match="2 prompts for 3 images"):
+        captioner.caption_pixels(pixels, prompts=["a", "b"])
 
 
 def test_an_image_object_keeps_its_pixels(captioner: Captioner, photos: list[Path]):

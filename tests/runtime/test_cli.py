@@ -328,7 +328,7 @@ def test_a_strangers_manifest_does_nothing_to_the_terminal(artifact, tmp_path, c
     evil = "\x1b]0;owned\x07\ud800\n"
     document["parity"]["metrics"] = {evil: {evil: 1.0}}
     document["provenance"] |= {"source": evil, "licence": evil, "training": {"command": evil}}
-    edit_manifest(folder, **{**document, "family": evil, "precision": evil})
+    edit_manifest(folder, **{**document, "family": evil})
     assert main(["inspect", str(folder)]) == 0
     said = capsys.readouterr().out
     assert not set("\x1b\x07\ud800") & set(said) and "\\x1b]0;owned" in said
@@ -462,7 +462,7 @@ def test_the_format_follows_from_the_output_s_name(name, style, artifact, photos
 
 def test_attention_is_drawn(attention_artifact, artifact, photos, tmp_path, capsys):
     command = ["caption", "-m", str(attention_artifact), "--max-tokens", "6"]
-    out = tmp_path / "looked.png"
+    out = tmp_path / "new" / "looked.png"
     assert main([*command, str(photos[0]), "--attention", str(out)]) == 0
     sheet = Image.open(out)
     pixels = np.asarray(sheet.convert("L"))

@@ -243,6 +243,29 @@ def test_only_the_wrong_type_is_told_what_to_pass(source: Any):
     assert "pass a path" not in str(caught.value)
 
 
+def test_texts_that_are_no_paths_are_told_what_to_pass():
+    base64 = "iVBORw0KGgo" * 100_000
+    for source, message in (
+        ("https://example.org/a.jpg", "an address, not a file"),
+        (Path("https://example.org/a.jpg"), "an address, not a file"),
+        (f"data:image/png;base64,{base64}", "an address, not a file"),
+        (base64, "decode it to bytes"),
+        ("c:/absent.jpg", "no such image file"),
+        ("absent: a.jpg", "no such image file"),
+    ):
+        with pytest.raises(ImageNotFoundError, match=message) as caught:
+            load_image(source)
+        assert len(str(caught.value)) < 200
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a link needs rights there")
+def test_the_system_s_words_do_not_name_the_file_again(tmp_path: Path):
+    (tmp_path / "a.jpg").symlink_to("a.jpg")
+    with pytest.raises(ImageError) as caught:
+        load_image(tmp_path / "a.jpg")
+    assert str(caught.value).count("a.jpg") == 1
+
+
 # --- Metadata
 
 TURNED = exif((274, 3, 1, 6))

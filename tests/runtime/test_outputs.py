@@ -150,6 +150,16 @@ def test_corrections_by_hand_stay(artifact, folder, photos, capsys):
         assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("style", ["jsonl", "csv", "text"])
+def test_empty_lines_of_an_editor_are_no_rows(style, artifact, folder, photos):
+    out = folder.parent / f"out.{style}"
+    assert caption(artifact, *photos[:3], "--out", out) == 0
+    before = out.read_bytes()
+    out.write_bytes(before.replace(b"\n", b"\r\n\r\n") + b"\n")
+    assert caption(artifact, *photos[:3], "--out", out, "--resume") == 0
+    assert out.read_bytes() == before
+
+
 def test_overwrite_begins_anew_even_if_it_is_interrupted(artifact, photos, wanted, tmp_path):
     out = tmp_path / "out.jsonl"
     assert caption(artifact, *photos[:5], "--out", out, "--prefix", "old ") == 0
@@ -524,10 +534,15 @@ def run(*arguments: object, shell: str = "", **options) -> subprocess.CompletedP
         ("<&-", ["-"], 2, "standard input is closed"),
         ("<&- >&- 2>&-", ["--out", "OUT"], 0, ""),
         (">/dev/full", [], 2, "No space left on device: 'standard output'"),
+        ("2>/dev/full", ["--out", "OUT"], 0, ""),
+        (">/dev/full", ["--help"], 2, "No space left on device: 'standard output'"),
         (">/dev/full", ["--format", "coco"], 2, "No space left on device: 'standard output'"),
     ],
 )
-def test_streams_that_are_closed_or_full(shell, more, code, message, artifact, photos, tmp_path):
+def test_streams_that_are_closed_or_full(
+    shell, more, code, message, artifact, photos, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # argparse would hide the error
     out = tmp_path / "out.jsonl"
     arguments = [out if word == "OUT" else word for word in more]
     done = run("-m", artifact, photos[0], *arguments, shell=shell)

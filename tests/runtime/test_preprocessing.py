@@ -8,7 +8,7 @@ import pytest
 from conftest import draw_photo
 from PIL import Image
 
-from capexport import ImageError, ImageNotFoundError, ImageSpec
+from capexport import ImageError, ImageNotFoundError, ImageSpec, OptionError
 from capexport.preprocessing import load_image, preprocess
 
 
@@ -187,5 +187,7 @@ def test_an_object_that_is_no_image():
 
 
 def test_a_crop_larger_than_the_resized_edge_is_refused():
-    with pytest.raises(ValueError, match="crop"):
+    with pytest.raises(OptionError, match="crop"):
         ImageSpec(resize=200, crop=224)
+    with pytest.raises(OptionError, match="std"):
+        ImageSpec(std=(1.0, 1.0, float("nan")))
