@@ -5,6 +5,7 @@ Training uses these same functions, so a captioner sees the same pixels as its m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -65,7 +66,8 @@ class ImageSpec:
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.resize:
             raise OptionError(f"crop must lie in 1..resize, got {self.crop} of {self.resize}")
-        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != 3 or len(self.std) != 3 or not finite or min(self.std) <= 0:
             raise OptionError("mean and std take three numbers each, std above 0")
         if self.resample not in ("bilinear", "bicubic"):
             raise OptionError(f"resample must be bilinear or bicubic, got {self.resample!r}")

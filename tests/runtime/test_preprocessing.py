@@ -1,6 +1,7 @@
 """Images of every kind, good and bad. Equality with torchvision is tested in tests/export."""
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -189,5 +190,8 @@ def test_an_object_that_is_no_image():
 def test_a_crop_larger_than_the_resized_edge_is_refused():
     with pytest.raises(OptionError, match="crop"):
         ImageSpec(resize=200, crop=224)
-    with pytest.raises(OptionError, match="std"):
-        ImageSpec(std=(1.0, 1.0, float("nan")))
+    for values in ((1.0, 1.0, math.nan), (math.nan, 1.0, 1.0), (1.0, math.inf, 1.0)):
+        with pytest.raises(OptionError, match="std"):
+            ImageSpec(std=values)
+        with pytest.raises(OptionError, match="mean"):
+            ImageSpec(mean=values)
