@@ -61,6 +61,18 @@ def require_writable(path: Path) -> None:
         pass
 
 
+def require_writable_file(path: Path) -> None:
+    """As `require_writable`, for a file, which may be there already.
+
+    Raises:
+        OutputExistsError: `path` is a folder.
+        OSError: as for `require_writable`.
+    """
+    require_writable(path)
+    if path.is_dir():
+        raise OutputExistsError(f"{path}: a folder, not the name of a file")
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()

@@ -28,6 +28,8 @@ log = logging.getLogger("capexport")
 
 Texts: TypeAlias = Mapping[str, list[str]]
 
+# Unicode's categories of what belongs to a letter: accents, vowel signs and joiners.
+MARKS = ("Mn", "Mc", "Cf")
 # METEOR writes its figures with the decimal sign of the user's language.
 _ENGLISH = [
     "-Duser.language=en",
@@ -181,7 +183,7 @@ def _by_regular_expression(texts: Texts) -> Texts:
 def _words() -> re.Pattern[str]:
     r"""What a word is. To `\w` the vowel signs of Hindi or Thai are none of it."""
     signs = (chr(code) for code in range(0x300, 0x1F000))
-    marks = "".join(sign for sign in signs if unicodedata.category(sign) in ("Mn", "Mc", "Cf"))
+    marks = "".join(sign for sign in signs if unicodedata.category(sign) in MARKS)
     word = rf"\w[\w{re.escape(marks)}]*"
     return re.compile(f"'s|n't|{word}(?:-{word})*")
 

@@ -27,6 +27,7 @@ from capexport.artifact import FILE_NAME
 from capexport.cli import run_parser, teaching
 from capexport.errors import DatasetError, ImageError
 from capexport.families.cnn_lstm import Vocabulary
+from capexport.metrics import MARKS
 from capexport.preprocessing import ImageSpec, preprocess
 from train.formats import FLICKR8K_SPLIT, find_captions
 
@@ -195,11 +196,8 @@ def _spells(word: str) -> bool:
     """Whether a word is all letters, with the marks and joiners that some scripts write them by."""
     return word.isalpha() or (
         word[0].isalpha()
-        and all(sign.isalpha() or unicodedata.category(sign) in _IN_WORDS for sign in word)
+        and all(sign.isalpha() or unicodedata.category(sign) in MARKS for sign in word)
     )
-
-
-_IN_WORDS = ("Mn", "Mc", "Cf")
 
 
 def build_vocabulary(captions: Iterable[list[str]], min_count: int) -> Vocabulary:

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from capexport import Captioner
 from capexport.artifact import FILE_NAME
-from capexport.atomic import replace_file, require_writable
+from capexport.atomic import replace_file, require_writable_file
 from capexport.cli import run_parser, teaching
 from capexport.cli.decoding import add_decoding, given_decoding
-from capexport.errors import OptionError, OutputExistsError, importing
+from capexport.errors import OptionError, importing
 from capexport.metrics import format_scores, score, scorers
 from train.data import SPLITS, Photo, photos_as_trained
 
@@ -75,9 +75,7 @@ def _score(options: argparse.Namespace) -> int:
         raise OptionError("--batch-size must be at least 1")
     scorers()  # now, not after the captions
     if options.captions:
-        require_writable(options.captions)
-        if options.captions.is_dir():
-            raise OutputExistsError(f"{options.captions}: a folder, not the name of a file")
+        require_writable_file(options.captions)
     if (options.captioner / FILE_NAME).exists():
         captioner = Captioner.load(options.captioner)
     else:

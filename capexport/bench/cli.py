@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from capexport.artifact import Manifest
-from capexport.atomic import replace_file, require_writable
+from capexport.atomic import replace_file, require_writable, require_writable_file
 from capexport.bench import measure, report, sheet
 from capexport.bench.measure import Clock, ClockedTarget
 from capexport.bench.openvino import nncf_captioners, openvino_captioners
@@ -30,7 +30,7 @@ from capexport.cli.comparing import add_references
 from capexport.cli.decoding import add_decoding, given_decoding
 from capexport.cli.lstm import bundled_checkpoint
 from capexport.decoding import changed
-from capexport.errors import ArtifactError, ImageNotFoundError, OptionError, OutputExistsError
+from capexport.errors import ArtifactError, ImageNotFoundError, OptionError
 from capexport.export.pairs import Pair, Variants, open_pair
 from capexport.export.parity import relative_error
 from capexport.families import find_family
@@ -217,9 +217,7 @@ def _files(options: argparse.Namespace) -> list[Path]:
 def _check_outputs(options: argparse.Namespace) -> None:
     """Refuse what could not be written or drawn at the end."""
     for path in _files(options):
-        require_writable(path)
-        if path.is_dir():
-            raise OutputExistsError(f"{path}: a folder, not the name of a file")
+        require_writable_file(path)
     if options.sheet:
         require_writable(options.sheet / "captions.html")
     if options.picture or options.sheet:
